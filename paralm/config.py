@@ -1,0 +1,195 @@
+"""The configuration of a run: what each key means, its default, and which combinations are possible.
+
+Files, ``include:``, dotted overrides and the one-line error messages live in :mod:`paralm.config_files`;
+this module is the schema alone. Every section refuses unknown keys.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+
+class Section(BaseModel):
+    """A part of the configuration. Unknown keys are refused; values are not coerced across types."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+
+
+class RunConfig(Section):
+    """Where the run lives and what makes it reproducible."""
+
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the folder under root")
+    root: Path = Field(default=Path("runs"), description="a file system that every rank sees")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="initial weights, data order and RNG derive from it")
+    deterministic: bool = Field(default=False, description="torch's deterministic algorithms; slower on a GPU")
+
+
+class SourceConfig(Section):
+    """Where text comes from."""
+
+    kind: Literal["python-stdlib", "text", "jsonl", "parquet", "datasets"] = "python-stdlib"
+    paths: list[str] = Field(default_factory=list, description="files, folders or globs (text, jsonl, parquet)")
+    text_key: str = Field(default="text", description="the field that holds the text (jsonl, parquet, datasets)")
+    dataset: str | None = Field(default=None, description="hub name or local path (kind: datasets)")
+    subset: str | None = Field(default=None, description="the dataset's configuration name")
+    split: str = "train"
+    streaming: bool = True
+    max_documents: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> SourceConfig:
+        if self.kind in ("text", "jsonl", "parquet") and not self.paths:
+            raise ValueError(f"kind '{self.kind}' needs 'paths'")
+        if self.kind == "datasets" and not self.dataset:
+            raise ValueError("kind 'datasets' needs 'dataset', a hub name or a local path")
+        return self
+
+
+class TokenizerConfig(Section):
+    """A sentencepiece model, trained on the corpus or given."""
+
+    model: Path | None = Field(default=None, description="an existing sentencepiece .model; nothing is trained then")
+    kind: Literal["bpe", "unigram"] = "bpe"
+    vocab_size: int = Field(default=4096, ge=300, le=2**24)
+    sample_bytes: PositiveInt = Field(default=20_000_000, description="text sampled to train on, in bytes")
+
+
+class DataConfig(Section):
+    """Corpus, tokenizer, token store and the order in which it is read."""
+
+    source: SourceConfig = Field(default_factory=SourceConfig)
+    tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
+    dir: Path | None = Field(default=None, description="tokenizer and stores; default: the run's folder, data/")
+    held_out_fraction: float = Field(default=0.02, gt=0, lt=0.5, description="of documents, by content hash")
+    validation: dict[str, SourceConfig] = Field(default_factory=dict, description="further validation sets, by name")
+    order: Literal["windows", "lanes"] = "windows"
+    verify: Literal["size", "full"] = Field(default="full", description="what is checked when a store is opened")
+
+
+class MLPConfig(Section):
+    """SwiGLU between the mixers."""
+
+    d_ff: PositiveInt | None = Field(default=None, description="default: 8/3 d_model, rounded up to 64; 0 mixers skip it")
+    enabled: bool = True
+
+
+class ModelConfig(Section):
+    """A residual stack of (norm → mixer) and (norm → MLP), after an embedding and before a head."""
+
+    d_model: PositiveInt = 256
+    n_layers: PositiveInt = 4
+    mixer: dict[str, Any] = Field(
+        default_factory=lambda: {"name": "paragru"}, description="name and the mixer's own keys; see the registry"
+    )
+    mlp: MLPConfig = Field(default_factory=MLPConfig)
+    vocab_size: PositiveInt | None = Field(default=None, description="default: the tokenizer's; larger pads")
+    tie_embeddings: bool = True
+    norm_eps: PositiveFloat = 1e-5
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="on each residual branch")
+    init: Literal["released", "language_model"] = Field(
+        default="language_model", description="of the recurrent vectors: the released code's or the paper's LM recipe"
+    )
+    loss_chunk: PositiveInt = Field(default=1024, description="tokens whose logits exist at one time")
+    z_loss: NonNegativeFloat = 1e-4
+    logit_cap: PositiveFloat | None = None
+
+
+class TrainingConfig(Section):
+    """The length and the shape of training."""
+
+    max_steps: PositiveInt = 1000
+    seq_len: PositiveInt = 256
+    global_batch_size: PositiveInt = Field(default=16, description="sequences a step, over all ranks")
+    micro_batch_size: PositiveInt = Field(default=16, description="sequences a rank runs at once")
+    precision: Literal["fp32", "bf16"] = "fp32"
+    activation_checkpointing: bool = False
+    carry_state: bool = Field(default=False, description="truncated back-propagation; needs data.order: lanes")
+    validate_every: int = Field(default=0, ge=0, description="steps; 0: only at the end")
+    validate_tokens: PositiveInt = Field(default=65_536, description="tokens of each validation set read each time")
+    log_every: PositiveInt = 1
+    max_bad_steps: PositiveInt = Field(default=5, description="non-finite steps in a row before training stops")
+    stop_after_seconds: PositiveFloat | None = Field(default=None, description="save and leave cleanly (exit code 75)")
+    init_from: str | None = Field(default=None, description="RUN or RUN@STEP whose weights (only) to start from")
+    fork_from: str | None = Field(default=None, description="RUN@STEP to continue from, optimizer and all, in this run")
+    hang_timeout: PositiveFloat = Field(default=1800.0, description="seconds without a step before stacks are dumped")
+    profile_steps: tuple[int, int] | None = Field(default=None, description="first and last step of a profiler trace")
+    threads: PositiveInt | None = Field(default=None, description="torch threads a rank; default: what torch chose")
+
+
+class ScheduleConfig(Section):
+    kind: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup: float = Field(default=0.1, ge=0, description="fraction of max_steps below 1, otherwise steps")
+    decay: float = Field(default=0.2, ge=0, description="wsd: the decay's fraction of max_steps (or steps)")
+    min_ratio: float = Field(default=0.0, ge=0, le=1, description="final learning rate over the peak")
+
+
+class OptimizerConfig(Section):
+    name: str = Field(default="adamw", description="a registered optimizer")
+    lr: PositiveFloat = 3e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1
+    clip_grad_norm: NonNegativeFloat = Field(default=1.0, description="0: no clipping")
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+
+
+class CheckpointConfig(Section):
+    every: PositiveInt = Field(default=100, description="steps")
+    keep_last: PositiveInt = 2
+    keep_every: int = Field(default=0, ge=0, description="steps whose multiples are never removed; 0: none")
+
+
+class ParallelConfig(Section):
+    zero_stage: int = Field(default=1, ge=1, le=2, description="DeepSpeed ZeRO stage")
+    deepspeed: dict[str, Any] = Field(default_factory=dict, description="raw keys laid over the generated config")
+
+
+class LauncherConfig(Section):
+    kind: str = Field(default="local", description="a registered launcher")
+
+
+class EvalConfig(Section):
+    """The evaluation `paralm run` makes after training."""
+
+    max_tokens: PositiveInt = Field(default=1_000_000, description="held-out tokens to score")
+    rows: PositiveInt = Field(default=16, description="documents streamed side by side")
+    chunk: PositiveInt = Field(default=512, description="tokens a document advances at a time")
+    prompts: list[str] = Field(default_factory=lambda: ["def ", "The "])
+    sample_tokens: PositiveInt = 120
+    temperature: PositiveFloat = 0.8
+    top_k: int = Field(default=0, ge=0)
+    top_p: float = Field(default=0.95, gt=0, le=1)
+
+
+class Config(Section):
+    """Everything one run is made from."""
+
+    run: RunConfig = Field(default_factory=RunConfig)
+    imports: list[str] = Field(default_factory=list, description="modules or .py files with cells and mixers of your own")
+    data: DataConfig = Field(default_factory=DataConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    launcher: LauncherConfig = Field(default_factory=LauncherConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's folder."""
+        return self.run.root / self.run.name
+
+    @property
+    def data_dir(self) -> Path:
+        """Where the tokenizer and the token stores are."""
+        return self.data.dir if self.data.dir is not None else self.run_dir / "data"
+
+    @model_validator(mode="after")
+    def _possible(self) -> Config:
+        if self.training.carry_state and self.data.order != "lanes":
+            raise ValueError("training.carry_state needs data.order: lanes (windows are not consecutive)")
+        return self
