@@ -1,0 +1,96 @@
+"""What reaches a running rank from outside: requests to stop, requests for a stack dump, and silence.
+
+SIGTERM, SIGINT and SIGUSR1 ask the run to save and leave after the step in hand; a second SIGINT ends it at
+once. SIGUSR2, or a new ``stacks/request`` file (which reaches ranks on other nodes), writes every thread's
+stack to ``stacks/rank_00000.txt``; so does a step that takes longer than ``training.hang_timeout``.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import signal
+import socket
+import threading
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, TextIO
+
+from paralm.training.checkpoint import write_atomically
+
+_POLL_SECONDS = 2.0
+
+
+class Control:
+    """Signal handlers and watchdog of one rank; a context manager that puts the old handlers back."""
+
+    def __init__(self, stacks: Path, ranks: Path, rank: int, hang_timeout: float) -> None:
+        self.stop_signal: int | None = None
+        self._hang_timeout = hang_timeout
+        self._request = stacks / "request"
+        self._previous: dict[int, Any] = {}
+        self._done = threading.Event()
+        stacks.mkdir(parents=True, exist_ok=True)
+        ranks.mkdir(parents=True, exist_ok=True)
+        self._file: TextIO = (stacks / f"rank_{rank:05d}.txt").open("a", encoding="utf-8")
+        self._rank_file = ranks / f"rank_{rank:05d}.json"
+        write_atomically(
+            self._rank_file, json.dumps({"rank": rank, "pid": os.getpid(), "host": socket.gethostname()})
+        )
+        self._watcher = threading.Thread(target=self._watch, name="paralm-control", daemon=True)
+
+    def __enter__(self) -> Control:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+                self._previous[number] = signal.signal(number, self._on_stop)
+        faulthandler.register(signal.SIGUSR2, file=self._file, all_threads=True)
+        self._watcher.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        faulthandler.unregister(signal.SIGUSR2)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._done.set()
+        self._watcher.join(timeout=2 * _POLL_SECONDS)
+        self._file.close()
+        self._rank_file.unlink(missing_ok=True)
+
+    def _on_stop(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.stop_signal is not None:
+            raise KeyboardInterrupt
+        self.stop_signal = number
+
+    def alive(self) -> None:
+        """Called once a step: the next ``hang_timeout`` seconds without a call dump the stacks.
+
+        The timer is a C thread that needs no interpreter lock, so it fires even when a rank hangs in native code.
+        """
+        faulthandler.dump_traceback_later(self._hang_timeout, repeat=True, file=self._file)
+
+    def _modified(self) -> float:
+        try:
+            return self._request.stat().st_mtime
+        except OSError:
+            return 0.0
+
+    def _watch(self) -> None:
+        seen = self._modified()
+        while not self._done.wait(_POLL_SECONDS):
+            now = self._modified()
+            if now > seen:
+                seen = now
+                self._file.write("--- stacks, as requested\n")
+                self._file.flush()
+                faulthandler.dump_traceback(file=self._file, all_threads=True)
+
+
+def request_stacks(stacks: Path) -> None:
+    """Ask every live rank of a run, on whatever node, for its stacks."""
+    stacks.mkdir(parents=True, exist_ok=True)
+    (stacks / "request").write_text("", encoding="utf-8")
+    os.utime(stacks / "request")

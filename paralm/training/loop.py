@@ -1,0 +1,256 @@
+"""Training, top-down: open the session, then batch → step → record → validate → save, until done or asked to stop.
+
+The same call continues a run that exists. What a step computes is a function of the run's configuration, the
+step number and the restored state alone, so a run that was killed and started again repeats, to the last bit,
+what it would have done.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from paralm.config import Config
+from paralm.errors import DivergedError, RunError, StoppedError
+from paralm.evaluation.perplexity import validate
+from paralm.models import flops_per_token
+from paralm.training.control import Control
+from paralm.training.metrics import memory_bytes, peak_flops
+from paralm.training.schedule import lr_factor
+from paralm.training.session import Session
+from paralm.training.step import StepResult
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a call of :func:`train` ended."""
+
+    run_dir: Path
+    step: int
+    tokens: int
+    loss: float | None  # of the last step; None when there was nothing left to do
+    parameters: int
+    seconds: float
+    bad_steps: int
+
+
+def train(
+    config: Config, on_progress: Progress | None = None, say: Callable[[str], None] = print
+) -> TrainResult:
+    """Train (or continue) the run that ``config`` describes, in this process, as one rank of the group.
+
+    ``on_progress`` receives every metrics row (rank 0). Raises StoppedError after a signal or
+    ``training.stop_after_seconds`` (all is saved), DivergedError after too many bad steps, UserError for what
+    cannot work.
+    """
+    session = Session.open(config, say)
+    try:
+        control = Control(
+            session.folder.stacks, session.folder.ranks, session.rank, config.training.hang_timeout
+        )
+        with control, Profiler(session) as profiler:
+            return _run(session, control, profiler, on_progress or (lambda row: None))
+    finally:
+        session.close()
+
+
+def _run(session: Session, control: Control, profiler: Profiler, on_progress: Progress) -> TrainResult:
+    training = session.config.training
+    recorder = Recorder(session, on_progress)
+    loss = None
+    while session.step < training.max_steps:
+        control.alive()
+        profiler.before(session.step)
+        start = time.perf_counter()
+        batch = session.loader.batch(session.step)
+        fetched = time.perf_counter() - start
+        lr = session.config.optimizer.lr * lr_factor(
+            session.config.optimizer.schedule, session.step, training.max_steps
+        )
+        logged = (session.step + 1) % training.log_every == 0
+        result = session.stepper.run(batch, lr, _stop_request(session, control), timed=logged)
+        session.step += 1
+        session.loader.step = session.step
+        loss = result.loss
+        _count_bad(session, result)
+        if logged or result.bad:
+            recorder.step(result, lr, fetched, time.perf_counter() - start)
+        last = session.step == training.max_steps
+        if last or (training.validate_every and session.step % training.validate_every == 0):
+            recorder.validation()
+        if last or result.stop_signal or session.step % session.config.checkpoint.every == 0:
+            written = session.save()
+            _leave_if_superseded(session)
+            if result.stop_signal and not last:
+                raise StoppedError(_stop_message(session, result.stop_signal, written))
+    return TrainResult(
+        session.folder.path,
+        session.step,
+        session.step * training.global_batch_size * training.seq_len,
+        loss,
+        session.parameters,
+        time.monotonic() - session.started,
+        session.bad_steps,
+    )
+
+
+def _stop_request(session: Session, control: Control) -> int:
+    """A signal's number, −1 for a spent time allowance, 0 for neither; the ranks agree on the largest."""
+    limit = session.config.training.stop_after_seconds
+    if control.stop_signal is None and limit is not None and time.monotonic() - session.started > limit:
+        return int(signal.SIGALRM)
+    return int(control.stop_signal or 0)
+
+
+def _stop_message(session: Session, number: int, written: bool) -> str:
+    why = "training.stop_after_seconds" if number == signal.SIGALRM else signal.Signals(number).name
+    saved = "saved; the same command continues" if written else "the checkpoint could not be written"
+    return f"stopped by {why} at step {session.step}; {saved}"
+
+
+def _count_bad(session: Session, result: StepResult) -> None:
+    """Count skipped updates; after several in a row leave with the last good checkpoint in place."""
+    if not result.bad:
+        session.bad_in_row = 0
+        return
+    session.bad_steps += 1
+    session.bad_in_row += 1
+    if session.bad_in_row >= session.config.training.max_bad_steps:
+        raise DivergedError(
+            f"{session.bad_in_row} steps in a row had a non-finite loss or gradient (loss {result.loss} at step "
+            f"{session.step}); the last checkpoint stands. Lower optimizer.lr, or raise training.max_bad_steps"
+        )
+
+
+def _leave_if_superseded(session: Session) -> None:
+    if session.superseded():
+        raise RunError(
+            f"{session.folder.path}: a later attempt has begun; attempt {session.attempt} leaves it the run"
+        )
+
+
+class Recorder:
+    """Rows of metrics: to the run folder and to whoever watches."""
+
+    def __init__(self, session: Session, on_progress: Progress) -> None:
+        self.session, self.on_progress = session, on_progress
+        config = session.config.training
+        self.tokens_per_step = config.global_batch_size * config.seq_len
+        self.flops_per_step = flops_per_token(session.model, config.seq_len) * self.tokens_per_step
+        peak = peak_flops(session.device)
+        self.peak = peak * session.world_size if peak else None
+        self.first = session.step
+        self.began = time.monotonic()
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self.session.write(row)
+        if self.session.rank == 0:
+            self.on_progress(row)
+
+    def step(self, result: StepResult, lr: float, fetched: float, seconds: float) -> None:
+        session = self.session
+        left = session.config.training.max_steps - session.step
+        pace = (time.monotonic() - self.began) / (session.step - self.first)
+        self._write(
+            {
+                "kind": "train",
+                "step": session.step,
+                "tokens": session.step * self.tokens_per_step,
+                "loss": result.loss,
+                "aux_loss": result.aux,
+                "grad_norm": result.grad_norm,
+                "lr": lr,
+                "tokens_per_s": self.tokens_per_step / seconds,
+                "time_total": seconds,
+                "time_data": fetched,
+                "time_forward_backward": result.seconds["forward_backward"],
+                "time_step": result.seconds["step"],
+                "elapsed": time.monotonic() - session.started,
+                "eta": left * pace,
+                "memory_bytes": memory_bytes(session.device),
+                "bad_steps": session.bad_steps,
+                "skipped": result.bad,
+                "mfu": self.flops_per_step / seconds / self.peak if self.peak else None,
+                "newton": result.newton,
+                "max_steps": session.config.training.max_steps,
+            }
+        )
+
+    def validation(self) -> None:
+        """Every validation set's loss and bits per byte, over the same documents at any world size."""
+        session, config = self.session, self.session.config
+        session.engine.eval()
+        for name, store in session.validation.items():
+            sums = validate(
+                session.engine,
+                store,
+                max_tokens=config.training.validate_tokens,
+                rows=config.eval.rows,
+                chunk=config.eval.chunk,
+                device=session.device,
+                rank=session.rank,
+                world_size=session.world_size,
+            )
+            total = torch.tensor(
+                [sums.loss_sum, sums.tokens, sums.n_bytes], dtype=torch.float64, device=session.device
+            )
+            dist.all_reduce(total)
+            loss_sum, tokens, n_bytes = total.tolist()
+            self._write(
+                {
+                    "kind": "validation",
+                    "step": session.step,
+                    "set": name,
+                    "loss": loss_sum / max(1.0, tokens),
+                    "tokens": int(tokens),
+                    "bits_per_byte": loss_sum / max(1.0, n_bytes) / 0.6931471805599453,
+                }
+            )
+        session.engine.train()
+
+
+class Profiler:
+    """A torch.profiler trace of ``training.profile_steps`` (first, last), for TensorBoard or chrome://tracing."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.steps = session.config.training.profile_steps
+        self.profile: torch.profiler.profile | None = None
+
+    def __enter__(self) -> Profiler:
+        return self
+
+    def before(self, step: int) -> None:
+        """Called before finished step number ``step`` + 1 is taken."""
+        if self.steps is None:
+            return
+        first, last = self.steps
+        if self.profile is None and first <= step + 1 <= last:
+            self.profile = torch.profiler.profile(record_shapes=True)
+            self.profile.start()
+        elif self.profile is not None and step + 1 > last:
+            self._export()
+
+    def _export(self) -> None:
+        if self.profile is None or self.steps is None:
+            return
+        self.profile.stop()
+        folder = self.session.folder.profile
+        folder.mkdir(parents=True, exist_ok=True)
+        first, last = self.steps
+        path = folder / f"rank_{self.session.rank:05d}_steps_{first}_{last}.json"
+        self.profile.export_chrome_trace(str(path))
+        self.profile, self.steps = None, None
+        self.session.say(f"profile written to {path}")
+
+    def __exit__(self, *error: object) -> None:
+        self._export()

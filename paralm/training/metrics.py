@@ -1,0 +1,117 @@
+"""Metrics: one JSON object a line in ``metrics.jsonl``, the same numbers as TensorBoard scalars, peaks for MFU.
+
+A line is written whole or not at all as far as a reader is concerned: a run that continues from a checkpoint
+cuts every line past it (and a line that a crash left unfinished) and purges TensorBoard from that step.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from paralm.errors import RunError
+from paralm.training.checkpoint import write_atomically
+
+# Dense bf16 peaks, FLOP/s (vendors' data sheets).
+_PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "H800": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "MI300X": 1307e12,
+    "MI250X": 383e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Peak dense bf16 FLOP/s of a device we know, otherwise None (a CPU's is not known)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next(
+        (value for key, value in _PEAK_FLOPS.items() if all(part in name for part in key.split())), None
+    )
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak allocated bytes on a GPU since the start, resident bytes of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process().memory_info().rss
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All whole lines. A last line without its newline is what a crash left, and is passed over.
+
+    Raises RunError, naming file and line, for a damaged line elsewhere.
+    """
+    if not path.exists():
+        return []
+    rows = []
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            raise RunError(f"{path}:{number}: not a JSON object; restore or remove the line") from None
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise RunError(
+                f"{path}:{number}: not a metrics row (no integer 'step'); restore or remove the line"
+            )
+        rows.append(row)
+    return rows
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Drop rows of steps past ``step`` and an unfinished last line."""
+    if not path.exists():
+        return
+    kept = [json.dumps(row) for row in read_metrics(path) if row["step"] <= step]
+    write_atomically(path, "".join(line + "\n" for line in kept))
+
+
+class MetricsWriter:
+    """Rank 0's writer. ``step`` counts finished optimizer steps."""
+
+    def __init__(self, metrics: Path, tensorboard: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        metrics.parent.mkdir(parents=True, exist_ok=True)
+        cut_metrics(metrics, step)
+        self._file = metrics.open("a", encoding="utf-8")
+        purge = step + 1 if tensorboard.exists() else None
+        self._board = SummaryWriter(str(tensorboard), purge_step=purge, flush_secs=10)  # type: ignore[no-untyped-call]
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row; every number in it becomes a scalar ``kind/key`` (nested: ``kind/key/sub``)."""
+        self._file.write(json.dumps(_plain(row)) + "\n")
+        self._file.flush()
+        name = f"{row['kind']}/{row['set']}" if "set" in row else str(row["kind"])
+        self._scalars(name, {k: v for k, v in row.items() if k not in ("kind", "step", "set")}, row["step"])
+
+    def _scalars(self, prefix: str, values: dict[str, Any], step: int) -> None:
+        for key, value in values.items():
+            if isinstance(value, dict):
+                self._scalars(f"{prefix}/{key}", value, step)
+            elif isinstance(value, int | float) and not isinstance(value, bool):
+                self._board.add_scalar(f"{prefix}/{key}", value, step)  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()  # type: ignore[no-untyped-call]
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN or infinity: they become strings, so that every line is valid JSON."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)
+    return value

@@ -1,0 +1,148 @@
+"""One optimizer step over the global batch: micro-batches, token weighting, the finite check, carried states.
+
+The loss of a step is Σ (token losses over all ranks) / (unmasked tokens over all ranks), whatever the split:
+DeepSpeed averages over ranks and micro-batches, so each micro-batch's *sum* is scaled by
+ranks · micro-batches / tokens. A rank short of rows runs fully masked ones, which add exactly nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from paralm_data import Batch
+from torch.utils import _pytree as pytree
+
+from paralm.training.engine import grad_accum_steps
+
+IGNORE = -100
+
+
+@dataclass
+class StepResult:
+    """What one step did; sums are over all ranks."""
+
+    loss: float  # nats per unmasked token
+    aux: float  # auxiliary losses (z-loss), per unmasked token
+    tokens: int  # unmasked tokens
+    grad_norm: float
+    bad: bool  # the update was skipped: a non-finite loss or gradient, or a solve out of bounds
+    stop_signal: int  # a signal some rank received, 0 for none
+    seconds: dict[str, float]
+    newton: dict[str, float] = field(default_factory=dict)
+
+
+class Stepper:
+    """Takes optimizer steps with a DeepSpeed engine."""
+
+    def __init__(self, engine: Any, config: Any, device: torch.device, rank: int, world_size: int) -> None:
+        self.engine, self.device, self.world_size = engine, device, world_size
+        self.micro = config.training.micro_batch_size
+        self.micros = grad_accum_steps(config, world_size)
+        self.carry = config.training.carry_state
+        self.carried: list[Any] = [None] * self.micros
+
+    def _micro_batches(self, batch: Batch) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """(tokens, labels, reset) of each micro-batch; a fully masked row where this rank has none left."""
+        reset = batch.reset
+        if self.carry:
+            reset = reset.clone()
+            reset[:, 0] |= ~torch.as_tensor(batch.continues)
+        pieces = []
+        for index in range(self.micros):
+            rows = slice(index * self.micro, (index + 1) * self.micro)
+            tokens, labels, starts = batch.tokens[rows], batch.labels[rows], reset[rows]
+            if len(tokens) == 0:
+                width = batch.tokens.shape[1]
+                tokens = torch.zeros((1, width), dtype=torch.int64)
+                labels = torch.full((1, width), IGNORE, dtype=torch.int64)
+                starts = torch.zeros((1, width), dtype=torch.bool)
+            pieces.append((tokens.to(self.device), labels.to(self.device), starts.to(self.device)))
+        return pieces
+
+    def _sum(self, values: list[torch.Tensor]) -> torch.Tensor:
+        """Sum over ranks of a few scalars, in float64."""
+        vector = torch.stack([v.detach().to(self.device, torch.float64) for v in values])
+        dist.all_reduce(vector)
+        return vector
+
+    def run(self, batch: Batch, lr: float, stop_signal: int | None, timed: bool) -> StepResult:
+        """Forward, backward and update for this rank's part of a global batch.
+
+        ``timed`` waits for the device between the phases, so that their times mean something.
+        """
+        start = time.perf_counter()
+        pieces = self._micro_batches(batch)
+        tokens = self._sum([sum(((labels != IGNORE).sum() for _, labels, _ in pieces), torch.tensor(0))])[0]
+        scale = self.world_size * self.micros / tokens.clamp(min=1)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        aux_sum = torch.zeros_like(loss_sum)
+        stats: dict[str, Any] = {}
+        for index, (ids, labels, reset) in enumerate(pieces):
+            output = self.engine(ids, labels=labels, state=self.carried[index], reset=reset)
+            if self.carry:
+                self.carried[index] = pytree.tree_map(torch.Tensor.detach, output.state)
+            total = output.loss + output.aux
+            # A loss that is not finite makes the whole gradient NaN, on every rank after the reduction, and the
+            # engine then skips the update: one decision, taken without waiting for the device.
+            factor = torch.where(torch.isfinite(total.detach()), scale, torch.nan).to(total.dtype)
+            self.engine.backward(total * factor)
+            loss_sum += output.loss.detach()
+            aux_sum += output.aux.detach()
+            _merge(stats, output.stats)
+            if index + 1 < len(pieces):
+                self.engine.step()
+        self._wait(timed)
+        middle = time.perf_counter()
+        self.engine.step()
+        self._wait(timed)
+        end = time.perf_counter()
+        stop = torch.tensor(float(stop_signal or 0))
+        sums = self._sum([loss_sum, aux_sum]) / tokens.clamp(min=1)
+        dist.all_reduce(stop_vector := stop.to(self.device), op=dist.ReduceOp.MAX)
+        loss = float(sums[0])
+        norm = self.engine.get_global_grad_norm()
+        bad = bool(self.engine.optimizer.overflow)
+        return StepResult(
+            loss=loss,
+            aux=float(sums[1]),
+            tokens=int(tokens),
+            grad_norm=float(norm) if norm is not None else float("nan"),
+            bad=bad,
+            stop_signal=int(stop_vector),
+            seconds={"forward_backward": middle - start, "step": end - middle},
+            newton={key: float(value) for key, value in stats.items()},
+        )
+
+    def _wait(self, timed: bool) -> None:
+        if timed and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def carried_rows(self, rows: int) -> list[torch.Tensor] | None:
+        """The carried states' leaves, with this rank's ``rows`` rows in order; None when there are none yet."""
+        if not self.carry or rows == 0 or self.carried[0] is None:
+            return None
+        used = -(-rows // self.micro)
+        flat = [pytree.tree_leaves(state) for state in self.carried[:used]]
+        return [torch.cat(leaves) for leaves in zip(*flat, strict=True)]
+
+    def set_carried(self, leaves: list[torch.Tensor], template: Any) -> None:
+        """Put back what :meth:`carried_rows` gave; ``template``: a state of the model's structure."""
+        spec = pytree.tree_structure(template)
+        for index in range(self.micros):
+            rows = slice(index * self.micro, (index + 1) * self.micro)
+            part = [leaf[rows].to(self.device) for leaf in leaves]
+            self.carried[index] = pytree.tree_unflatten(part, spec) if len(part[0]) else None
+
+
+def _merge(into: dict[str, Any], stats: dict[str, Any]) -> None:
+    """The largest of each statistic over the micro-batches."""
+    for key, value in stats.items():
+        old = into.get(key)
+        new = value.detach() if torch.is_tensor(value) else torch.tensor(float(value))
+        into[key] = new if old is None else torch.maximum(old, new)
