@@ -40,7 +40,7 @@ def sha256_file(path: Path) -> str:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write ``text`` under a temporary name, flush it to the disk, and rename: readers see old or new, whole."""
+    """Write under a temporary name, flush to the disk, rename: readers see the old text or the new, whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -89,8 +89,8 @@ def write_rank_file(
 ) -> RankFile:
     """Write one rank's file.
 
-    ``fragments``: (kind, parameter, offset, 1-D tensor); ``own``: what belongs to the rank alone. Raises OSError
-    when the storage refuses; what was written so far is not a checkpoint.
+    ``fragments``: (kind, parameter, offset, 1-D tensor); ``own``: what belongs to the rank alone. Raises
+    OSError when the storage refuses; what was written so far is not a checkpoint.
     """
     tensors: dict[str, torch.Tensor] = {
         f"rank|{key}": value.detach().cpu().contiguous() for key, value in own.items()
@@ -195,7 +195,9 @@ class Checkpoint:
                     break
                 end += numel
             if end != torch.Size(shape).numel():
-                return f"{self.directory / MANIFEST}: the fragments of {name} end at element {end} of {list(shape)}"
+                return (
+                    f"{self.directory / MANIFEST}: fragments of {name} end at element {end} of {list(shape)}"
+                )
         return None
 
     def _file(self, index: int) -> Any:
@@ -208,7 +210,7 @@ class Checkpoint:
         return self._open[index]
 
     def read(self, kind: str, name: str, offset: int, numel: int) -> torch.Tensor:
-        """Elements ``[offset, offset + numel)`` of the flattened parameter; 1-D, in the dtype it was written."""
+        """Elements ``[offset, offset + numel)`` of the flattened parameter, 1-D, in the dtype written."""
         pieces, want = [], offset
         for start, length, index in self.manifest["fragments"].get(f"{kind}|{name}", []):
             low, high = max(want, start), min(offset + numel, start + length)
@@ -283,7 +285,7 @@ def remove(directory: Path) -> None:
 
 
 def apply_retention(checkpoints: Path, keep_last: int, keep_every: int) -> list[int]:
-    """Remove all but the newest ``keep_last`` and the multiples of ``keep_every``; return the removed steps."""
+    """Remove all but the newest ``keep_last`` and multiples of ``keep_every``; return the removed steps."""
     there = steps(checkpoints)
     kept = set(there[-keep_last:]) | {s for s in there if keep_every and s % keep_every == 0}
     removed = [s for s in there if s not in kept]

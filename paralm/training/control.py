@@ -68,7 +68,7 @@ class Control:
     def alive(self) -> None:
         """Called once a step: the next ``hang_timeout`` seconds without a call dump the stacks.
 
-        The timer is a C thread that needs no interpreter lock, so it fires even when a rank hangs in native code.
+        The timer is a C thread without the interpreter lock, so it fires even when native code hangs.
         """
         faulthandler.dump_traceback_later(self._hang_timeout, repeat=True, file=self._file)
 

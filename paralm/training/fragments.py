@@ -59,7 +59,7 @@ class EngineFragments:
         return {k: v for k, v in state.items() if torch.is_tensor(v) and v.shape == flat.shape}
 
     def scalar_state(self) -> dict[str, float]:
-        """Optimizer state with one value per group (Adam's step), the same on every rank and in every group."""
+        """Optimizer state of one value a group (Adam's step), the same on every rank and in every group."""
         scalars: dict[str, float] = {}
         for flat in self.flats:
             for key, value in self.optimizer.state.get(flat, {}).items():
@@ -74,9 +74,9 @@ class EngineFragments:
         tensor_keys: list[str],
         scalars: dict[str, float],
     ) -> None:
-        """Fill masters and optimizer state from ``read(kind, name, offset, numel)``, then the model's weights.
+        """Fill masters and optimizer state from ``read(kind, name, offset, numel)``, then the weights.
 
-        ``tensor_keys`` names the optimizer's elementwise states; empty leaves the optimizer as new (weights only).
+        ``tensor_keys`` names the optimizer's elementwise states; empty: weights only, the optimizer stays new.
         """
         for flat in self.flats:
             if tensor_keys:

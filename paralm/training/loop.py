@@ -1,4 +1,4 @@
-"""Training, top-down: open the session, then batch → step → record → validate → save, until done or asked to stop.
+"""Training, top-down: open the session, then batch → step → record → validate → save, until done or stopped.
 
 The same call continues a run that exists. What a step computes is a function of the run's configuration, the
 step number and the restored state alone, so a run that was killed and started again repeats, to the last bit,
@@ -126,8 +126,9 @@ def _count_bad(session: Session, result: StepResult) -> None:
     session.bad_in_row += 1
     if session.bad_in_row >= session.config.training.max_bad_steps:
         raise DivergedError(
-            f"{session.bad_in_row} steps in a row had a non-finite loss or gradient (loss {result.loss} at step "
-            f"{session.step}); the last checkpoint stands. Lower optimizer.lr, or raise training.max_bad_steps"
+            f"{session.bad_in_row} steps in a row had a non-finite loss or gradient (loss {result.loss} at "
+            f"step {session.step}); the last checkpoint stands. Lower optimizer.lr, or raise "
+            "training.max_bad_steps"
         )
 
 

@@ -1,4 +1,4 @@
-"""Metrics: one JSON object a line in ``metrics.jsonl``, the same numbers as TensorBoard scalars, peaks for MFU.
+"""Metrics: a JSON object a line in ``metrics.jsonl``, the same numbers in TensorBoard, peaks for MFU.
 
 A line is written whole or not at all as far as a reader is concerned: a run that continues from a checkpoint
 cuts every line past it (and a line that a crash left unfinished) and purges TensorBoard from that step.

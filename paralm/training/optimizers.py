@@ -40,8 +40,8 @@ OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], OptimizerConfig], torch.op
 def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
     """An optimizer over the model's explicit groups.
 
-    ``groups``: as from ``LanguageModel.parameter_groups()``: ``params``, ``names``, ``weight_decay`` (whether the
-    group decays) and ``clamp`` (bound or None).
+    ``groups``: as from ``LanguageModel.parameter_groups()``: ``params``, ``names``, ``weight_decay`` (whether
+    the group decays) and ``clamp`` (bound or None).
     """
     prepared = [
         {

@@ -10,7 +10,7 @@ import torch
 
 
 def seed_all(seed: int, *purpose: int | str) -> None:
-    """Seed every generator of this rank from (seed, purpose …), so that unrelated uses never share a stream."""
+    """Seed every generator of this rank from (seed, purpose …): unrelated uses never share a stream."""
     digest = hashlib.blake2b(repr((seed, *purpose)).encode(), digest_size=8).digest()
     value = int.from_bytes(digest, "little") % 2**63
     random.seed(value)

@@ -71,7 +71,7 @@ class RunFolder:
             )
 
     def begin_attempt(self) -> int:
-        """Register this start and return its number. Two starts at once get two numbers; the higher one stays."""
+        """Register this start and return its number. Of two starts at once the higher number stays."""
         self.attempts.mkdir(parents=True, exist_ok=True)
         number = max((int(p.stem) for p in self.attempts.glob("*.json") if p.stem.isdigit()), default=0)
         text = json.dumps(environment(), indent=1)
@@ -140,7 +140,7 @@ def environment() -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """Commit of the tree paralm was imported from, with '+' if files differ from it; None outside a checkout."""
+    """Commit of the tree paralm was imported from, '+' if files differ from it; None outside a checkout."""
     here = Path(__file__).resolve().parent
     try:
         commit = subprocess.run(
@@ -155,6 +155,7 @@ def _git_commit() -> str | None:
             capture_output=True,
             text=True,
             timeout=10,
+            check=False,
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None

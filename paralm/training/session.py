@@ -103,9 +103,7 @@ class Session:
             raise ConfigError("training.fork_from and training.init_from cannot both be given")
         for name in ("tokenizer.model", "train", "held_out"):
             if not (self.config.data_dir / name).exists():
-                raise RunError(
-                    f"{self.config.data_dir / name}: missing; run 'paralm data prepare' with this config first"
-                )
+                raise RunError(f"{self.config.data_dir / name}: missing; run 'paralm data prepare' first")
 
     def _claim_folder(self) -> None:
         attempt: Any = None
@@ -163,7 +161,7 @@ class Session:
             torch.set_num_threads(wanted)
         if recorded is not None and recorded != torch.get_num_threads():
             self._warn(
-                f"{torch.get_num_threads()} threads, the checkpoint was made with {recorded}: last bits may differ"
+                f"{torch.get_num_threads()} threads, the checkpoint had {recorded}: last bits may differ"
             )
         if self.config.run.deterministic:
             torch.use_deterministic_algorithms(True)
@@ -179,7 +177,7 @@ class Session:
         for store in (self.store, *self.validation.values()):
             if store.tokenizer_sha256 != self.tokenizer.sha256:
                 raise RunError(
-                    f"{store.path}: made with another tokenizer than {self.config.data_dir / 'tokenizer.model'}"
+                    f"{store.path}: made with another tokenizer than the one in {self.config.data_dir}"
                 )
         self.loader = Loader(
             self.store,
@@ -198,8 +196,8 @@ class Session:
         model.set_activation_checkpointing(config.training.activation_checkpointing)
         if config.training.carry_state and not model.bounded_state:
             raise ConfigError(
-                f"training.carry_state: the state of mixer '{config.model.mixer['name']}' grows with the sequence; "
-                "use a recurrent mixer"
+                f"training.carry_state: the state of mixer '{config.model.mixer['name']}' grows with the "
+                "sequence; use a recurrent mixer"
             )
         self.parameters = sum(p.numel() for p in model.parameters())
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}

@@ -88,8 +88,8 @@ class Stepper:
             if self.carry:
                 self.carried[index] = pytree.tree_map(torch.Tensor.detach, output.state)
             total = output.loss + output.aux
-            # A loss that is not finite makes the whole gradient NaN, on every rank after the reduction, and the
-            # engine then skips the update: one decision, taken without waiting for the device.
+            # A loss that is not finite makes the whole gradient NaN, on every rank after the reduction, and
+            # the engine then skips the update: one decision, taken without waiting for the device.
             factor = torch.where(torch.isfinite(total.detach()), scale, torch.nan).to(total.dtype)
             self.engine.backward(total * factor)
             loss_sum += output.loss.detach()
@@ -124,7 +124,7 @@ class Stepper:
             torch.cuda.synchronize(self.device)
 
     def carried_rows(self, rows: int) -> list[torch.Tensor] | None:
-        """The carried states' leaves, with this rank's ``rows`` rows in order; None when there are none yet."""
+        """The carried states' leaves, this rank's ``rows`` rows in order; None when there are none yet."""
         if not self.carry or rows == 0 or self.carried[0] is None:
             return None
         used = -(-rows // self.micro)
