@@ -7,8 +7,11 @@ settles the accelerator for the process.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
+import warnings
 from datetime import timedelta
 from typing import Any
 
@@ -121,20 +124,23 @@ def build_engine(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: Config, world_size: int
 ) -> Any:  # deepspeed.DeepSpeedEngine, which has no types
     """A DeepSpeed engine around the model. The process group must exist."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, in a lone process too
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
     from deepspeed.utils import logger
 
-    logger.setLevel(logging.WARNING)
+    logger.setLevel(logging.ERROR)  # skipped steps and the optimizer's name are ours to report
     if device().type == "cpu":
         # DeepSpeed would compile a shared-memory op for CPU ranks here, which training never calls; a process
         # killed meanwhile leaves a lock file that hangs every later run (measured, 0.19.8).
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     count = sum(p.numel() for p in model.parameters())
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        config=deepspeed_config(config, world_size, count),
-        dist_init_required=False,
-    )
+    # DeepSpeed's BF16_Optimizer prints the machine's memory six times; nothing else is printed here.
+    with contextlib.redirect_stdout(io.StringIO()):
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config=deepspeed_config(config, world_size, count),
+            dist_init_required=False,
+        )
     return engine

@@ -76,7 +76,7 @@ class EngineFragments:
     ) -> None:
         """Fill masters and optimizer state from ``read(kind, name, offset, numel)``, then the weights.
 
-        ``tensor_keys`` names the optimizer's elementwise states; empty: weights only, the optimizer stays new.
+        ``tensor_keys`` names the optimizer's elementwise states; empty: weights only, a new optimizer.
         """
         for flat in self.flats:
             if tensor_keys:

@@ -1,0 +1,143 @@
+"""Plant one named defect at a time and see that the test named beside it fails: ``make mutants``.
+
+``tests/mutants.toml`` lists the defects: a file, a piece of its text that stands there exactly once, what
+replaces it, and the test that must then fail. Each is planted in a copy of the tree. A defect that no test
+notices, a test that fails without it, or a text that no longer stands in its file makes the command fail.
+
+    python tools/mutants.py [--jobs 2] [NAME …]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Queue
+
+ROOT = Path(__file__).resolve().parent.parent
+PARTS = (
+    "paralm",
+    "kernels",
+    "data_pipeline",
+    "launch",
+    "configs",
+    "slurm",
+    "tests",
+    "tools",
+    "pyproject.toml",
+)
+PATHS = (".", "kernels", "data_pipeline", "launch")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+def load(path: Path) -> list[Mutant]:
+    """The table; every text must stand exactly once in its file."""
+    mutants = [
+        Mutant(name, **entry) for name, entry in tomllib.loads(path.read_text(encoding="utf-8")).items()
+    ]
+    for mutant in mutants:
+        count = (ROOT / mutant.file).read_text(encoding="utf-8").count(mutant.old)
+        if count != 1 or mutant.old == mutant.new:
+            raise SystemExit(
+                f"mutants: {mutant.name}: its text stands {count} times in {mutant.file}, not once"
+            )
+    return mutants
+
+
+def copy_tree(target: Path) -> None:
+    for part in PARTS:
+        source = ROOT / part
+        if source.is_dir():
+            shutil.copytree(source, target / part, ignore=shutil.ignore_patterns("__pycache__"))
+        elif source.exists():
+            shutil.copy(source, target / part)
+
+
+def run_tests(tree: Path, tests: list[str]) -> tuple[int, str]:
+    """pytest's exit status in a copy of the tree, importing that copy."""
+    environment = dict(
+        os.environ, PYTHONPATH=os.pathsep.join(str(tree / p) for p in PATHS), OMP_NUM_THREADS="1"
+    )
+    environment["PYTHONDONTWRITEBYTECODE"] = "1"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
+    done = subprocess.run(
+        command, cwd=tree, env=environment, capture_output=True, text=True, timeout=900, check=False
+    )
+    return done.returncode, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+def attempt(mutant: Mutant, trees: Queue[Path]) -> tuple[Mutant, bool, str, float]:
+    """Plant the defect, run its test, put the file back."""
+    tree, start = trees.get(), time.monotonic()
+    path = tree / mutant.file
+    original = path.read_text(encoding="utf-8")
+    try:
+        path.write_text(original.replace(mutant.old, mutant.new), encoding="utf-8")
+        code, output = run_tests(tree, [mutant.test])
+    finally:
+        path.write_text(original, encoding="utf-8")
+        trees.put(tree)
+    # 1: a test failed. Anything else (no test found, a broken import) is not the catch that was promised.
+    return mutant, code == 1, output if code != 1 else "", time.monotonic() - start
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", help="only these defects")
+    parser.add_argument("--jobs", type=int, default=2)
+    arguments = parser.parse_args()
+    mutants = load(ROOT / "tests" / "mutants.toml")
+    unknown = set(arguments.names) - {m.name for m in mutants}
+    if unknown:
+        raise SystemExit(
+            f"mutants: unknown: {', '.join(sorted(unknown))}; known: {', '.join(m.name for m in mutants)}"
+        )
+    mutants = [m for m in mutants if not arguments.names or m.name in arguments.names]
+    with tempfile.TemporaryDirectory(prefix="paralm-mutants-") as folder:
+        trees: Queue[Path] = Queue()
+        for index in range(arguments.jobs):
+            tree = Path(folder) / str(index)
+            tree.mkdir()
+            copy_tree(tree)
+            trees.put(tree)
+        tree = trees.get()
+        code, output = run_tests(tree, sorted({m.test for m in mutants}))
+        trees.put(tree)
+        if code != 0:
+            print(output)
+            print("mutants: the named tests do not pass on the tree as it is")
+            return 1
+        survived = 0
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            for mutant, caught, output, seconds in pool.map(lambda m: attempt(m, trees), mutants):
+                survived += not caught
+                print(
+                    f"{'caught  ' if caught else 'SURVIVED'} {mutant.name:34} {seconds:5.1f} s  {mutant.test}",
+                    flush=True,
+                )
+                if not caught:
+                    print(output)
+    print(f"mutants: {len(mutants) - survived} caught, {survived} survived")
+    return 1 if survived else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
