@@ -9,7 +9,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 
 class Section(BaseModel):
@@ -72,7 +80,9 @@ class DataConfig(Section):
 class MLPConfig(Section):
     """SwiGLU between the mixers."""
 
-    d_ff: PositiveInt | None = Field(default=None, description="default: 8/3 d_model, rounded up to 64; 0 mixers skip it")
+    d_ff: PositiveInt | None = Field(
+        default=None, description="default: 8/3 d_model, rounded up to 64; 0 mixers skip it"
+    )
     enabled: bool = True
 
 
@@ -168,7 +178,9 @@ class Config(Section):
     """Everything one run is made from."""
 
     run: RunConfig = Field(default_factory=RunConfig)
-    imports: list[str] = Field(default_factory=list, description="modules or .py files with cells and mixers of your own")
+    imports: list[str] = Field(
+        default_factory=list, description="modules or .py files with cells and mixers of your own"
+    )
     data: DataConfig = Field(default_factory=DataConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)

@@ -48,15 +48,11 @@ class Mutant:
 
 def load(path: Path) -> list[Mutant]:
     """The table; every text must stand exactly once in its file."""
-    mutants = [
-        Mutant(name, **entry) for name, entry in tomllib.loads(path.read_text(encoding="utf-8")).items()
-    ]
+    mutants = [Mutant(name, **entry) for name, entry in tomllib.loads(path.read_text(encoding="utf-8")).items()]
     for mutant in mutants:
         count = (ROOT / mutant.file).read_text(encoding="utf-8").count(mutant.old)
         if count != 1 or mutant.old == mutant.new:
-            raise SystemExit(
-                f"mutants: {mutant.name}: its text stands {count} times in {mutant.file}, not once"
-            )
+            raise SystemExit(f"mutants: {mutant.name}: its text stands {count} times in {mutant.file}, not once")
     return mutants
 
 
@@ -71,14 +67,10 @@ def copy_tree(target: Path) -> None:
 
 def run_tests(tree: Path, tests: list[str]) -> tuple[int, str]:
     """pytest's exit status in a copy of the tree, importing that copy."""
-    environment = dict(
-        os.environ, PYTHONPATH=os.pathsep.join(str(tree / p) for p in PATHS), OMP_NUM_THREADS="1"
-    )
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(str(tree / p) for p in PATHS), OMP_NUM_THREADS="1")
     environment["PYTHONDONTWRITEBYTECODE"] = "1"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
-    done = subprocess.run(
-        command, cwd=tree, env=environment, capture_output=True, text=True, timeout=900, check=False
-    )
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=900, check=False)
     return done.returncode, done.stdout[-3000:] + done.stderr[-1000:]
 
 
@@ -98,18 +90,14 @@ def attempt(mutant: Mutant, trees: Queue[Path]) -> tuple[Mutant, bool, str, floa
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="only these defects")
     parser.add_argument("--jobs", type=int, default=2)
     arguments = parser.parse_args()
     mutants = load(ROOT / "tests" / "mutants.toml")
     unknown = set(arguments.names) - {m.name for m in mutants}
     if unknown:
-        raise SystemExit(
-            f"mutants: unknown: {', '.join(sorted(unknown))}; known: {', '.join(m.name for m in mutants)}"
-        )
+        raise SystemExit(f"mutants: unknown: {', '.join(sorted(unknown))}; known: {', '.join(m.name for m in mutants)}")
     mutants = [m for m in mutants if not arguments.names or m.name in arguments.names]
     with tempfile.TemporaryDirectory(prefix="paralm-mutants-") as folder:
         trees: Queue[Path] = Queue()

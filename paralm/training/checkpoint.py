@@ -92,9 +92,7 @@ def write_rank_file(
     ``fragments``: (kind, parameter, offset, 1-D tensor); ``own``: what belongs to the rank alone. Raises
     OSError when the storage refuses; what was written so far is not a checkpoint.
     """
-    tensors: dict[str, torch.Tensor] = {
-        f"rank|{key}": value.detach().cpu().contiguous() for key, value in own.items()
-    }
+    tensors: dict[str, torch.Tensor] = {f"rank|{key}": value.detach().cpu().contiguous() for key, value in own.items()}
     listed = []
     for kind, name, offset, tensor in fragments:
         tensors[f"{kind}|{name}|{offset}"] = tensor.detach().to("cpu", copy=True).contiguous()
@@ -195,9 +193,7 @@ class Checkpoint:
                     break
                 end += numel
             if end != torch.Size(shape).numel():
-                return (
-                    f"{self.directory / MANIFEST}: fragments of {name} end at element {end} of {list(shape)}"
-                )
+                return f"{self.directory / MANIFEST}: fragments of {name} end at element {end} of {list(shape)}"
         return None
 
     def _file(self, index: int) -> Any:
@@ -220,9 +216,7 @@ class Checkpoint:
             pieces.append(part[low - start : high - start])
             want = high
         if want != offset + numel:
-            raise CheckpointError(
-                f"{self.directory}: {kind} of {name} lacks elements {want} to {offset + numel}"
-            )
+            raise CheckpointError(f"{self.directory}: {kind} of {name} lacks elements {want} to {offset + numel}")
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces) if pieces else torch.empty(0)
 
     def tensor(self, name: str, kind: str = MASTER) -> torch.Tensor:
@@ -272,9 +266,7 @@ def newest_whole(
             return candidate
         warn(f"damaged checkpoint passed over: {found}")
     if there:
-        raise CheckpointError(
-            f"{checkpoints}: every checkpoint is damaged; remove the run's folder to start afresh"
-        )
+        raise CheckpointError(f"{checkpoints}: every checkpoint is damaged; remove the run's folder to start afresh")
     return None
 
 

@@ -35,9 +35,7 @@ class Control:
         ranks.mkdir(parents=True, exist_ok=True)
         self._file: TextIO = (stacks / f"rank_{rank:05d}.txt").open("a", encoding="utf-8")
         self._rank_file = ranks / f"rank_{rank:05d}.json"
-        write_atomically(
-            self._rank_file, json.dumps({"rank": rank, "pid": os.getpid(), "host": socket.gethostname()})
-        )
+        write_atomically(self._rank_file, json.dumps({"rank": rank, "pid": os.getpid(), "host": socket.gethostname()}))
         self._watcher = threading.Thread(target=self._watch, name="paralm-control", daemon=True)
 
     def __enter__(self) -> Control:

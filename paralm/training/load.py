@@ -50,9 +50,7 @@ def load_model(
     source: Checkpoint = open_checkpoint(path, step if step is not None else named, warnings.warn)
     tokenizer = Tokenizer.load(data_dir / "tokenizer.model")
     if tokenizer.sha256 != source.manifest["tokenizer_sha256"]:
-        raise RunError(
-            f"{data_dir / 'tokenizer.model'}: not the tokenizer that {source.directory} was trained with"
-        )
+        raise RunError(f"{data_dir / 'tokenizer.model'}: not the tokenizer that {source.directory} was trained with")
     model = build_model(config.model, tokenizer.vocab_size, seed=config.run.seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

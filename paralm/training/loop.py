@@ -43,9 +43,7 @@ class TrainResult:
     bad_steps: int
 
 
-def train(
-    config: Config, on_progress: Progress | None = None, say: Callable[[str], None] = print
-) -> TrainResult:
+def train(config: Config, on_progress: Progress | None = None, say: Callable[[str], None] = print) -> TrainResult:
     """Train (or continue) the run that ``config`` describes, in this process, as one rank of the group.
 
     ``on_progress`` receives every metrics row (rank 0). Raises StoppedError after a signal or
@@ -54,9 +52,7 @@ def train(
     """
     session = Session.open(config, say)
     try:
-        control = Control(
-            session.folder.stacks, session.folder.ranks, session.rank, config.training.hang_timeout
-        )
+        control = Control(session.folder.stacks, session.folder.ranks, session.rank, config.training.hang_timeout)
         with control, Profiler(session) as profiler:
             return _run(session, control, profiler, on_progress or (lambda row: None))
     finally:
@@ -134,9 +130,7 @@ def _count_bad(session: Session, result: StepResult) -> None:
 
 def _leave_if_superseded(session: Session) -> None:
     if session.superseded():
-        raise RunError(
-            f"{session.folder.path}: a later attempt has begun; attempt {session.attempt} leaves it the run"
-        )
+        raise RunError(f"{session.folder.path}: a later attempt has begun; attempt {session.attempt} leaves it the run")
 
 
 class Recorder:
@@ -201,9 +195,7 @@ class Recorder:
                 rank=session.rank,
                 world_size=session.world_size,
             )
-            total = torch.tensor(
-                [sums.loss_sum, sums.tokens, sums.n_bytes], dtype=torch.float64, device=session.device
-            )
+            total = torch.tensor([sums.loss_sum, sums.tokens, sums.n_bytes], dtype=torch.float64, device=session.device)
             dist.all_reduce(total)
             loss_sum, tokens, n_bytes = total.tolist()
             self._write(

@@ -35,9 +35,7 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next(
-        (value for key, value in _PEAK_FLOPS.items() if all(part in name for part in key.split())), None
-    )
+    return next((value for key, value in _PEAK_FLOPS.items() if all(part in name for part in key.split())), None)
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -62,9 +60,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             raise RunError(f"{path}:{number}: not a JSON object; restore or remove the line") from None
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise RunError(
-                f"{path}:{number}: not a metrics row (no integer 'step'); restore or remove the line"
-            )
+            raise RunError(f"{path}:{number}: not a metrics row (no integer 'step'); restore or remove the line")
         rows.append(row)
     return rows
 

@@ -54,9 +54,7 @@ class RunFolder:
             first = str(error).splitlines()[0]
             raise RunError(f"{self.config_file}: cannot be read as a configuration: {first}") from None
 
-    def check_same_run(
-        self, config: Config, frozen: Callable[[Config, Config], list[tuple[str, Any, Any]]]
-    ) -> None:
+    def check_same_run(self, config: Config, frozen: Callable[[Config, Config], list[tuple[str, Any, Any]]]) -> None:
         """Refuse to continue a run under keys that would make it another run; both values are named."""
         saved = self.saved_config()
         if saved is None:
@@ -110,9 +108,7 @@ class RunFolder:
             if found == expected:
                 return None
             time.sleep(0.2)
-        return (
-            f"rank {rank} on {socket.gethostname()} does not see {self.path / name}; run.root must be shared"
-        )
+        return f"rank {rank} on {socket.gethostname()} does not see {self.path / name}; run.root must be shared"
 
     def end_proof(self) -> None:
         for path in self.path.glob(".shared-*"):

@@ -84,9 +84,7 @@ class Session:
             session._build()
             session._restore()
             if session.rank == 0:
-                session.metrics = MetricsWriter(
-                    session.folder.metrics, session.folder.tensorboard, session.step
-                )
+                session.metrics = MetricsWriter(session.folder.metrics, session.folder.tensorboard, session.step)
         except BaseException:
             session.close()
             raise
@@ -160,9 +158,7 @@ class Session:
         if wanted is not None:
             torch.set_num_threads(wanted)
         if recorded is not None and recorded != torch.get_num_threads():
-            self._warn(
-                f"{torch.get_num_threads()} threads, the checkpoint had {recorded}: last bits may differ"
-            )
+            self._warn(f"{torch.get_num_threads()} threads, the checkpoint had {recorded}: last bits may differ")
         if self.config.run.deterministic:
             torch.use_deterministic_algorithms(True)
 
@@ -176,9 +172,7 @@ class Session:
             self.validation[name] = TokenStore.open(path, verify=data.verify)
         for store in (self.store, *self.validation.values()):
             if store.tokenizer_sha256 != self.tokenizer.sha256:
-                raise RunError(
-                    f"{store.path}: made with another tokenizer than the one in {self.config.data_dir}"
-                )
+                raise RunError(f"{store.path}: made with another tokenizer than the one in {self.config.data_dir}")
         self.loader = Loader(
             self.store,
             seq_len=training.seq_len,
@@ -231,9 +225,7 @@ class Session:
                 f"{source.directory}: made with optimizer '{manifest['optimizer']['name']}', "
                 f"not '{self.config.optimizer.name}'; use training.init_from to take its weights only"
             )
-        self.fragments.load(
-            source.read, manifest["optimizer"]["tensor_keys"], manifest["optimizer"]["scalars"]
-        )
+        self.fragments.load(source.read, manifest["optimizer"]["tensor_keys"], manifest["optimizer"]["scalars"])
         if self.forked:
             self.loader.step = self.step
         else:
@@ -313,9 +305,7 @@ class Session:
             ckpt.remove(directory)  # of an earlier course of this run, found damaged when it was resumed
         dist.barrier()
         try:
-            mine: Any = ckpt.write_rank_file(
-                directory, self.rank, self._fragment_tensors(), self._own_tensors()
-            )
+            mine: Any = ckpt.write_rank_file(directory, self.rank, self._fragment_tensors(), self._own_tensors())
         except OSError as error:
             mine = f"rank {self.rank}: {error}"
         files = gather(mine)
