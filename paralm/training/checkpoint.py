@@ -58,9 +58,13 @@ def _sync_directory(directory: Path) -> None:
         os.close(handle)
 
 
+def _dump(manifest: dict[str, Any]) -> str:
+    return json.dumps(manifest, indent=1, sort_keys=True)
+
+
 def _digest(manifest: dict[str, Any]) -> str:
     body = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(_dump(body).encode()).hexdigest()
 
 
 def step_name(step: int) -> str:
@@ -125,7 +129,7 @@ def write_manifest(directory: Path, files: list[RankFile], meta: dict[str, Any])
     }
     manifest["sha256"] = _digest(manifest)
     _sync_directory(directory)
-    write_atomically(directory / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
+    write_atomically(directory / MANIFEST, _dump(manifest))
     write_atomically(directory.parent / LATEST, directory.name + "\n")
 
 
@@ -140,7 +144,8 @@ class Checkpoint:
         self.directory = directory
         path = directory / MANIFEST
         try:
-            self.manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            self.manifest: dict[str, Any] = json.loads(text)
         except FileNotFoundError:
             raise CheckpointError(f"{path}: missing, so {directory.name} is no (whole) checkpoint") from None
         except (OSError, ValueError) as error:
@@ -148,7 +153,8 @@ class Checkpoint:
         if not isinstance(self.manifest, dict) or self.manifest.get("format") != FORMAT:
             found = self.manifest.get("format") if isinstance(self.manifest, dict) else None
             raise CheckpointError(f"{path}: format {found!r}, this version of paralm reads {FORMAT}")
-        if self.manifest.get("sha256") != _digest(self.manifest):
+        # Compared as text too: a flipped blank changes no value, but it is a damaged disk all the same.
+        if self.manifest.get("sha256") != _digest(self.manifest) or text != _dump(self.manifest):
             raise CheckpointError(f"{path}: its SHA-256 does not match; the manifest is damaged")
         self.step: int = self.manifest["step"]
         self._open: dict[int, Any] = {}

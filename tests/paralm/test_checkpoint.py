@@ -1,0 +1,121 @@
+"""Checkpoints: any slice reads back whatever grid wrote it, and no damage goes unnoticed."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from paralm.errors import CheckpointError
+from paralm.training import checkpoint as ckpt
+
+SHAPES = {"a.weight": (7, 5), "b": (11,), "scalar": ()}
+
+
+def values(kind: str, name: str) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(len(kind) * 100 + len(name))
+    return torch.randn(torch.Size(SHAPES[name]).numel(), generator=generator)
+
+
+def write(checkpoints: Path, step: int, world_size: int) -> Path:
+    """A checkpoint whose fragments are cut at ``world_size`` equal parts of the flattened whole, as ZeRO does."""
+    directory = checkpoints / ckpt.step_name(step)
+    total = sum(torch.Size(s).numel() for s in SHAPES.values())
+    bounds = [total * r // world_size for r in range(world_size + 1)]
+    files = []
+    for rank in range(world_size):
+        fragments, begin = [], 0
+        for name, shape in SHAPES.items():
+            count = torch.Size(shape).numel()
+            low, high = max(begin, bounds[rank]), min(begin + count, bounds[rank + 1])
+            if low < high:
+                for kind in ("master", "exp_avg"):
+                    part = values(kind, name)[low - begin : high - begin]
+                    fragments.append((kind, name, low - begin, part))
+            begin += count
+        own = {"rng/torch": torch.arange(5, dtype=torch.uint8) + rank}
+        files.append(ckpt.write_rank_file(directory, rank, fragments, own))
+    meta = {"step": step, "parameters": {n: {"shape": list(s)} for n, s in SHAPES.items()}}
+    ckpt.write_manifest(directory, files, meta)
+    return directory
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 8])
+def test_any_slice_reads_back_whatever_the_world_size(tmp_path: Path, world_size: int) -> None:
+    checkpoint = ckpt.Checkpoint(write(tmp_path, 3, world_size)).verify()
+    for name in SHAPES:
+        for kind in ("master", "exp_avg"):
+            whole = values(kind, name)
+            assert torch.equal(checkpoint.tensor(name, kind).flatten(), whole)
+            for low in range(len(whole) + 1):
+                for high in range(low, len(whole) + 1):
+                    assert torch.equal(checkpoint.read(kind, name, low, high - low), whole[low:high])
+    assert checkpoint.rank_tensors(world_size - 1, "rng")["torch"].tolist() == [world_size - 1 + i for i in range(5)]
+
+
+def test_every_flipped_byte_and_every_truncation_is_found(tmp_path: Path) -> None:
+    directory = write(tmp_path, 1, 2)
+    rng = random.Random(0)
+    for path in sorted(directory.iterdir()):
+        whole = path.read_bytes()
+        for trial in range(100):
+            at = rng.randrange(len(whole))
+            if trial % 2:
+                damaged = whole[:at]
+            else:
+                damaged = whole[:at] + bytes([whole[at] ^ (1 << rng.randrange(8))]) + whole[at + 1 :]
+            path.write_bytes(damaged)
+            with pytest.raises(CheckpointError) as caught:
+                ckpt.Checkpoint(directory).verify()
+            assert path.name in str(caught.value)
+            assert "\n" not in str(caught.value)
+        path.write_bytes(whole)
+    ckpt.Checkpoint(directory).verify()
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_newest_whole_one(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        write(tmp_path, step, 2)
+    (tmp_path / ckpt.step_name(3) / ckpt.rank_file(1)).write_bytes(b"short")
+    (tmp_path / ckpt.step_name(2) / ckpt.rank_file(0)).unlink()
+    said: list[str] = []
+    found = ckpt.newest_whole(tmp_path, said.append)
+    assert found is not None
+    assert found.step == 1
+    assert len(said) == 2
+    assert "rank_00001" in said[0]
+    assert "rank_00000" in said[1]
+    (tmp_path / ckpt.step_name(1) / ckpt.rank_file(0)).write_bytes(b"")
+    with pytest.raises(CheckpointError, match="every checkpoint is damaged"):
+        ckpt.newest_whole(tmp_path, said.append)
+
+
+def test_without_a_manifest_there_is_no_checkpoint(tmp_path: Path) -> None:
+    write(tmp_path, 1, 1)
+    unfinished = tmp_path / ckpt.step_name(2)
+    ckpt.write_rank_file(unfinished, 0, [("master", "b", 0, values("master", "b"))], {})
+    assert ckpt.steps(tmp_path) == [1]
+    with pytest.raises(CheckpointError, match="there are: 1"):
+        ckpt.open_step(tmp_path, 2)
+    ckpt.remove_unfinished(tmp_path)
+    assert not unfinished.exists()
+    assert ckpt.steps(tmp_path) == [1]
+
+
+def test_a_parameter_that_is_not_whole_is_found(tmp_path: Path) -> None:
+    directory = tmp_path / ckpt.step_name(1)
+    file = ckpt.write_rank_file(directory, 0, [("master", "b", 2, values("master", "b")[2:])], {})
+    ckpt.write_manifest(directory, [file], {"step": 1, "parameters": {"b": {"shape": [11]}}})
+    with pytest.raises(CheckpointError, match="fragments of b"):
+        ckpt.Checkpoint(directory).verify()
+
+
+def test_retention_keeps_the_last_and_the_multiples(tmp_path: Path) -> None:
+    for step in range(1, 9):
+        write(tmp_path, step, 1)
+    removed = ckpt.apply_retention(tmp_path, keep_last=2, keep_every=3)
+    assert removed == [1, 2, 4, 5]
+    assert ckpt.steps(tmp_path) == [3, 6, 7, 8]
+    assert (tmp_path / ckpt.LATEST).read_text().strip() == ckpt.step_name(8)
