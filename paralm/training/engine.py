@@ -7,6 +7,7 @@ settles the accelerator for the process.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import logging
@@ -47,16 +48,19 @@ def rank_and_world() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def start_distributed(timeout: float) -> bool:
-    """Join the process group unless this process already has one; returns whether this call made it."""
+def start_distributed(timeout: float) -> None:
+    """Join the process group, once in a process's life; it is left again when the process exits.
+
+    DeepSpeed caches groups, so a second group in one process would be used through stale handles.
+    """
     where = device()
     if where.type == "cuda":
         torch.cuda.set_device(where)
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    rank, world = rank_and_world()
     if dist.is_initialized():
-        return False
+        return
+    rank, world = rank_and_world()
     backend = "nccl" if where.type == "cuda" else "gloo"
     limit = timedelta(seconds=timeout)
     if world == 1:
@@ -67,7 +71,12 @@ def start_distributed(timeout: float) -> bool:
         if os.environ.get("MASTER_ADDR") in ("127.0.0.1", "localhost"):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         dist.init_process_group(backend, rank=rank, world_size=world, timeout=limit)
-    return True
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def grad_accum_steps(config: Config, world_size: int) -> int:

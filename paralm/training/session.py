@@ -66,7 +66,6 @@ class Session:
         self.bad_in_row = 0
         self.started = time.monotonic()
         self.metrics: MetricsWriter | None = None
-        self._owns_group = False
 
     # -- setting up ------------------------------------------------------------------------------------------
 
@@ -75,7 +74,7 @@ class Session:
         """Join the group, claim the run folder, build model and engine, and restore the newest checkpoint."""
         session = cls(config, say)
         session._check_before_anything()
-        session._owns_group = start_distributed(timeout=config.training.hang_timeout)
+        start_distributed(timeout=config.training.hang_timeout)
         try:
             session._claim_folder()
             session._find_checkpoint()
@@ -359,15 +358,13 @@ class Session:
             self.metrics.write(row)
 
     def close(self) -> None:
-        """Leave the group; nothing is written."""
+        """Take the engine down; nothing is written."""
         if self.metrics is not None:
             self.metrics.close()
         engine = getattr(self, "engine", None)
         if engine is not None:
             with contextlib.suppress(Exception):  # DeepSpeed's own tear-down must not hide the error in hand
                 engine.destroy()
-        if self._owns_group and dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def open_checkpoint(run: Path, step: int | None, warn: Callable[[str], None]) -> ckpt.Checkpoint:

@@ -1,0 +1,74 @@
+"""What every test shares: two threads at most, and a tiny prepared corpus made once a session."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+_WORDS = (
+    "the a of river stone light walks under over and then never sings green old seven bridge 12 307 because "
+    "north cold wind letter answers door window opens closes slowly again é ü 水 → ; , . ( ) def return"
+).split()
+
+
+def write_corpus(folder: Path, documents: int = 120, seed: int = 0) -> Path:
+    """Text files of 20 to 400 words, the same on every machine."""
+    rng = random.Random(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(documents):
+        lines = [
+            " ".join(rng.choice(_WORDS) for _ in range(rng.randint(3, 12))) for _ in range(rng.randint(6, 40))
+        ]
+        (folder / f"{index:04d}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of text files."""
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "text")
+
+
+@pytest.fixture(scope="session")
+def prepared(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder: tokenizer, train and held-out stores of the tiny corpus."""
+    from paralm_data import SourceSpec, TokenizerSpec, prepare
+
+    out = tmp_path_factory.mktemp("data") / "data"
+    prepare(SourceSpec(kind="text", paths=[str(corpus)]), TokenizerSpec(vocab_size=320), out, held_out_fraction=0.1)
+    return out
+
+
+def settings(corpus: Path, data_dir: Path | None, root: Path, **sections: Any) -> dict[str, Any]:
+    """A small whole configuration as a plain dict; ``sections`` are merged into it, section by section."""
+    base: dict[str, Any] = {
+        "run": {"name": "tiny", "root": str(root), "seed": 5},
+        "data": {
+            "source": {"kind": "text", "paths": [str(corpus)]},
+            "tokenizer": {"vocab_size": 320},
+            "held_out_fraction": 0.1,
+        },
+        "model": {"d_model": 32, "n_layers": 2, "mixer": {"name": "paragru", "n_heads": 2}},
+        "training": {
+            "max_steps": 12,
+            "seq_len": 32,
+            "global_batch_size": 4,
+            "micro_batch_size": 2,
+            "validate_tokens": 500,
+            "threads": 1,
+        },
+        "checkpoint": {"every": 5},
+        "eval": {"max_tokens": 500, "rows": 4, "chunk": 64, "sample_tokens": 8, "prompts": ["the "]},
+    }
+    if data_dir is not None:
+        base["data"]["dir"] = str(data_dir)
+    for section, values in sections.items():
+        base.setdefault(section, {}).update(values)
+    return base

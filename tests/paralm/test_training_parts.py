@@ -1,0 +1,199 @@
+"""The parts of training that need no model: schedules, metrics, the run folder, signals and stack dumps."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from paralm.config import Config, OptimizerConfig, ScheduleConfig
+from paralm.errors import ConfigError, RunError
+from paralm.training import rng
+from paralm.training.control import Control, request_stacks
+from paralm.training.engine import deepspeed_config, grad_accum_steps
+from paralm.training.metrics import MetricsWriter, cut_metrics, read_metrics
+from paralm.training.optimizers import build_optimizer
+from paralm.training.run_folder import RunFolder
+from paralm.training.schedule import lr_factor
+
+
+def test_cosine_rises_linearly_and_ends_at_its_minimum() -> None:
+    schedule = ScheduleConfig(kind="cosine", warmup=0.1, min_ratio=0.1)
+    factors = [lr_factor(schedule, step, 100) for step in range(101)]
+    assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert all(a >= b for a, b in itertools.pairwise(factors[10:]))
+    assert factors[55] == pytest.approx(0.55)  # half way down: the mean of 1 and 0.1
+    assert factors[100] == pytest.approx(0.1)
+
+
+def test_wsd_holds_and_then_decays_linearly() -> None:
+    schedule = ScheduleConfig(kind="wsd", warmup=5, decay=0.2, min_ratio=0.0)
+    factors = [lr_factor(schedule, step, 100) for step in range(101)]
+    assert factors[4:81] == [1.0] * 77
+    assert factors[90] == pytest.approx(0.5)
+    assert factors[100] == 0.0
+
+
+def test_clamp_holds_after_every_update_and_only_in_its_group() -> None:
+    free, bound = torch.nn.Parameter(torch.ones(5)), torch.nn.Parameter(torch.full((5,), 0.49))
+    groups = [
+        {"params": [free], "weight_decay": False, "clamp": None},
+        {"params": [bound], "weight_decay": False, "clamp": 0.5},
+    ]
+    optimizer = build_optimizer(groups, OptimizerConfig(lr=0.1))
+    for _ in range(3):
+        free.grad, bound.grad = -torch.ones(5), -torch.ones(5)
+        optimizer.step()
+        assert bound.max() <= 0.5
+    assert bound.tolist() == [0.5] * 5
+    assert free.min() > 1.2
+
+
+def test_rng_round_trip_restores_every_generator() -> None:
+    rng.seed_all(3, "a")
+    random.gauss(0, 1)
+    np.random.standard_normal()  # noqa: NPY002
+    state = rng.capture()
+
+    def draw() -> list[float]:
+        return [random.gauss(0, 1), random.random(), np.random.standard_normal(), torch.rand(()).item()]  # noqa: NPY002
+
+    first = draw()
+    rng.seed_all(4, "b")
+    assert draw() != first
+    rng.restore(state)
+    assert draw() == first
+
+
+def test_metrics_are_cut_at_the_checkpoint_and_a_torn_line_is_dropped(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tb", 0)
+    for step in range(1, 6):
+        writer.write({"kind": "train", "step": step, "loss": step / 3, "newton": {"layer_0": 4.0}})
+    writer.write({"kind": "validation", "set": "held_out", "step": 5, "loss": float("nan")})
+    writer.close()
+    path = tmp_path / "metrics.jsonl"
+    with path.open("a") as file:
+        file.write('{"kind": "train", "ste')
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4, 5, 5]
+    assert read_metrics(path)[-1]["loss"] == "nan"
+    cut_metrics(path, 3)
+    rows = read_metrics(path)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert rows[0]["loss"] == 1 / 3  # floats survive to the last bit
+
+
+def test_a_damaged_metrics_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"kind": "train", "step": 1}\n{"kind": "tr\n{"kind": "train", "step": 3}\n')
+    with pytest.raises(RunError, match=r"metrics\.jsonl:2"):
+        read_metrics(path)
+
+
+def test_tensorboard_is_purged_from_the_step_a_run_continues_at(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for start, stop, value in ((1, 9, 1.0), (5, 7, 2.0)):
+        writer = MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tb", start - 1)
+        for step in range(start, stop):
+            writer.write({"kind": "train", "step": step, "loss": value})
+        writer.close()
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [
+        *((s, 1.0) for s in range(1, 5)),
+        (5, 2.0),
+        (6, 2.0),
+    ]
+
+
+def test_a_later_attempt_supersedes_an_earlier_one(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    first = folder.begin_attempt()
+    assert not folder.superseded(first)
+    second = folder.begin_attempt()
+    assert second == first + 1
+    assert folder.superseded(first)
+    assert not folder.superseded(second)
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert {"torch", "deepspeed"} <= set(environment["packages"])
+
+
+def test_a_folder_that_ranks_do_not_share_is_found(tmp_path: Path) -> None:
+    writer, reader = RunFolder(tmp_path / "one"), RunFolder(tmp_path / "two")
+    for folder in (writer, reader):
+        folder.path.mkdir()
+    box: list[object] = []
+
+    def from_rank_0(value: object) -> object:
+        box.append(value)
+        return value
+
+    assert writer.prove_shared(0, from_rank_0) is None
+    problem = reader.prove_shared(1, lambda _: box[0], patience=0.3)
+    assert problem is not None
+    assert "run.root must be shared" in problem
+    writer.end_proof()
+    assert list(writer.path.iterdir()) == []
+
+
+def test_signals_are_noted_and_handlers_put_back(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with Control(tmp_path / "stacks", tmp_path / "ranks", 0, hang_timeout=60) as control:
+        assert json.loads((tmp_path / "ranks" / "rank_00000.json").read_text())["pid"] == os.getpid()
+        assert control.stop_signal is None
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert control.stop_signal == signal.SIGUSR1
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert not (tmp_path / "ranks" / "rank_00000.json").exists()
+
+
+def test_stacks_are_dumped_on_request_by_file_by_signal_and_on_a_hang(tmp_path: Path) -> None:
+    dump = tmp_path / "stacks" / "rank_00000.txt"
+
+    def wait_for(count: int) -> None:
+        deadline = time.monotonic() + 20
+        while dump.read_text().count("wait_for") < count:
+            assert time.monotonic() < deadline, dump.read_text()
+            time.sleep(0.05)
+
+    with Control(tmp_path / "stacks", tmp_path / "ranks", 0, hang_timeout=0.5) as control:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        threading.Event().wait(0.1)
+        assert "test_stacks_are_dumped" in dump.read_text()
+        request_stacks(tmp_path / "stacks")
+        wait_for(1)
+        seen = dump.read_text().count("wait_for")
+        control.alive()
+        wait_for(seen + 1)
+        assert "Timeout" in dump.read_text()
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "world", "steps"), [(16, 4, 1, 4), (16, 4, 2, 2), (5, 2, 2, 2), (3, 8, 4, 1)]
+)
+def test_accumulation_is_derived_from_the_global_batch(batch: int, micro: int, world: int, steps: int) -> None:
+    config = Config.model_validate({"training": {"global_batch_size": batch, "micro_batch_size": micro}})
+    assert grad_accum_steps(config, world) == steps
+    generated = deepspeed_config(config, world, 1000)
+    assert generated["gradient_accumulation_steps"] == steps
+    assert generated["train_batch_size"] == micro * steps * world
+
+
+def test_raw_deepspeed_keys_are_laid_over_ours_but_not_those_we_own() -> None:
+    config = Config.model_validate({"parallel": {"deepspeed": {"zero_optimization": {"overlap_comm": True}, "x": 1}}})
+    generated = deepspeed_config(config, 1, 1000)
+    assert generated["zero_optimization"]["overlap_comm"] is True
+    assert generated["zero_optimization"]["stage"] == 1
+    assert generated["x"] == 1
+    config = Config.model_validate({"parallel": {"deepspeed": {"zero_optimization": {"stage": 3}}}})
+    with pytest.raises(ConfigError, match=r"parallel\.deepspeed\.zero_optimization\.stage"):
+        deepspeed_config(config, 1, 1000)
