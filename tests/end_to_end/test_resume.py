@@ -90,9 +90,7 @@ def test_killed_and_started_again_equals_uninterrupted(
 
 
 @pytest.mark.slow
-def test_a_signal_saves_and_leaves_and_the_same_command_continues(
-    corpus: Path, prepared: Path, tmp_path: Path
-) -> None:
+def test_a_signal_saves_and_leaves_and_the_same_command_continues(corpus: Path, prepared: Path, tmp_path: Path) -> None:
     def config(name: str) -> dict[str, Any]:
         made = settings(corpus, prepared, tmp_path, training={"max_steps": 60}, checkpoint={"every": 1000})
         made["run"]["name"] = name

@@ -1,0 +1,217 @@
+"""Training as a whole, in process: what is recorded, what is skipped, what continues, what is refused."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from paralm.config import Config
+from paralm.errors import CheckpointError, DivergedError, RunError, StoppedError
+from paralm.models import LanguageModel
+from paralm.training import checkpoint as ckpt
+from paralm.training.load import load_model
+from paralm.training.loop import train
+from paralm.training.metrics import read_metrics
+from paralm.training.session import Session
+from tests.conftest import settings
+
+
+@pytest.fixture
+def make(corpus: Path, prepared: Path, tmp_path: Path) -> Any:
+    """``make(name, **sections)``: a configuration whose run is ``tmp_path / name``."""
+
+    def make(name: str, **sections: Any) -> Config:
+        base = settings(corpus, prepared, tmp_path, **sections)
+        base["run"]["name"] = name
+        return Config.model_validate(base)
+
+    return make
+
+
+def quiet(_: str) -> None:
+    """Where warnings go that a test does not look at."""
+
+
+def rows(config: Config, kind: str = "train") -> list[dict[str, Any]]:
+    return [row for row in read_metrics(config.run_dir / "metrics.jsonl") if row["kind"] == kind]
+
+
+def test_a_run_learns_and_its_folder_holds_what_it_should(make: Any) -> None:
+    config = make("a", training={"max_steps": 30, "validate_every": 10}, optimizer={"lr": 1e-2})
+    seen: list[dict[str, Any]] = []
+    result = train(config, seen.append, quiet)
+    assert result.step == 30
+    train_rows = rows(config)
+    assert [row["step"] for row in train_rows] == list(range(1, 31))
+    assert train_rows[-1]["loss"] < train_rows[0]["loss"] - 0.3
+    assert abs(train_rows[0]["loss"] - math.log(320)) < 0.5  # an untrained model knows nothing
+    for key in ("tokens_per_s", "grad_norm", "lr", "memory_bytes", "time_data", "time_forward_backward", "time_step"):
+        assert train_rows[-1][key] >= 0
+    assert train_rows[-1]["tokens"] == 30 * 4 * 32
+    assert any("iterations" in key for key in train_rows[-1]["newton"])
+    validation = rows(config, "validation")
+    assert [(row["step"], row["set"]) for row in validation] == [(10, "held_out"), (20, "held_out"), (30, "held_out")]
+    assert validation[-1]["bits_per_byte"] < validation[0]["bits_per_byte"]
+    assert len([row for row in seen if row["kind"] == "train"]) == 30
+    assert ckpt.steps(config.run_dir / "checkpoints") == [25, 30]
+    for name in ("config.yaml", "environment.json", "tensorboard", "attempts/000001.json"):
+        assert (config.run_dir / name).exists()
+
+
+def test_stopped_and_continued_equals_uninterrupted_with_dropout(make: Any) -> None:
+    whole = make("whole", model={"dropout": 0.2})
+    train(whole, say=quiet)
+    for limit in (1e-9, 1e-9, None):  # a spent allowance stops the run after one more step
+        part = make("part", model={"dropout": 0.2}, training={"stop_after_seconds": limit})
+        if limit is None:
+            train(part, say=quiet)
+        else:
+            with pytest.raises(StoppedError, match="the same command continues"):
+                train(part, say=quiet)
+    assert [row["loss"] for row in rows(part)] == [row["loss"] for row in rows(whole)]
+    assert [row["grad_norm"] for row in rows(part)] == [row["grad_norm"] for row in rows(whole)]
+
+
+def test_a_finished_run_has_nothing_left_to_do(make: Any) -> None:
+    config = make("a", training={"max_steps": 3})
+    train(config, say=quiet)
+    before = (config.run_dir / "metrics.jsonl").read_bytes()
+    assert train(config, say=quiet).loss is None
+    assert (config.run_dir / "metrics.jsonl").read_bytes() == before
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, bad: set[int]) -> None:
+    """Make the loss of the given forward calls in training NaN."""
+    original, calls = LanguageModel.forward, [0]
+
+    def forward(self: LanguageModel, *args: Any, **kwargs: Any) -> Any:
+        output = original(self, *args, **kwargs)
+        if self.training:
+            calls[0] += 1
+            if calls[0] in bad:
+                output = output._replace(loss=output.loss * math.nan)
+        return output
+
+    monkeypatch.setattr(LanguageModel, "forward", forward)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_bad_step_is_skipped_and_counted_and_touches_nothing(
+    make: Any, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    config = make("a", training={"max_steps": 3, "precision": precision}, checkpoint={"every": 1, "keep_last": 9})
+    poison(monkeypatch, {4})  # one micro-batch of the second step
+    train(config, say=quiet)
+    assert [row["skipped"] for row in rows(config)] == [False, True, False]
+    assert rows(config)[-1]["bad_steps"] == 1
+    first, second, third = (ckpt.open_step(config.run_dir / "checkpoints", step) for step in (1, 2, 3))
+    for name in first.shapes:
+        for kind in ("master", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(first.tensor(name, kind), second.tensor(name, kind))
+    assert any(not torch.equal(second.tensor(name), third.tensor(name)) for name in first.shapes)
+    assert third.manifest["optimizer"]["scalars"]["step"] == 2
+
+
+def test_many_bad_steps_in_a_row_stop_with_the_last_good_checkpoint(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make("a", training={"max_steps": 20, "max_bad_steps": 3}, checkpoint={"every": 2})
+    poison(monkeypatch, set(range(11, 100)))
+    with pytest.raises(DivergedError, match="3 steps in a row") as caught:
+        train(config, say=quiet)
+    assert "\n" not in str(caught.value)
+    assert ckpt.newest_whole(config.run_dir / "checkpoints", quiet).step == 6  # type: ignore[union-attr]
+
+
+def test_clamp_holds_on_the_recurrent_weights_of_a_trained_model(make: Any) -> None:
+    config = make("a", optimizer={"lr": 0.5}, training={"max_steps": 8})
+    train(config, say=quiet)
+    loaded = load_model(config.run_dir)
+    clamped = [group for group in loaded.model.parameter_groups() if group["clamp"]]
+    assert clamped
+    for group in clamped:
+        largest = max(float(p.detach().abs().max()) for p in group["params"])
+        assert largest == group["clamp"]
+
+
+def test_keys_that_must_not_change_are_refused_with_both_values(make: Any) -> None:
+    config = make("a", training={"max_steps": 2})
+    train(config, say=quiet)
+    before = sorted(p for p in config.run_dir.rglob("*"))
+    with pytest.raises(RunError, match=r"model\.d_model.*32.*64"):
+        train(make("a", training={"max_steps": 2}, model={"d_model": 64}), say=quiet)
+    assert sorted(p for p in config.run_dir.rglob("*")) == before
+
+
+def test_init_from_takes_weights_only_and_fork_from_everything(make: Any) -> None:
+    parent = make("parent", training={"max_steps": 6}, checkpoint={"every": 3})
+    train(parent, say=quiet)
+    child = make("child", training={"max_steps": 1, "init_from": str(parent.run_dir)}, optimizer={"lr": 1e-9})
+    train(child, say=quiet)
+    weights = ckpt.open_step(parent.run_dir / "checkpoints", 6)
+    inherited = ckpt.open_step(child.run_dir / "checkpoints", 1)
+    for name in weights.shapes:
+        torch.testing.assert_close(inherited.tensor(name), weights.tensor(name), rtol=0, atol=1e-6)
+    assert inherited.manifest["optimizer"]["scalars"]["step"] == 1
+    fork = make("fork", training={"max_steps": 6, "fork_from": f"{parent.run_dir}@3"}, checkpoint={"every": 3})
+    train(fork, say=quiet)
+    assert [row["step"] for row in rows(fork)] == [4, 5, 6]
+    assert [row["loss"] for row in rows(fork)] == [row["loss"] for row in rows(parent)][3:]
+    with pytest.raises(CheckpointError, match="there are: 3, 6"):
+        train(make("other", training={"fork_from": f"{parent.run_dir}@4"}), say=quiet)
+    with pytest.raises(CheckpointError, match="the model sections must agree"):
+        train(make("wide", model={"d_model": 64}, training={"init_from": str(parent.run_dir)}), say=quiet)
+
+
+def test_a_later_attempt_ends_an_earlier_one_before_it_writes(make: Any) -> None:
+    config = make("a")
+    session = Session.open(config, quiet)
+    try:
+        assert session.save()
+        session.folder.begin_attempt()
+        session.step = 7
+        assert not session.save()
+        assert ckpt.steps(config.run_dir / "checkpoints") == [0]
+    finally:
+        session.close()
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_previous_one(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make("a", training={"max_steps": 3}, checkpoint={"every": 1})
+    original, calls = ckpt.save_file, [0]
+
+    def full_disk(*args: Any, **kwargs: Any) -> None:
+        calls[0] += 1
+        if calls[0] == 2:
+            raise OSError(28, "No space left on device")
+        original(*args, **kwargs)
+
+    monkeypatch.setattr(ckpt, "save_file", full_disk)
+    said: list[str] = []
+    train(config, say=said.append)
+    assert [line for line in said if "No space left" in line and "step 2" in line]
+    assert ckpt.steps(config.run_dir / "checkpoints") == [1, 3]
+
+
+def test_a_profile_of_given_steps_is_written(make: Any) -> None:
+    config = make("a", training={"max_steps": 3, "profile_steps": [2, 2]})
+    train(config, say=quiet)
+    (trace,) = (config.run_dir / "profile").iterdir()
+    assert trace.stat().st_size > 10_000
+
+
+def test_load_model_gives_the_checkpoint_of_the_step_asked_for(make: Any) -> None:
+    config = make("a", training={"max_steps": 4}, checkpoint={"every": 2})
+    train(config, say=quiet)
+    loaded = load_model(f"{config.run_dir}@2")
+    assert loaded.step == 2
+    assert not loaded.model.training
+    source = ckpt.open_step(config.run_dir / "checkpoints", 2)
+    for name, parameter in loaded.model.named_parameters():
+        assert torch.equal(parameter, source.tensor(name))
+    with pytest.raises(RunError, match="no such run folder"):
+        load_model(config.run_dir / "nowhere")
