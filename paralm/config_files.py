@@ -1,0 +1,303 @@
+"""Configuration from files and the command line: YAML with ``include:``, dotted overrides, and provenance.
+
+A configuration is layers, later over earlier: the schema's defaults, the files a file includes, the file,
+the overrides. Mappings are merged key by key; lists and values are replaced; a ``model.mixer`` of another
+name replaces the whole mixer, since its keys belong to that name. Every leaf knows where it came from.
+
+    include: [model/paragru_10m, base.yaml]   # presets by name, files relative to this file
+    training:
+      max_steps: 2000
+
+Relative paths in values (``run.root``, ``data.source.paths``) are meant from the folder the command runs in,
+but for ``imports``, whose .py files lie relative to the file that names them.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+
+from paralm import resources
+from paralm.config import Config
+from paralm.config_errors import one_line, section_at
+from paralm.config_yaml import Key, parse, read, show, write
+from paralm.errors import ConfigError
+from paralm.user_modules import load_modules
+
+_FROZEN_TRAINING = ("seq_len", "global_batch_size", "carry_state", "precision", "init_from", "fork_from", "max_steps")
+_FROZEN = ("run.seed", "data", "model", "optimizer", *(f"training.{key}" for key in _FROZEN_TRAINING))
+_FREE = ("data.verify",)
+_HOME_PATHS = (("run", "root"), ("data", "dir"), ("data", "tokenizer", "model"), ("data", "source", "paths"))
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a value came from: a line of a file, an override, or (neither given) the default."""
+
+    file: str | None = None
+    line: int | None = None
+    override: str | None = None
+
+    def __str__(self) -> str:
+        if self.file is not None:
+            return f"{self.file}:{self.line}" if self.line is not None else self.file
+        return f"override '{self.override}'" if self.override is not None else "default"
+
+
+class LoadedConfig(NamedTuple):
+    """A valid configuration, and where each of its dotted leaves came from."""
+
+    config: Config
+    provenance: dict[str, Origin]
+
+
+@dataclass
+class _Layer:
+    """Data of some files or overrides, not validated yet; ``origins`` has every key, sections included."""
+
+    data: dict[str, Any] = field(default_factory=dict)
+    origins: dict[Key, Origin] = field(default_factory=dict)
+
+    def lay(self, top: _Layer) -> None:
+        """Put another layer over this one."""
+        self._merge(self.data, top.data, ())
+        self.origins.update(top.origins)
+
+    def _merge(self, into: dict[str, Any], values: dict[str, Any], path: Key) -> None:
+        for key, value in values.items():
+            here, old = (*path, key), into.get(key)
+            if isinstance(value, dict) and isinstance(old, dict) and not _replaces(here, old, value):
+                self._merge(old, value, here)
+                continue
+            for gone in [k for k in self.origins if k[: len(here)] == here]:
+                del self.origins[gone]
+            into[key] = copy.deepcopy(value)
+
+    def origin(self, path: Key) -> Origin:
+        """The origin of a path, or of the nearest key above it that was written."""
+        while path:
+            if path in self.origins:
+                return self.origins[path]
+            path = path[:-1]
+        return Origin()
+
+
+def _replaces(path: Key, old: dict[str, Any], new: dict[str, Any]) -> bool:
+    return path == ("model", "mixer") and "name" in new and new["name"] != old.get("name", "paragru")
+
+
+def load_config(
+    source: str | Path | Sequence[str | Path], overrides: Sequence[str] = (), *, validate_mixer: bool = True
+) -> LoadedConfig:
+    """Read, merge and validate a configuration.
+
+    ``source``: a YAML file, the name of a preset (``quickstart``), or several, later over earlier.
+    ``overrides``: ``section.key=value``, the value read as YAML. ``validate_mixer=False`` leaves out what
+    needs torch: the modules in ``imports`` and the mixer's own keys.
+
+    Raises ConfigError, one line, before anything else happens.
+    """
+    names = [source] if isinstance(source, (str, Path)) else list(source)
+    layer = _Layer()
+    for name in names:
+        layer.lay(_read_file(_locate(str(name), Path()), ()))
+    layer.lay(_read_overrides(overrides))
+    _expand_home(layer.data)
+    config = _validate(layer)
+    if validate_mixer:
+        load_modules(config.imports)
+        _complete_mixer(config, layer)
+    provenance = {key: layer.origins.get(tuple(key.split(".")), Origin()) for key in flatten(config)}
+    return LoadedConfig(config, provenance)
+
+
+def dump_yaml(config: Config) -> str:
+    """The whole configuration as YAML; reading it back gives an equal one."""
+    return write(config.model_dump(mode="json"))
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Dotted leaves and their plain values, in the schema's order. Lists and empty mappings are leaves."""
+    found: dict[str, Any] = {}
+
+    def visit(value: Any, path: str) -> None:
+        if isinstance(value, dict) and value:
+            for key, inner in value.items():
+                visit(inner, f"{path}.{key}" if path else key)
+        else:
+            found[path] = value
+
+    visit(config.model_dump(mode="json"), "")
+    return found
+
+
+def diff(a: Config, b: Config) -> list[tuple[str, Any, Any]]:
+    """Keys whose values differ, with both values; None for a key that one of them lacks."""
+    left, right = flatten(a), flatten(b)
+    keys = [*left, *(key for key in right if key not in left)]
+    return [(key, left.get(key), right.get(key)) for key in keys if left.get(key) != right.get(key)]
+
+
+def frozen_differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
+    """The differences that would make ``new`` another run than ``old``: data, model, optimizer, the seed, and
+    the shape of training. Where a run lives, how it is parallelised, saved, logged and evaluated may change.
+    """
+
+    def under(key: str, prefixes: tuple[str, ...]) -> bool:
+        return any(key == p or key.startswith(p + ".") for p in prefixes)
+
+    return [d for d in diff(old, new) if under(d[0], _FROZEN) and not under(d[0], _FREE)]
+
+
+# -- reading -------------------------------------------------------------------------------------------------
+
+
+def _locate(name: str, folder: Path, where: str = "") -> Path:
+    """A file, relative to ``folder``, or a preset; ``where``: the place that named it, for the message."""
+    prefix = f"{where}: " if where else ""
+    path = folder / Path(name).expanduser()
+    if path.is_file():
+        return path
+    preset = resources.find_preset(name)
+    if preset is not None:
+        return preset
+    if path.is_dir():
+        hint = f"; give {path / 'config.yaml'}" if (path / "config.yaml").is_file() else ""
+        raise ConfigError(f"{prefix}{name}: is a folder, expected a YAML file or a preset{hint}")
+    beside = sorted(path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+    candidates = [*resources.presets(), *(str(Path(name).parent / p.name) for p in beside)]
+    near = difflib.get_close_matches(name.removesuffix(".yaml"), candidates, n=1, cutoff=0.4)
+    near = near or difflib.get_close_matches(name, candidates, n=1, cutoff=0.4)
+    nearest = f"nearest: {near[0]}" if near else "'paralm config list' shows the presets"
+    raise ConfigError(f"{prefix}{name}: no such file or preset; {nearest}")
+
+
+def _read_file(path: Path, above: tuple[Path, ...]) -> _Layer:
+    shown, full = _shown(path), path.resolve()
+    data, lines = read(path, shown)
+    origins = {key: Origin(file=shown, line=line) for key, line in lines.items()}
+    layer = _Layer()
+    if "include" in data:
+        place = str(origins[("include",)])
+        included = data.pop("include")
+        included = [included] if isinstance(included, str) else included
+        if not isinstance(included, list) or not all(isinstance(i, str) for i in included):
+            raise ConfigError(f"{place}: include: expected a file or preset, or a list of them, got {show(included)}")
+        for name in included:
+            target = _locate(name, path.parent, f"{place}: include")
+            if target.resolve() in (*above, full):
+                chain = " → ".join(_shown(p) for p in (*above, full, target.resolve()))
+                raise ConfigError(f"{place}: include: goes round in a circle: {chain}")
+            layer.lay(_read_file(target, (*above, full)))
+    _drop_empty_sections(data, (), origins)
+    if isinstance(data.get("imports"), list):
+        data["imports"] = [_beside(path, item) for item in data["imports"]]
+    layer.lay(_Layer(data, {k: o for k, o in origins.items() if k[0] != "include"}))
+    return layer
+
+
+def _drop_empty_sections(data: dict[str, Any], path: Key, origins: dict[Key, Origin]) -> None:
+    """A section whose keys are all commented out says nothing; it must not wipe out an included one."""
+    for key in list(data):
+        here = (*path, key)
+        if data[key] is None and section_at(here) is not None:
+            del data[key], origins[here]
+        elif isinstance(data[key], dict):
+            _drop_empty_sections(data[key], here, origins)
+
+
+def _beside(path: Path, item: Any) -> Any:
+    """An entry of ``imports`` in a file: a relative .py path is meant from that file, and made absolute."""
+    if not isinstance(item, str) or not item.endswith(".py"):
+        return item
+    return str((path.resolve().parent / Path(item).expanduser()).resolve())
+
+
+def _read_overrides(overrides: Sequence[str]) -> _Layer:
+    layer = _Layer()
+    for text in overrides:
+        key, equals, value_text = text.partition("=")
+        path = tuple(key.strip().split("."))
+        if not equals or not all(path):
+            raise ConfigError(f"override '{text}': expected key=value, such as training.max_steps=100")
+        if path[0] == "include":
+            raise ConfigError(f"override '{text}': include works in files only")
+        value, _ = parse(value_text, f"override '{text}'")
+        if path == ("imports",) and isinstance(value, list):
+            value = [_beside(Path("override"), item) for item in value]
+        for part in reversed(path):
+            value = {part: value}
+        _merge_override(layer, _Layer(value, dict.fromkeys(_paths(value, ()), Origin(override=text))))
+    return layer
+
+
+def _paths(value: Any, path: Key) -> Iterator[Key]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield (*path, key)
+            yield from _paths(inner, (*path, key))
+
+
+def _merge_override(layer: _Layer, top: _Layer) -> None:
+    """Overrides form one layer: ``model.mixer.d_conv=2 model.mixer.name=x`` means both, in either order."""
+    mixer = (top.data.get("model") or {}).get("mixer") if isinstance(top.data.get("model"), dict) else None
+    known = (layer.data.get("model") or {}).get("mixer") if isinstance(layer.data.get("model"), dict) else None
+    if isinstance(mixer, dict) and isinstance(known, dict) and "name" in mixer:
+        known["name"] = mixer["name"]
+    layer.lay(top)
+
+
+def _shown(path: Path) -> str:
+    """A path as messages and provenance name it: relative to the working folder when it is inside."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd().resolve()))
+    except ValueError:
+        return str(path)
+
+
+def _expand_home(data: dict[str, Any]) -> None:
+    def expand(value: Any) -> Any:
+        if isinstance(value, list):
+            return [expand(v) for v in value]
+        return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~/") else value
+
+    for *sections, key in _HOME_PATHS:
+        at: Any = data
+        for part in sections:
+            at = at.get(part) if isinstance(at, dict) else None
+        if isinstance(at, dict) and key in at:
+            at[key] = expand(at[key])
+
+
+# -- validating ----------------------------------------------------------------------------------------------
+
+
+def _validate(layer: _Layer) -> Config:
+    def origin(path: Key) -> tuple[Any, str]:
+        found = layer.origin(path)
+        first = (found.override is not None, found.file or "", found.line or 0)
+        return first, "" if found == Origin() else str(found)
+
+    try:
+        # Strict JSON: text is no number, 1 is not true, 2.0 is not 2, but a list may become a tuple.
+        return Config.model_validate_json(json.dumps(layer.data), strict=True)
+    except ValidationError as error:
+        raise ConfigError(one_line(error, origin)) from None
+
+
+def _complete_mixer(config: Config, layer: _Layer) -> None:
+    """Check the mixer's own keys and fill in its defaults, so that the saved configuration says everything."""
+    from paralm.registry import validate_mixer  # torch comes with it
+
+    try:
+        config.model.mixer = validate_mixer(config.model.mixer)
+    except ConfigError as error:
+        place = layer.origin(("model", "mixer"))
+        raise ConfigError(str(error) if place == Origin() else f"{place}: {error}") from None
