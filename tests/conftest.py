@@ -12,10 +12,10 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-_WORDS = (
-    "the a of river stone light walks under over and then never sings green old seven bridge 12 307 because "
-    "north cold wind letter answers door window opens closes slowly again é ü 水 → ; , . ( ) def return"
-).split()
+_WORDS = """
+the a of river stone light walks under over and then never sings green old seven bridge 12 307 because north cold
+wind letter answers door window opens closes slowly again é ü 水 → ; , . ( ) def return
+""".split()
 
 
 def write_corpus(folder: Path, documents: int = 120, seed: int = 0) -> Path:
@@ -23,9 +23,7 @@ def write_corpus(folder: Path, documents: int = 120, seed: int = 0) -> Path:
     rng = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(documents):
-        lines = [
-            " ".join(rng.choice(_WORDS) for _ in range(rng.randint(3, 12))) for _ in range(rng.randint(6, 40))
-        ]
+        lines = [" ".join(rng.choice(_WORDS) for _ in range(rng.randint(3, 12))) for _ in range(rng.randint(6, 40))]
         (folder / f"{index:04d}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
 
