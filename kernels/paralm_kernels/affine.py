@@ -1,0 +1,237 @@
+"""Affine maps x ↦ A x + b over per-channel states, their composition, and the one scan over them.
+
+Every time recurrence that is linear goes through here: Newton's inner solve, the adjoint, the public linear scans. A
+state is the constant map (A = 0), so "run the maps from an initial state" and "compose the maps" are the same scan.
+
+Layout: `offset` is (S, …); `matrix` is (S, …) for a diagonal, (S, S, …) row by row for a full matrix, None for A = 0.
+In a sequence of maps the last two dimensions are (time, channel).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import ArgumentError
+
+TIME = -2
+_WALK_WIDTH = 512
+"""Numbers in one time step from which a plain loop over time beats odd–even reduction on a CPU."""
+
+
+@dataclass(frozen=True)
+class AffineMap:
+    """x ↦ matrix · x + offset, independently for every batch row, time and channel.
+
+    offset: (S, …). matrix: (S, …) diagonal, (S, S, …) full, or None for the constant map x ↦ offset.
+    """
+
+    matrix: Tensor | None
+    offset: Tensor
+
+    @property
+    def full(self) -> bool:
+        """True where the matrix has off-diagonal entries."""
+        return self.matrix is not None and self.matrix.ndim == self.offset.ndim + 1
+
+    @property
+    def length(self) -> int:
+        """The number of maps in time."""
+        return self.offset.shape[TIME]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The map applied to states x: (S, …)."""
+        if self.matrix is None:
+            return self.offset
+        return torch.addcmul(self.offset, self.matrix, x) if not self.full else self.offset + _apply(self.matrix, x)
+
+    def after(self, first: AffineMap) -> AffineMap:
+        """The composition x ↦ self(first(x)); both diagonal or both full."""
+        if self.matrix is None or first.matrix is None:
+            return AffineMap(None, self(first.offset))
+        if self.full != first.full:
+            raise ArgumentError("cannot compose a diagonal affine map with a full one; make both the same kind")
+        if self.full:
+            matrix = (self.matrix.unsqueeze(2) * first.matrix.unsqueeze(0)).sum(1)
+        else:
+            matrix = self.matrix * first.matrix
+        return AffineMap(matrix, self(first.offset))
+
+    def at(self, index: int | slice) -> AffineMap:
+        """The maps at these positions in time."""
+        key = (..., index, slice(None))
+        return AffineMap(None if self.matrix is None else self.matrix[key], self.offset[key])
+
+    def reversed(self) -> AffineMap:
+        """The same maps, last first."""
+        return AffineMap(None if self.matrix is None else self.matrix.flip(TIME), self.offset.flip(TIME))
+
+
+def _apply(matrix: Tensor, x: Tensor) -> Tensor:
+    return (matrix * x).sum(1)
+
+
+def scan(maps: AffineMap, before: AffineMap | None = None) -> AffineMap:
+    """All prefixes: result t is maps[t] ∘ … ∘ maps[0] ∘ before, by odd–even reduction (O(T) work, O(log T) depth).
+
+    maps: length T ≥ 1 in time. before: one map without a time dimension; the constant map of a state makes every
+    result constant, and its offset is the trajectory from that state.
+    """
+    if before is not None:
+        first = maps.at(slice(0, 1)).after(AffineMap(_stretch(before.matrix), before.offset.unsqueeze(TIME)))
+        maps, constant = _with_first(maps, first), first.matrix is None
+    else:
+        constant = maps.matrix is None
+    return _prefixes(maps, constant)
+
+
+def _stretch(matrix: Tensor | None) -> Tensor | None:
+    return None if matrix is None else matrix.unsqueeze(TIME)
+
+
+def _with_first(maps: AffineMap, first: AffineMap) -> AffineMap:
+    rest = maps.at(slice(1, None))
+    matrix = maps.matrix
+    if matrix is not None and first.matrix is not None:
+        matrix = torch.cat((first.matrix, rest.matrix), TIME)  # type: ignore[list-item]
+    return AffineMap(matrix, torch.cat((first.offset, rest.offset), TIME))
+
+
+def _prefixes(maps: AffineMap, constant: bool) -> AffineMap:
+    """Inclusive prefixes; `constant` says that maps[0] is a constant map whatever its matrix holds."""
+    length = maps.length
+    if length == 1:
+        return AffineMap(None, maps.offset) if constant else maps
+    even, odd = maps.at(slice(0, None, 2)), maps.at(slice(1, None, 2))
+    pairs = _prefixes(odd.after(even.at(slice(0, odd.length))), constant)
+    offset = torch.empty_like(maps.offset)
+    offset[..., 0, :] = maps.offset[..., 0, :]
+    offset[..., 1::2, :] = pairs.offset
+    later = even.at(slice(1, None)).after(pairs.at(slice(0, even.length - 1)))
+    offset[..., 2::2, :] = later.offset
+    if pairs.matrix is None or maps.matrix is None or later.matrix is None:
+        return AffineMap(None, offset)
+    matrix = torch.empty_like(maps.matrix)
+    matrix[..., 0, :] = maps.matrix[..., 0, :]
+    matrix[..., 1::2, :] = pairs.matrix
+    matrix[..., 2::2, :] = later.matrix
+    return AffineMap(matrix, offset)
+
+
+def trajectory(maps: AffineMap, initial: Tensor | None = None, reverse: bool = False, out: Tensor | None = None) -> Tensor:
+    """The states x_t = maps[t](x_{t−1}) from x_{−1} = initial (zero if None); `reverse` runs from the last to the first.
+
+    maps: T in time; initial: (S, …, channel) without time; returns (S, …, T, channel). `out` may be `maps.offset`.
+    Not differentiable; see `linear_scan`.
+    """
+    if maps.matrix is None:
+        return maps.offset
+    width = maps.offset.numel() // max(maps.length, 1)
+    if maps.offset.device.type == "cpu" and (width >= _WALK_WIDTH or maps.length <= 4):
+        return _walk(maps, initial, reverse, out)
+    ordered = maps.reversed() if reverse else maps
+    if initial is None:
+        initial = torch.zeros_like(maps.offset[..., 0, :])
+    result = scan(ordered, AffineMap(None, initial)).offset
+    result = result.flip(TIME) if reverse else result
+    return result if out is None else out.copy_(result)
+
+
+def _walk(maps: AffineMap, initial: Tensor | None, reverse: bool, out: Tensor | None) -> Tensor:
+    """The same, one step after the other; in place where `out` is the offset."""
+    if out is None:
+        out = maps.offset.clone()
+    elif out is not maps.offset:
+        out.copy_(maps.offset)
+    assert maps.matrix is not None
+    size, order = len(out), slice(None, None, -1 if reverse else 1)
+    targets = [component.unbind(TIME)[order] for component in out]
+    before = None if initial is None else initial.unbind(0)
+    if not maps.full:
+        for component, (target, factors) in enumerate(zip(targets, maps.matrix, strict=True)):
+            previous = None if before is None else before[component]
+            for x, factor in zip(target, factors.unbind(TIME)[order], strict=True):
+                if previous is not None:
+                    x.addcmul_(factor, previous)
+                previous = x
+        return out
+    rows = [[entry.unbind(TIME)[order] for entry in row] for row in maps.matrix]
+    components = range(size)
+    for t in range(maps.length):
+        if before is not None:
+            for i in components:
+                x = targets[i][t]
+                for j in components:
+                    x.addcmul_(rows[i][j][t], before[j])
+        before = tuple(target[t] for target in targets)
+    return out
+
+
+class _LinearScan(torch.autograd.Function):
+    """x_t = A_t x_{t−1} + b_t; the adjoint is the reversed scan λ_t = g_t + A_{t+1}ᵀ λ_{t+1}."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, matrix: Tensor, offset: Tensor, initial: Tensor) -> Tensor:
+        states = trajectory(AffineMap(matrix, offset), initial)
+        ctx.save_for_backward(matrix, initial, states)
+        return states
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        matrix, initial, states = ctx.saved_tensors  # type: ignore[attr-defined]
+        full = matrix.ndim == states.ndim + 1
+        adjoint = grad.clone(memory_format=torch.contiguous_format)
+        transposed = matrix.transpose(0, 1) if full else matrix
+        later = AffineMap(transposed[..., 1:, :], adjoint[..., :-1, :])
+        if later.length:
+            adjoint[..., :-1, :] = trajectory(later, adjoint[..., -1, :], reverse=True)
+        previous = torch.cat((initial.unsqueeze(TIME), states[..., :-1, :]), TIME)
+        grad_matrix = adjoint.unsqueeze(1) * previous.unsqueeze(0) if full else adjoint * previous
+        first = AffineMap(transposed[..., 0, :], torch.zeros_like(initial))
+        return grad_matrix, adjoint, first(adjoint[..., 0, :])
+
+
+def linear_scan(a: Tensor, b: Tensor, initial: Tensor | None = None) -> Tensor:
+    """x_t = a_t ⊙ x_{t−1} + b_t for diagonal a, differentiable in all arguments.
+
+    a, b: (batch, time, channel), one floating dtype; initial: (batch, channel), zero if None. Returns (batch, time,
+    channel). Raises ArgumentError where shapes or dtypes do not match.
+    """
+    _check("linear_scan", a, b, initial, a.shape, "a")
+    return _run(a.unsqueeze(0), b.unsqueeze(0), None if initial is None else initial.unsqueeze(0))[0]
+
+
+def linear_scan_2x2(a: Tensor, b: Tensor, initial: Tensor | None = None) -> Tensor:
+    """x_t = a_t x_{t−1} + b_t for a 2×2 matrix per (batch, time, channel), differentiable in all arguments.
+
+    a: (2, 2, batch, time, channel), row first; b: (2, batch, time, channel); initial: (2, batch, channel), zero if
+    None. Returns (2, batch, time, channel). Raises ArgumentError where shapes or dtypes do not match.
+    """
+    if a.ndim != 5 or a.shape[:2] != (2, 2):
+        raise ArgumentError(f"linear_scan_2x2: a must be (2, 2, batch, time, channel), got {tuple(a.shape)}")
+    _check("linear_scan_2x2", a, b, initial, a.shape[1:], "a[0]")
+    return _run(a, b, initial)
+
+
+def _run(matrix: Tensor, offset: Tensor, initial: Tensor | None) -> Tensor:
+    if initial is None:
+        initial = torch.zeros_like(offset[..., 0, :])
+    return _LinearScan.apply(matrix, offset, initial)  # type: ignore[no-any-return]
+
+
+def _check(what: str, a: Tensor, b: Tensor, initial: Tensor | None, shape: torch.Size, of: str) -> None:
+    if len(shape) < 3 or shape[TIME] < 1:
+        raise ArgumentError(f"{what}: a must have (batch, time >= 1, channel) last, got {tuple(a.shape)}")
+    if b.shape != shape:
+        raise ArgumentError(f"{what}: b is {tuple(b.shape)} but {of} is {tuple(shape)}; they must be equal")
+    without_time = (*shape[:-2], shape[-1])
+    if initial is not None and initial.shape != without_time:
+        raise ArgumentError(f"{what}: initial is {tuple(initial.shape)}, expected {tuple(without_time)}")
+    for name, tensor in (("b", b), ("initial", initial)):
+        if tensor is not None and tensor.dtype != a.dtype:
+            raise ArgumentError(f"{what}: {name} is {tensor.dtype} but a is {a.dtype}; convert one of them")
+        if tensor is not None and tensor.device != a.device:
+            raise ArgumentError(f"{what}: {name} is on {tensor.device} but a is on {a.device}; move one of them")
