@@ -1,1 +1,47 @@
-"""paralm_data."""
+"""Corpora, tokenizers, the token store and the loader. Knows no model.
+
+>>> prepared = prepare(SourceSpec("python-stdlib"), TokenizerSpec(vocab_size=4096), "data")
+>>> loader = Loader(prepared.train, seq_len=256, global_batch_size=16, seed=0)
+>>> batch = next(loader)  # tokens, labels, reset: (16, 256)
+"""
+
+from paralm_data.errors import DataError
+from paralm_data.inspection import Excerpt, StoreReport, TokenCount, inspect, tokenizer_of
+from paralm_data.loader import IGNORE, Batch, Loader
+from paralm_data.manifest import Manifest
+from paralm_data.permutation import Permutation, random_permutation
+from paralm_data.preparation import Prepared, is_prepared, prepare
+from paralm_data.progress import Progress
+from paralm_data.sources import Shard, documents, shards
+from paralm_data.specs import Document, SourceSpec, TokenizerSpec
+from paralm_data.store import TokenStore
+from paralm_data.store_writer import StoreWriter
+from paralm_data.tokenizer import Tokenizer
+
+__all__ = [
+    "IGNORE",
+    "Batch",
+    "DataError",
+    "Document",
+    "Excerpt",
+    "Loader",
+    "Manifest",
+    "Permutation",
+    "Prepared",
+    "Progress",
+    "Shard",
+    "SourceSpec",
+    "StoreReport",
+    "StoreWriter",
+    "TokenCount",
+    "TokenStore",
+    "Tokenizer",
+    "TokenizerSpec",
+    "documents",
+    "inspect",
+    "is_prepared",
+    "prepare",
+    "random_permutation",
+    "shards",
+    "tokenizer_of",
+]
