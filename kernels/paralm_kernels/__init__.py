@@ -1,1 +1,33 @@
-"""paralm_kernels."""
+"""Recurrences over time, solved exactly, from nothing but a cell's elementwise step.
+
+`Cell` defines a recurrence; `solve` runs it over time (sequential loop with an analytic adjoint, or Newton's method),
+`step` advances it by one for decoding; `causal_conv` and the linear scans are the recurrences that need no cell.
+"""
+
+from .affine import AffineMap, linear_scan, linear_scan_2x2
+from .cell import Cell, cells, get_cell, register
+from .cell_library import ParaGRU, ParaLSTM
+from .conv import causal_conv
+from .errors import ArgumentError, CellError, NotConverged
+from .problem import SolveInfo
+from .solve import Trajectory, solve, step
+
+__all__ = [
+    "AffineMap",
+    "ArgumentError",
+    "Cell",
+    "CellError",
+    "NotConverged",
+    "ParaGRU",
+    "ParaLSTM",
+    "SolveInfo",
+    "Trajectory",
+    "causal_conv",
+    "cells",
+    "get_cell",
+    "linear_scan",
+    "linear_scan_2x2",
+    "register",
+    "solve",
+    "step",
+]

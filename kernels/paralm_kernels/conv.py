@@ -1,0 +1,187 @@
+"""The short causal depthwise convolution that stands before a recurrence, with a carried state.
+
+    y_t = b + Σ_{k=0}^{K−1} w_{K−1−k} x_{t−k}        (per channel; w as torch.nn.Conv1d has it, the last tap is now)
+
+Positions before the sequence come from `state`; positions before a reset do not reach positions at or after it. K
+shifted multiply–adds on pieces of time that fit the cache: no transpose to (batch, channel, time), and measured
+faster than a grouped torch.nn.functional.conv1d on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import DTYPES, compute_dtype, same_device, shape
+from .errors import ArgumentError
+
+_CHUNK = 65536
+"""Numbers per piece on a CPU; on a device everything is one piece."""
+
+
+def causal_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, state: Tensor | None = None, reset: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The convolution of a sequence, and the state that continues it; differentiable in x, weight, bias and state.
+
+    x: (batch, time, channel), float16, bfloat16, float32 or float64; weight: (channel, K), the last tap on the current
+    step; bias: (channel,), zero if None; state: (batch, K−1, channel), the inputs before the sequence, zero if None;
+    reset: bool (batch, time), true where a new sequence starts. Returns y like x and the new state, (batch, K−1,
+    channel), in the dtype of x, with what a reset has cut off set to zero. Sums are in at least float32. Raises
+    ArgumentError for mismatched shapes, dtypes or devices.
+    """
+    dtype = _check(x, weight, bias, state, reset)
+    taps = weight.shape[1]
+    if state is None:
+        state = x.new_zeros((x.shape[0], taps - 1, x.shape[2]))
+    if bias is None:
+        bias = weight.new_zeros(x.shape[2])
+    result: tuple[Tensor, Tensor] = _CausalConv.apply(x, weight, bias, state, reset, dtype)
+    return result
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, reset: Tensor | None) -> torch.dtype:
+    given = [("x", x), ("weight", weight), ("bias", bias), ("state", state)]
+    present = [(name, value) for name, value in given if value is not None]
+    for name, value in present:
+        if not isinstance(value, Tensor) or value.dtype not in DTYPES:
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise ArgumentError(f"causal_conv: {name} must be a floating-point tensor, got {kind}")
+    if x.ndim != 3 or 0 in x.shape:
+        raise ArgumentError(f"causal_conv: x is {tuple(x.shape)}, expected (batch, time, channel), none of them 0")
+    batch, time, channel = x.shape
+    if weight.ndim != 2 or weight.shape[0] != channel or weight.shape[1] < 1:
+        raise ArgumentError(f"causal_conv: weight is {tuple(weight.shape)}, expected ({channel}, taps) for x {tuple(x.shape)}")
+    if bias is not None:
+        shape("causal_conv: bias", bias, (channel,), f"(channel,) of x {tuple(x.shape)}")
+    if state is not None:
+        expected = (batch, weight.shape[1] - 1, channel)
+        shape("causal_conv: state", state, expected, f"(batch, taps - 1, channel) of x {tuple(x.shape)}")
+    if reset is not None:
+        if reset.dtype != torch.bool:
+            raise ArgumentError(f"causal_conv: reset must be a bool tensor (batch, time), got {reset.dtype}")
+        shape("causal_conv: reset", reset, (batch, time), f"(batch, time) of x {tuple(x.shape)}")
+        present.append(("reset", reset))
+    same_device(("causal_conv: x", x), [(f"causal_conv: {name}", value) for name, value in present])
+    return compute_dtype([(f"causal_conv: {name}", (value,)) for name, value in present if value is not reset])
+
+
+class _Geometry:
+    """Pieces of time, and which taps resets cut in them."""
+
+    def __init__(self, x: Tensor, taps: int, reset: Tensor | None) -> None:
+        self.batch, self.time, self.channel = x.shape
+        self.reach = taps - 1
+        on_cpu = x.device.type == "cpu"
+        self.length = max(1, _CHUNK // (self.batch * self.channel)) if on_cpu else self.time
+        self.sequence: Tensor | None = None
+        if reset is not None and not (on_cpu and not bool(reset.any())):
+            ids = reset.cumsum(1)  # which sequence a position belongs to; the state belongs to sequence 0
+            self.sequence = torch.cat((ids.new_zeros((self.batch, self.reach)), ids), 1)
+
+    def pieces(self) -> Iterator[tuple[int, int]]:
+        for start in range(0, self.time, self.length):
+            yield start, min(start + self.length, self.time)
+
+    def window(self, x: Tensor, state: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """x with the `reach` positions before it: (batch, reach + stop − start, channel)."""
+        if start >= self.reach:
+            return x[:, start - self.reach : stop].to(dtype)
+        return torch.cat((state[:, start:].to(dtype), x[:, :stop].to(dtype)), 1)
+
+    def cut(self, back: int, start: int, stop: int) -> Tensor | None:
+        """Mask (batch, stop − start, 1): the input `back` steps ago is of another sequence. None if never."""
+        if self.sequence is None or back == 0:
+            return None
+        now = self.sequence[:, self.reach + start : self.reach + stop]
+        then = self.sequence[:, self.reach + start - back : self.reach + stop - back]
+        return (now != then).unsqueeze(-1)
+
+    def dropped(self) -> Tensor | None:
+        """Mask (batch, reach, 1): which positions of the new state a reset has cut off."""
+        if self.sequence is None or self.reach == 0:
+            return None
+        return (self.sequence[:, -self.reach :] != self.sequence[:, -1:]).unsqueeze(-1)
+
+
+class _CausalConv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, reset: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        taps = weight.shape[1]
+        geometry = _Geometry(x, taps, reset)
+        rows, shift = weight.to(dtype).t().contiguous(), bias.to(dtype)
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        for start, stop in geometry.pieces():
+            window = geometry.window(x, state, start, stop, dtype)
+            here = stop - start
+            target = y[:, start:stop] if y.dtype == dtype else torch.empty_like(y[:, start:stop], dtype=dtype)
+            torch.addcmul(shift, window[:, taps - 1 :], rows[taps - 1], out=target)
+            for back in range(1, taps):
+                source, cut = window[:, taps - 1 - back :][:, :here], geometry.cut(back, start, stop)
+                target.addcmul_(source if cut is None else source.masked_fill(cut, 0.0), rows[taps - 1 - back])
+            if y.dtype != dtype:
+                y[:, start:stop] = target
+        ctx.save_for_backward(x, weight, bias, state, reset)
+        ctx.dtype = dtype
+        ctx.set_materialize_grads(False)
+        return y, _tail(x, state, geometry)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_y: Tensor | None, grad_tail: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight, bias, state, reset = ctx.saved_tensors
+        dtype, taps = ctx.dtype, weight.shape[1]
+        geometry = _Geometry(x, taps, reset)
+        rows = weight.to(dtype).t().contiguous()
+        grad_x = torch.zeros(x.shape, dtype=dtype, device=x.device)
+        grad_state = torch.zeros(state.shape, dtype=dtype, device=x.device)
+        grad_rows, grad_bias = torch.zeros_like(rows), torch.zeros_like(rows[0])
+        if grad_tail is not None:
+            dropped = geometry.dropped()
+            tail = grad_tail.to(dtype)
+            _add_back(grad_x, grad_state, tail if dropped is None else tail.masked_fill(dropped, 0.0), x.shape[1])
+        for start, stop in geometry.pieces() if grad_y is not None else ():
+            assert grad_y is not None
+            window, here = geometry.window(x, state, start, stop, dtype), stop - start
+            grad = grad_y[:, start:stop].to(dtype)
+            product = torch.empty_like(window[:, :here])
+            grad_bias += grad.sum((0, 1))
+            for back in range(taps):
+                cut = geometry.cut(back, start, stop)
+                passed = grad if cut is None else grad.masked_fill(cut, 0.0)
+                tap = taps - 1 - back
+                grad_rows[tap] += torch.mul(passed, window[:, tap : tap + here], out=product).sum((0, 1))
+                _add_back(grad_x, grad_state, torch.mul(passed, rows[tap], out=product), start - back + taps - 1)
+        return (
+            grad_x.to(x.dtype),
+            grad_rows.t().to(weight.dtype),
+            grad_bias.to(bias.dtype),
+            grad_state.to(state.dtype),
+            None,
+            None,
+        )
+
+
+def _tail(x: Tensor, state: Tensor, geometry: _Geometry) -> Tensor:
+    """The last `reach` inputs, from the old state where the sequence is shorter; zero where a reset cut them off."""
+    reach = geometry.reach
+    tail = torch.cat((state.to(x.dtype), x[:, max(0, x.shape[1] - reach) :]), 1)
+    tail = tail[:, tail.shape[1] - reach :].clone()
+    dropped = geometry.dropped()
+    return tail if dropped is None else tail.masked_fill_(dropped, 0.0)
+
+
+def _add_back(grad_x: Tensor, grad_state: Tensor, grad: Tensor, position: int) -> None:
+    """Adds `grad` at a position of the state and the sequence laid end to end."""
+    reach, length = grad_state.shape[1], grad.shape[1]
+    before = min(max(reach - position, 0), length)
+    if before:
+        grad_state[:, position : position + before] += grad[:, :before]
+    if length > before:
+        first = position + before - reach
+        grad_x[:, first : first + length - before] += grad[:, before:]

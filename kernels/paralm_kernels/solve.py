@@ -1,0 +1,165 @@
+"""The one entry: run a cell over time, by whichever method, with gradients to everything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .adjoint import gradients
+from .cell import Cell, Tensors
+from .derive import derive
+from .errors import ArgumentError, NotConverged
+from .newton import NewtonOptions, solve_newton
+from .problem import Problem, SolveInfo
+from .sequential import solve_sequential
+from .torch_code import torch_code
+
+METHODS = ("auto", "sequential", "newton")
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """states: (batch, time, channel) per component, in the dtype of the inputs. final: (batch, channel) per
+    component, in the compute dtype (at least float32), so that a carried state loses nothing. info: how it went."""
+
+    states: Tensors
+    final: Tensors
+    info: SolveInfo
+
+
+@dataclass
+class _Call:
+    """What passes through autograd besides tensors, and the info that comes back."""
+
+    cell: Cell
+    method: str
+    options: NewtonOptions
+    on_failure: str
+    dtype: torch.dtype
+    info: SolveInfo | None = None
+
+
+def solve(
+    cell: Cell,
+    inputs: Sequence[Tensor],
+    params: Sequence[Tensor],
+    state: Sequence[Tensor] | None = None,
+    reset: Tensor | None = None,
+    method: str = "auto",
+    *,
+    tol: float | None = None,
+    max_iter: int | None = None,
+    tile: int | None = None,
+    on_failure: Literal["raise", "sequential"] = "raise",
+    check_finite: bool = False,
+) -> Trajectory:
+    """Runs h_t = cell.step(h_{t−1}, x_t; p) over time; differentiable in inputs, params and state.
+
+    inputs: one (batch, time, channel) tensor per input of the cell, one dtype: float16, bfloat16, float32 or float64.
+    params: one (channel,) per parameter. state: one (batch, channel) per component, zeros if None. reset: bool
+    (batch, time); where true the state is zeroed before that step and no gradient passes. Everything is computed in
+    at least float32; float64 does not mix with other dtypes.
+
+    method: "sequential", "newton" (tiles of `tile` steps, at most `max_iter` iterations each until the largest
+    |update| / (1 + |state|) is at most `tol`: default 1e-6, 1e-12 in float64), or "auto", the fastest for device
+    and shape. on_failure: what to do on a CPU when Newton does not converge: "raise" NotConverged, or solve
+    sequentially. check_finite: look at all arguments first and report the first that is not finite.
+
+    Raises ArgumentError (shapes, dtypes, devices, options), CellError (an unusable step), NotConverged.
+    """
+    if method not in METHODS:
+        raise ArgumentError(f"method is {method!r}; expected one of {', '.join(METHODS)}")
+    if on_failure not in ("raise", "sequential"):
+        raise ArgumentError(f"on_failure is {on_failure!r}; expected 'raise' or 'sequential'")
+    for name, value in (("max_iter", max_iter), ("tile", tile)):
+        if value is not None and value < 1:
+            raise ArgumentError(f"{name} is {value}; expected at least 1")
+    if tol is not None and not tol > 0:
+        raise ArgumentError(f"tol is {tol}; expected a number above 0")
+    derive(cell)
+    given_inputs, given_params, given_state, dtype = checks.sequence_arguments(cell, inputs, params, state, reset)
+    if check_finite:
+        groups: list[Any] = [("inputs", cell.inputs, given_inputs, ("batch", "time", "channel"))]
+        groups.append(("params", cell.params, given_params, ("channel",)))
+        if given_state is not None:
+            groups.append(("state", cell.state, given_state, ("batch", "channel")))
+        checks.finite(cell, groups)
+    if given_state is None:
+        batch, _, channel = given_inputs[0].shape
+        zeros = torch.zeros((batch, channel), dtype=dtype, device=given_inputs[0].device)
+        given_state = tuple(zeros for _ in cell.state)
+    if method == "auto":
+        method = choose_method(cell, given_inputs[0])
+    call = _Call(cell, method, NewtonOptions(tile, tol, max_iter), on_failure, dtype)
+    results = _Solve.apply(call, reset, *given_inputs, *given_params, *given_state)
+    count = len(cell.state)
+    assert call.info is not None
+    return Trajectory(results[:count], results[count:], call.info)
+
+
+def choose_method(cell: Cell, x: Tensor) -> str:
+    """The fastest method for a device and shape; x: one input, (batch, time, channel)."""
+    return "sequential"
+
+
+def step(cell: Cell, state: Sequence[Tensor], inputs: Sequence[Tensor], params: Sequence[Tensor]) -> Tensors:
+    """One step, for decoding: the new state, (batch, channel) per component, in the compute dtype.
+
+    state, inputs: (batch, channel) each; params: (channel,) each; dtypes as for `solve`. Raises ArgumentError.
+    """
+    derived = derive(cell)
+    state, inputs, params, dtype = checks.step_arguments(cell, state, inputs, params)
+    result = torch_code(derived).step(*(value.to(dtype) for value in (*state, *inputs, *params)))
+    return tuple(result)
+
+
+def _run(call: _Call, problem: Problem) -> tuple[Tensors, SolveInfo]:
+    if call.method == "sequential":
+        return solve_sequential(problem)
+    try:
+        return solve_newton(problem, call.options)
+    except NotConverged:
+        if call.on_failure == "raise":
+            raise
+        return solve_sequential(problem)
+
+
+class _Solve(torch.autograd.Function):
+    """Any forward method with the one analytic adjoint; saves inputs and states, recomputes Jacobians."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, reset: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+        problem = _problem(call, reset, tensors)
+        states, call.info = _run(call, problem)
+        final = tuple(h[:, -1].clone() for h in states)
+        given = tensors[0].dtype
+        outputs = tuple(h.to(given) for h in states)
+        ctx.call, ctx.given = call, [tensor.dtype for tensor in tensors]
+        ctx.save_for_backward(reset, *tensors, *states)
+        ctx.set_materialize_grads(False)
+        return (*outputs, *final)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        reset, *saved = ctx.saved_tensors
+        count = len(ctx.given)
+        problem = _problem(ctx.call, reset, saved[:count])
+        size = len(problem.state)
+        result = gradients(problem, tuple(saved[count:]), grads[:size], grads[size:])
+        every = (*result.inputs, *result.params, *result.state)
+        return (None, None, *(grad.to(dtype) for grad, dtype in zip(every, ctx.given, strict=True)))
+
+
+def _problem(call: _Call, reset: Tensor | None, tensors: Sequence[Tensor]) -> Problem:
+    cell = call.cell
+    n_inputs, n_params = len(cell.inputs), len(cell.params)
+    rest = [tensor.to(call.dtype) for tensor in tensors[n_inputs:]]
+    return Problem(
+        derive(cell), tuple(tensors[:n_inputs]), tuple(rest[:n_params]), tuple(rest[n_params:]), reset, call.dtype
+    )
