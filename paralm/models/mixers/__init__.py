@@ -1,0 +1,7 @@
+"""Mixers, one file each. Importing this package registers the built-in ones."""
+
+from paralm.models.mixers.attention import Attention
+from paralm.models.mixers.base import LayerContext, Mixer, State
+from paralm.models.mixers.pararnn import CellMixer
+
+__all__ = ["Attention", "CellMixer", "LayerContext", "Mixer", "State"]

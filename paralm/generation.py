@@ -1,0 +1,198 @@
+"""Text from a language model, token by token, with the carried state: constant memory at any length.
+
+The prompt is read in chunks; then each token is one step from the last state. Draws come from a generator of their
+own, on the CPU, so a seed gives the same text whatever the device and whatever else draws random numbers. Holds for
+every mixer with ``bounded_state``; attention's keys and values grow by one token a step.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from paralm.errors import UserError
+
+if TYPE_CHECKING:
+    from paralm_data import Tokenizer
+
+    from paralm.models import LanguageModel
+
+
+def generate(
+    model: LanguageModel,
+    prompt_ids: Sequence[int],
+    max_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop_ids: Collection[int] = (),
+    vocab_size: int | None = None,
+    chunk: int = 512,
+) -> Iterator[int]:
+    """Yield up to ``max_tokens`` token ids that continue ``prompt_ids``; a stop id ends it and is not yielded.
+
+    ``temperature``: 0 takes the likeliest token. ``top_k``: draw from the k likeliest, 0 for all. ``top_p``: draw
+    from the smallest set of likeliest tokens whose probability reaches p. ``vocab_size``: the tokenizer's, when the
+    model's is padded beyond it; larger ids are never drawn. ``chunk``: prompt tokens read at a time.
+
+    Raises UserError, one line, for an empty prompt, ids outside the vocabulary or impossible options.
+    """
+    limit = min(vocab_size or model.vocab_size, model.vocab_size)
+    check_options(max_tokens, temperature, top_k, top_p)
+    if len(prompt_ids) == 0:
+        raise UserError("the prompt has no tokens; begin with the tokenizer's bos_id")
+    outside = [i for i in prompt_ids if not 0 <= i < limit]
+    if outside:
+        raise UserError(f"prompt token {outside[0]} is outside the vocabulary of {limit}; is it another tokenizer's?")
+    # The checks above run at the call, not at the first token.
+    return _generate(model, prompt_ids, max_tokens, temperature, top_k, top_p, seed, frozenset(stop_ids), limit, chunk)
+
+
+def check_options(max_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
+    """UserError, one line, for options that cannot work."""
+    if max_tokens < 0:
+        raise UserError(f"max_tokens is {max_tokens}; give 0 or more")
+    if not temperature >= 0:
+        raise UserError(f"temperature is {temperature}; give 0 (the likeliest token always) or more")
+    if top_k < 0:
+        raise UserError(f"top_k is {top_k}; give 0 (all tokens) or more")
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p is {top_p}; give a number above 0, at most 1 (all tokens)")
+
+
+def _generate(
+    model: LanguageModel,
+    prompt_ids: Sequence[int],
+    max_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+    stop_ids: frozenset[int],
+    limit: int,
+    chunk: int,
+) -> Iterator[int]:
+    device = model.head_weight.device
+    draws = torch.Generator().manual_seed(seed)
+    was_training = model.training
+    model.eval()
+    try:
+        state = model.initial_state(1, device)
+        logits = torch.empty(0)
+        for start in range(0, len(prompt_ids), chunk):
+            logits, state = _advance(model, prompt_ids[start : start + chunk], state)
+        for left in range(max_tokens, 0, -1):
+            token = sample(logits[:limit], draws, temperature, top_k, top_p)
+            if token in stop_ids:
+                return
+            yield token
+            if left > 1:
+                logits, state = _advance(model, [token], state)
+    finally:
+        model.train(was_training)
+
+
+@torch.no_grad()  # not around the loop: a generator would leave it switched off in its caller between tokens
+def _advance(model: LanguageModel, ids: Sequence[int], state: object) -> tuple[Tensor, object]:
+    """Read some tokens; the next token's logits on the CPU, and the state."""
+    tokens = torch.tensor([list(ids)], device=model.head_weight.device)
+    output = model(tokens, state=state, last_logits=True)
+    return output.logits[0, -1].cpu(), output.state
+
+
+def sample(logits: Tensor, draws: torch.Generator, temperature: float, top_k: int = 0, top_p: float = 1.0) -> int:
+    """One token id from logits (vocab,) on the CPU; see :func:`generate` for the options.
+
+    Raises UserError if a logit is not finite.
+    """
+    if not bool(torch.isfinite(logits).all()):
+        raise UserError("the model's logits are not finite; its weights diverged: use an earlier checkpoint")
+    if temperature == 0:
+        return int(logits.argmax())
+    scaled = logits.double()
+    scaled = (scaled - scaled.max()) / temperature  # the shift keeps a tiny temperature from overflowing
+    ranked, order = scaled.sort(descending=True, stable=True)
+    if top_k:
+        ranked = ranked[:top_k]
+    probability = ranked.softmax(0)
+    before = probability.cumsum(0) - probability
+    probability = probability[before < top_p]  # the first token always stays
+    return int(order[int(torch.multinomial(probability, 1, generator=draws))])
+
+
+def stream_text(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    chunk: int = 512,
+) -> Iterator[str]:
+    """Yield pieces of text that continue ``prompt``, as soon as they are certain.
+
+    A character of several bytes is never split over two pieces, and text that may turn out to begin a ``stop``
+    string is held back until it does not. Ends at the tokenizer's end-of-document id, at a stop string (which is
+    not yielded), or after ``max_tokens``. Options as for :func:`generate`; raises UserError like it.
+    """
+    if any(not s for s in stop):
+        raise UserError("a stop string is empty; leave it out")
+    ids = generate(
+        model,
+        [tokenizer.bos_id, *tokenizer.encode(prompt)],
+        max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop_ids=(tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id),
+        vocab_size=tokenizer.vocab_size,
+        chunk=chunk,
+    )
+    return until_stop(whole_characters(ids, tokenizer), stop)
+
+
+def whole_characters(ids: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
+    """Decode a stream of ids. A character spelled in bytes comes when its last byte is there.
+
+    Bytes that never complete one come as U+FFFD, as they do from decoding everything at once.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for token in ids:
+        if text := decoder.decode(tokenizer.decode_bytes([token])):
+            yield text
+    if text := decoder.decode(b"", final=True):
+        yield text
+
+
+def until_stop(pieces: Iterator[str], stop: Sequence[str]) -> Iterator[str]:
+    """Pass text on until the earliest of the ``stop`` strings, which may span pieces; end before it."""
+    held = ""
+    for piece in pieces:
+        held += piece
+        found = [held.find(s) for s in stop if s in held]
+        if found:
+            if min(found):
+                yield held[: min(found)]
+            return
+        keep = max((_overlap(held, s) for s in stop), default=0)
+        if len(held) > keep:
+            yield held[: len(held) - keep]
+            held = held[len(held) - keep :]
+    if held:
+        yield held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of ``text`` that begins ``stop``."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,260 @@
+"""The language model: embedding → blocks → norm → head, one entry point for training, scoring and generation.
+
+    x ← x + drop(mixer(norm(x)))        x ← x + drop(mlp(norm(x)))        for each block
+
+The residual stream is in at least float32 whatever the weights' dtype. Because every mixer carries its state by one
+law, so does the model: a sequence fed in pieces, with the state handed on, gives what it gives whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from paralm.config import ModelConfig
+from paralm.errors import ConfigError
+from paralm.models import loss as losses
+from paralm.models.mixers.base import LayerContext, Mixer, State
+from paralm.models.mlp import SwiGLU
+from paralm.models.norms import RMSNorm
+from paralm.models.parameters import EMBEDDING_STD, declare, initialize, normal, parameter_groups
+from paralm.registry import validate_mixer
+
+
+class LMOutput(NamedTuple):
+    """What a forward gives; a named tuple, because DeepSpeed's hooks look into tuples."""
+
+    loss: Tensor | None
+    """Cross-entropy in nats summed over the unmasked tokens, scalar, at least float32; None without labels."""
+    aux: Tensor | None
+    """Sum of the weighted auxiliary losses (z-loss) over the same tokens; None without labels."""
+    logits: Tensor | None
+    """(batch, time, vocab), at least float32; None with labels."""
+    state: State | None
+    """The state after the last token."""
+    stats: dict[str, Tensor | float]
+    """``layer_03/newton_iterations``, ``layer_03/newton_last_update``, …: numbers, or tensors on a device."""
+    token_losses: Tensor | None = None
+    """(batch, time), 0 where masked, no gradient; only when asked for."""
+
+
+class Block(nn.Module):
+    """One mixer and one MLP, each on a normed copy of the residual stream."""
+
+    def __init__(self, config: ModelConfig, mixer: Mixer) -> None:
+        super().__init__()
+        self.mixer_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.mixer = mixer
+        self.dropout = config.dropout
+        self.mlp_norm: RMSNorm | None = None
+        self.mlp: SwiGLU | None = None
+        if config.mlp.enabled:
+            self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
+            self.mlp = SwiGLU(config.d_model, config.mlp.d_ff, config.n_layers)
+
+    def forward(self, x: Tensor, state: State | None, reset: Tensor | None) -> tuple[Tensor, State]:
+        """(batch, time, d_model) → the same, and the mixer's state."""
+        y, state = self.mixer(self.mixer_norm(x), state, reset)
+        x = x + self._drop(y)
+        if self.mlp is not None and self.mlp_norm is not None:
+            x = x + self._drop(self.mlp(self.mlp_norm(x)))
+        return x, state
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+    def forward_without_state(self, x: Tensor, state: State | None, reset: Tensor | None) -> tuple[Tensor, None]:
+        """As :meth:`forward`, for a state that nobody needs: checkpointing would hold it otherwise."""
+        return self(x, state, reset)[0], None
+
+
+class Head(nn.Module):
+    """Logits h Wᵀ; W (vocab, d_model) is its own or the embedding's."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.cap = config.logit_cap
+        self.weight = None if config.tie_embeddings else nn.Parameter(torch.empty(vocab_size, config.d_model))
+        if self.weight is not None:
+            declare(self, "weight", normal(EMBEDDING_STD), decay=True)
+
+    def forward(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """(batch, time, d_model) → (batch, time, vocab), at least float32."""
+        return losses.capped(losses.logits_of(hidden.flatten(0, 1), weight), self.cap).unflatten(0, hidden.shape[:2])
+
+
+class LanguageModel(nn.Module):
+    """Built by :func:`build_model`. Its parameters are uninitialised until :meth:`init_weights`."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.config, self.vocab_size = config, vocab_size
+        self.embedding = nn.Embedding(vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(
+            Block(config, build_mixer(spec, config, layer)) for layer, spec in enumerate(layer_mixers(config))
+        )
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.head = Head(config, vocab_size)
+        self.activation_checkpointing = False
+        declare(self.embedding, "weight", normal(EMBEDDING_STD), decay=True)
+
+    @property
+    def layers(self) -> list[Block]:
+        """The blocks, typed."""
+        return list(self.blocks)  # type: ignore[arg-type]
+
+    @property
+    def mixers(self) -> list[Mixer]:
+        """The mixer of each layer."""
+        return [block.mixer for block in self.layers]
+
+    @property
+    def bounded_state(self) -> bool:
+        """Whether the state's size does not depend on how much was read."""
+        return all(mixer.bounded_state for mixer in self.mixers)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(vocab, d_model): the head's own matrix, or the embedding's."""
+        return self.embedding.weight if self.head.weight is None else self.head.weight
+
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        state: State | None = None,
+        reset: Tensor | None = None,
+        return_token_losses: bool = False,
+        last_logits: bool = False,
+        return_state: bool | None = None,
+    ) -> LMOutput:
+        """Loss with ``labels``, logits without.
+
+        ``tokens``: int64 (batch, time). ``labels``: int64 (batch, time), already the *next* token of each position,
+        −100 where it counts for nothing. ``state``: from a former call or :meth:`initial_state`, None for the
+        latter. ``reset``: bool (batch, time), true where a new sequence starts. ``return_token_losses``: every
+        token's loss, without gradient (``loss`` is then their sum, ``aux`` 0). ``last_logits``: logits of the last
+        position only, (batch, 1, vocab). ``return_state``: default: always, except that a growing state is not
+        kept while training.
+
+        Raises ValueError if the state is of another model or batch.
+        """
+        training = labels is not None and torch.is_grad_enabled()
+        keep = return_state if return_state is not None else self.bounded_state or not training
+        hidden, state, stats = self._run(tokens, state, reset, keep)
+        if labels is None:
+            hidden = hidden[:, -1:] if last_logits else hidden
+            return LMOutput(None, None, self.head(hidden, self.head_weight), state, stats)
+        flat, targets = hidden.flatten(0, 1), labels.flatten()
+        chunk, cap = self.config.loss_chunk, self.config.logit_cap
+        if return_token_losses:
+            each = losses.token_losses(flat, self.head_weight, targets, chunk=chunk, logit_cap=cap)
+            return LMOutput(each.sum(), each.new_zeros(()), None, state, stats, each.view(labels.shape))
+        loss, aux = losses.cross_entropy(
+            flat, self.head_weight, targets, chunk=chunk, z_loss=self.config.z_loss, logit_cap=cap
+        )
+        return LMOutput(loss, aux, None, state, stats)
+
+    def _run(
+        self, tokens: Tensor, state: State | None, reset: Tensor | None, keep_state: bool
+    ) -> tuple[Tensor, State | None, dict[str, Tensor | float]]:
+        """Hidden states after the last norm, the new state, and the mixers' statistics."""
+        before = self._layer_states(state, len(tokens))
+        x = self.embedding(tokens)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        after: list[State] = []
+        stats: dict[str, Tensor | float] = {}
+        for layer, block in enumerate(self.layers):
+            run = block if keep_state else block.forward_without_state
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x, layer_state = checkpoint(run, x, before[layer], reset, use_reentrant=False)
+            else:
+                x, layer_state = run(x, before[layer], reset)
+            after.append(layer_state)
+            stats.update({f"layer_{layer:02d}/{key}": value for key, value in block.mixer.stats.items()})
+        return self.norm(x), {"layers": tuple(after)} if keep_state else None, stats
+
+    def _layer_states(self, state: State | None, batch: int) -> Sequence[State | None]:
+        if state is None:
+            return [None] * len(self.blocks)
+        layers = state["layers"]
+        if len(layers) != len(self.blocks):
+            raise ValueError(f"the state has {len(layers)} layers, the model {len(self.blocks)}")
+        rows = {len(leaf) for leaf in torch.utils._pytree.tree_leaves(layers)}
+        if rows - {batch}:
+            raise ValueError(f"the state has {sorted(rows - {batch})[0]} rows, the tokens {batch}")
+        return layers
+
+    def initial_state(
+        self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> State:
+        """The state before anything was read: ``{"layers": (…)}``, every leaf a tensor with the batch first."""
+        return {"layers": tuple(mixer.initial_state(batch, device, dtype) for mixer in self.mixers)}
+
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        """Keep only each block's input for the backward, and run the block again there."""
+        self.activation_checkpointing = enabled
+
+    def init_weights(self, seed: int) -> None:
+        """Fill every parameter: a pure function of (seed, parameter name)."""
+        initialize(self, seed)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """``{"params", "names", "weight_decay": bool, "clamp": float | None}``; every parameter in exactly one."""
+        return parameter_groups(self)
+
+
+def layer_mixers(config: ModelConfig) -> list[dict[str, Any]]:
+    """The mixer specification of each layer."""
+    return [config.mixer] * config.n_layers
+
+
+def build_mixer(spec: dict[str, Any], config: ModelConfig, layer: int) -> Mixer:
+    """The mixer of one layer. Raises ConfigError, one line."""
+    entry, keys = validate_mixer(spec)
+    context = LayerContext(config.d_model, layer, config.n_layers, config.norm_eps, config.init)
+    return entry.value(keys, context)
+
+
+def build_model(
+    config: ModelConfig,
+    vocab_size: int,
+    seed: int,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> LanguageModel:
+    """A model with its initial values, which depend on ``seed`` and the parameters' names only.
+
+    ``vocab_size``: the tokenizer's; ``config.vocab_size`` may be larger (padding). ``device``: "meta" gives a model
+    of shapes without values. ``dtype``: of the parameters, default float32. Raises ConfigError, one line, for
+    keys that cannot work, before anything is allocated.
+    """
+    padded = config.vocab_size or vocab_size
+    if padded < vocab_size:
+        raise ConfigError(f"model.vocab_size: {padded} is less than the tokenizer's {vocab_size}; leave it out or pad")
+    with torch.device("meta"):
+        model = LanguageModel(config, padded).to(dtype or torch.float32)
+    where = torch.device(device or "cpu")
+    if where.type != "meta":
+        model.to_empty(device=where)
+        model.init_weights(seed)
+    return model
+
+
+def flops_per_token(model: LanguageModel, seq_len: int) -> float:
+    """Matrix-product FLOPs of forward and backward for one token of a sequence of ``seq_len``.
+
+    Three times the forward's (the backward makes two products for each); the forward has two for each element of
+    each matrix a token is multiplied by: all parameters of two or more dimensions, the head once, the embedding
+    look-up not; and, for attention, the products with the (seq_len + 1)/2 keys a causal query sees on average.
+    Elementwise work and recomputation are not counted, so this over time and peak is the usual MFU.
+    """
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() >= 2)
+    if model.head.weight is not None:
+        matrices -= model.embedding.weight.numel()
+    return 3.0 * (2.0 * matrices + sum(mixer.extra_flops_per_token(seq_len) for mixer in model.mixers))

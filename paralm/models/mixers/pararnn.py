@@ -1,0 +1,184 @@
+"""The ParaRNN block around any registered cell (ParaRNN, arXiv 2510.21450).
+
+    u, g = W_in x;   v = SiLU(conv_4(u));   i_k = B_k v + b_k  (B_k block-diagonal over heads, one for each input)
+    h_t = cell(h_{t−1}, i_t; a)             by paralm_kernels.solve, parallel in time
+    y = W_out (RMSNorm(h) ⊙ SiLU(g))
+
+h is the cell's last state component (ParaLSTM's state is [c, h]). One class serves every cell: registering a cell
+makes a mixer of that name.
+
+Initial values, by ``init``: ``released`` has the recurrent vectors normal with std 2/√(5d), B Xavier-uniform, and
+−linspace(0, 1) as the first gate's bias; ``language_model`` has them normal with std 1/√d and kept within ±0.5, B
+Kaiming-uniform (bound 1/√fan_in), biases 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import cache
+from typing import ClassVar, Literal
+
+import paralm_kernels
+import torch
+import torch.nn.functional as F
+from paralm_kernels import Cell
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from paralm.errors import ConfigError
+from paralm.models.linear import Linear
+from paralm.models.mixers.base import LayerContext, Mixer, State, default_heads
+from paralm.models.norms import GatedRMSNorm
+from paralm.models.parameters import Init, constant, declare, normal, output_std, uniform
+from paralm.registry import Entry, EntryConfig
+
+
+class CellMixerConfig(EntryConfig):
+    """Keys of ``model.mixer`` for a cell."""
+
+    n_heads: PositiveInt | None = Field(
+        default=None, description="blocks of the input projection; default: of 64 channels or a little more"
+    )
+    d_conv: int = Field(default=4, ge=2, le=16, description="width of the short convolution, in tokens")
+    expand: PositiveInt = Field(default=1, description="channels of the recurrence over d_model")
+    init: Literal["released", "language_model"] | None = Field(default=None, description="default: model.init")
+    clamp: PositiveFloat | Literal["default", "none"] = Field(
+        default="default",
+        description="elementwise bound on recurrent weights; default: 0.5 with init language_model, else none",
+    )
+    method: Literal["auto", "sequential", "newton"] = Field(default="auto", description="of solving")
+    tol: PositiveFloat | None = Field(default=None, description="Newton's, on the last update; default: the solver's")
+    max_iter: PositiveInt | None = Field(default=None, description="Newton's; default: the solver's")
+    on_failure: Literal["raise", "sequential"] = Field(
+        default="raise", description="when Newton does not converge: stop, or walk the sequence"
+    )
+
+
+class CellInputs(nn.Module):
+    """i_k = B_k v + b_k for each of a cell's inputs; B_k block-diagonal, ``weight`` (inputs, heads, out, in)."""
+
+    def __init__(self, channels: int, n_inputs: int, n_heads: int, init: str) -> None:
+        super().__init__()
+        width = channels // n_heads
+        self.weight = nn.Parameter(torch.empty(n_inputs, n_heads, width, width))
+        self.bias = nn.Parameter(torch.empty(n_inputs, channels))
+        released = init == "released"
+        # Xavier's bound √(6/(in + out)) with in = out; torch's Kaiming bound 1/√in.
+        declare(self, "weight", uniform(math.sqrt((3.0 if released else 1.0) / width)), decay=True)
+        declare(self, "bias", _first_gate_spread if released else constant(0.0), decay=False)
+
+    def forward(self, v: Tensor) -> tuple[Tensor, ...]:
+        """(batch, time, channel) → one such tensor for each input."""
+        n_inputs, n_heads, width, _ = self.weight.shape
+        batch, time, channels = v.shape
+        heads = v.reshape(batch * time, n_heads, width).transpose(0, 1)
+        stacked = self.weight.permute(1, 3, 0, 2).reshape(n_heads, width, n_inputs * width)
+        offsets = self.bias.view(n_inputs, n_heads, width).transpose(0, 1).reshape(n_heads, 1, n_inputs * width)
+        out = torch.baddbmm(offsets, heads, stacked).view(n_heads, batch, time, n_inputs, width)
+        return tuple(out[:, :, :, k].permute(1, 2, 0, 3).reshape(batch, time, channels) for k in range(n_inputs))
+
+
+def _first_gate_spread(tensor: Tensor, generator: torch.Generator) -> None:
+    """The released code's biases: −linspace(0, 1) over the channels for the first gate, 0 for the others."""
+    tensor.zero_()
+    tensor[0] = -torch.linspace(0, 1, tensor.shape[1])
+
+
+class CellMixer(Mixer):
+    """The block, for the cell in the class attribute ``cell``; see :func:`cell_mixers`."""
+
+    cell: ClassVar[Cell]
+    config: CellMixerConfig
+
+    def __init__(self, config: CellMixerConfig, context: LayerContext) -> None:
+        super().__init__(config, context)
+        d_model, channels = context.d_model, config.expand * context.d_model
+        n_heads = config.n_heads or default_heads(channels)
+        if channels % n_heads:
+            raise ConfigError(
+                f"model.mixer.n_heads: {n_heads} heads do not divide {channels} channels (expand × model.d_model)"
+            )
+        init = config.init or context.init
+        self.channels = channels
+        self.in_proj = Linear(d_model, 2 * channels)
+        self.conv_weight = nn.Parameter(torch.empty(channels, config.d_conv))
+        self.conv_bias = nn.Parameter(torch.empty(channels))
+        self.inputs = CellInputs(channels, len(self.cell.inputs), n_heads, init)
+        self.recurrent = nn.ParameterDict({name: nn.Parameter(torch.empty(channels)) for name in self.cell.params})
+        self.norm = GatedRMSNorm(channels, context.norm_eps)
+        self.out_proj = Linear(channels, d_model, output_std(channels, context.n_layers))
+        declare(self, "conv_weight", uniform(config.d_conv**-0.5), decay=False)
+        declare(self, "conv_bias", constant(0.0), decay=False)
+        for name in self.cell.params:
+            declare(self.recurrent, name, self._recurrent_init(init), decay=False, clamp=self._clamp(init))
+
+    def _recurrent_init(self, init: str) -> Init:
+        return normal(2 / math.sqrt(5 * self.channels) if init == "released" else 1 / math.sqrt(self.channels))
+
+    def _clamp(self, init: str) -> float | None:
+        if isinstance(self.config.clamp, float):
+            return self.config.clamp
+        return 0.5 if self.config.clamp == "default" and init == "language_model" else None
+
+    def forward(self, x: Tensor, state: State | None = None, reset: Tensor | None = None) -> tuple[Tensor, State]:
+        """See :class:`Mixer`. State: ``{"cell": (…, one (batch, channel) for each component), "conv": …}``."""
+        cell_state, conv_state = (None, None) if state is None else (state["cell"], state["conv"])
+        u, gate = self.in_proj(x).chunk(2, dim=-1)
+        u, conv_state = paralm_kernels.causal_conv(u, self.conv_weight, self.conv_bias, conv_state, reset)
+        inputs = self.inputs(F.silu(u))
+        params = tuple(self.recurrent[name] for name in self.cell.params)
+        hidden, cell_state = self._recur(inputs, params, cell_state, reset)
+        return self.out_proj(self.norm(hidden, gate)), {"cell": cell_state, "conv": conv_state}
+
+    def _recur(
+        self,
+        inputs: tuple[Tensor, ...],
+        params: tuple[Tensor, ...],
+        state: tuple[Tensor, ...] | None,
+        reset: Tensor | None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Output (batch, time, channel) and final state."""
+        config = self.config
+        if inputs[0].shape[1] == 1 and state is not None and reset is None and not torch.is_grad_enabled():
+            self.stats = {}
+            state = paralm_kernels.step(self.cell, state, tuple(i.squeeze(1) for i in inputs), params)
+            return state[-1].unsqueeze(1), state
+        trajectory = paralm_kernels.solve(
+            self.cell,
+            inputs,
+            params,
+            state=state,
+            reset=reset,
+            method=config.method,
+            tol=config.tol,
+            max_iter=config.max_iter,
+            on_failure=config.on_failure,
+        )
+        info = trajectory.info
+        self.stats = {"newton_iterations": info.iterations, "newton_last_update": info.last_update}
+        return trajectory.states[-1], trajectory.final
+
+    def initial_state(
+        self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> State:
+        """Zeros; the cell's in at least float32."""
+        dtype = dtype or self.conv_weight.dtype
+        device = device or self.conv_weight.device
+        wide = torch.promote_types(dtype, torch.float32)
+        return {
+            "cell": tuple(torch.zeros(batch, self.channels, device=device, dtype=wide) for _ in self.cell.state),
+            "conv": torch.zeros(batch, self.config.d_conv - 1, self.channels, device=device, dtype=dtype),
+        }
+
+
+@cache
+def _mixer_class(cell: Cell) -> type[CellMixer]:
+    kind = type(cell)
+    namespace = {"cell": cell, "__module__": kind.__module__, "__doc__": f"The ParaRNN block around {cell.name}."}
+    return type(f"{kind.__name__}Mixer", (CellMixer,), namespace)
+
+
+def cell_mixers() -> Mapping[str, Entry[type[Mixer]]]:
+    """A mixer for every registered cell, by the cell's name."""
+    return {name: Entry(name, CellMixerConfig, _mixer_class(cell)) for name, cell in paralm_kernels.cells().items()}

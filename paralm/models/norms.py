@@ -1,0 +1,41 @@
+"""RMSNorm, y = x / √(mean(x²) + eps) ⊙ w (Zhang & Sennrich 2019), plain and gated: RMSNorm(x) ⊙ SiLU(g).
+
+Statistics are taken in at least float32 whatever the input's dtype; the result has the weight's dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from paralm.models.parameters import constant, declare
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm over the last axis with a learned scale, which starts at 1."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size))
+        declare(self, "weight", constant(1.0), decay=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., size) of any floating dtype → the same shape in the weight's dtype."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        y = F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps)
+        return y.to(self.weight.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class GatedRMSNorm(RMSNorm):
+    """RMSNorm(x) ⊙ SiLU(gate): the norm first, then the gate (the order of the ParaRNN block)."""
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
+        """(..., size) and (..., size) → (..., size) in the weight's dtype."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        y = F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps)
+        return (y * F.silu(gate.to(wide))).to(self.weight.dtype)
