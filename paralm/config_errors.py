@@ -111,13 +111,15 @@ def unknown_key(path: Key) -> str:
     return f"{'.'.join(path)}: unknown key; the keys{here} are {valid}"
 
 
-def one_line(error: ValidationError, origin: Callable[[Key], tuple[Any, str]]) -> str:
+def one_line(error: ValidationError, origin: Callable[[Key], tuple[Any, str]], under: Key = ()) -> str:
     """The first of a validation's errors, and how many more there are.
 
     ``origin(path)``: what the error at a path is sorted by (first is what the user reads first), and the
-    place, such as ``run.yaml:12``, that the message begins with.
+    place, such as ``run.yaml:12``, that the message begins with. ``under``: the key whose value was validated.
     """
     details = error.errors(include_url=False)
+    for detail in details:
+        detail["loc"] = (*under, *detail["loc"])
     located = sorted(((*origin(_path(d)), i) for i, d in enumerate(details)), key=lambda x: (x[0], x[2]))
     _, place, index = located[0]
     more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""

@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ from pydantic import ValidationError
 from paralm import resources
 from paralm.config import Config
 from paralm.config_errors import one_line, section_at
-from paralm.config_yaml import Key, parse, read, show, write
+from paralm.config_yaml import Key, inline, parse, read, show, write
 from paralm.errors import ConfigError
 from paralm.user_modules import load_modules
 
@@ -88,19 +89,25 @@ class _Layer:
             path = path[:-1]
         return Origin()
 
+    def place(self, path: Key) -> tuple[Any, str]:
+        """What an error at a path is sorted by (files by line, then overrides), and where its value stands."""
+        found = self.origin(path)
+        order = (found.override is not None, found.file or "", found.line or 0)
+        return order, "" if found == Origin() else str(found)
+
 
 def _replaces(path: Key, old: dict[str, Any], new: dict[str, Any]) -> bool:
     return path == ("model", "mixer") and "name" in new and new["name"] != old.get("name", "paragru")
 
 
 def load_config(
-    source: str | Path | Sequence[str | Path], overrides: Sequence[str] = (), *, validate_mixer: bool = True
+    source: str | Path | Sequence[str | Path], overrides: Sequence[str] = (), *, build: bool = True
 ) -> LoadedConfig:
     """Read, merge and validate a configuration.
 
     ``source``: a YAML file, the name of a preset (``quickstart``), or several, later over earlier.
-    ``overrides``: ``section.key=value``, the value read as YAML. ``validate_mixer=False`` leaves out what
-    needs torch: the modules in ``imports`` and the mixer's own keys.
+    ``overrides``: ``section.key=value``, the value read as YAML. ``build=False`` leaves out what needs
+    torch: the modules in ``imports``, the mixer's own keys, and whether a model can be made of it all.
 
     Raises ConfigError, one line, before anything else happens.
     """
@@ -111,9 +118,9 @@ def load_config(
     layer.lay(_read_overrides(overrides))
     _expand_home(layer.data)
     config = _validate(layer)
-    if validate_mixer:
+    if build:
         load_modules(config.imports)
-        _complete_mixer(config, layer)
+        _complete_model(config, layer)
     provenance = {key: layer.origins.get(tuple(key.split(".")), Origin()) for key in flatten(config)}
     return LoadedConfig(config, provenance)
 
@@ -121,6 +128,24 @@ def load_config(
 def dump_yaml(config: Config) -> str:
     """The whole configuration as YAML; reading it back gives an equal one."""
     return write(config.model_dump(mode="json"))
+
+
+def annotate(loaded: LoadedConfig) -> str:
+    """The whole configuration as YAML, with a comment behind each value that says where it came from."""
+    lines: list[tuple[str, str]] = []
+
+    def visit(values: dict[str, Any], path: str, indent: str) -> None:
+        for key, value in values.items():
+            here = f"{path}.{key}" if path else key
+            if isinstance(value, dict) and value:
+                lines.append((f"{indent}{inline(key)}:", ""))
+                visit(value, here, indent + "  ")
+            else:
+                lines.append((f"{indent}{inline(key)}: {inline(value)}", str(loaded.provenance[here])))
+
+    visit(loaded.config.model_dump(mode="json"), "", "")
+    column = min(48, max(len(text) for text, _ in lines))
+    return "".join(f"{text:{column}}  # {origin}\n" if origin else f"{text}\n" for text, origin in lines)
 
 
 def flatten(config: Config) -> dict[str, Any]:
@@ -280,24 +305,31 @@ def _expand_home(data: dict[str, Any]) -> None:
 
 
 def _validate(layer: _Layer) -> Config:
-    def origin(path: Key) -> tuple[Any, str]:
-        found = layer.origin(path)
-        first = (found.override is not None, found.file or "", found.line or 0)
-        return first, "" if found == Origin() else str(found)
-
     try:
         # Strict JSON: text is no number, 1 is not true, 2.0 is not 2, but a list may become a tuple.
         return Config.model_validate_json(json.dumps(layer.data), strict=True)
     except ValidationError as error:
-        raise ConfigError(one_line(error, origin)) from None
+        raise ConfigError(one_line(error, layer.place)) from None
 
 
-def _complete_mixer(config: Config, layer: _Layer) -> None:
-    """Check the mixer's own keys and fill in its defaults, so that the saved configuration says everything."""
-    from paralm.registry import validate_mixer  # torch comes with it
+def _complete_model(config: Config, layer: _Layer) -> None:
+    """Check the mixer's own keys and fill in its defaults, so that the saved configuration says everything; then
+    see that a model can be made of it, on the device that allocates nothing.
+    """
+    from paralm.models import build_model  # torch comes with it
+    from paralm.registry import validate_mixer
 
+    spec = config.model.mixer
     try:
-        config.model.mixer = validate_mixer(config.model.mixer)
+        entry, checked = validate_mixer(spec)
+        keys = {key: value for key, value in spec.items() if key != "name"}
+        entry.config.model_validate_json(json.dumps(keys), strict=True)
+        config.model.mixer = {"name": entry.name, **checked.model_dump(mode="json", by_alias=True)}
+        given = config.data.tokenizer.model is not None  # then its size is known when it has been read
+        build_model(config.model, 1 if given else config.data.tokenizer.vocab_size, config.run.seed, device="meta")
+    except ValidationError as error:
+        raise ConfigError(one_line(error, layer.place, ("model", "mixer"))) from None
     except ConfigError as error:
-        place = layer.origin(("model", "mixer"))
-        raise ConfigError(str(error) if place == Origin() else f"{place}: {error}") from None
+        key = re.match(r"[\w.]*", str(error))
+        _, place = layer.place(tuple(key.group().split(".")) if key else ())
+        raise ConfigError(f"{place}: {error}" if place else str(error)) from None

@@ -46,6 +46,15 @@ for _name, (_pattern, _first) in _PLAIN.items():
         _cls.add_implicit_resolver(_TAG + _name, re.compile(f"^(?:{_pattern})$"), _first)
 
 
+def _represent_text(writer: yaml.SafeDumper, text: str) -> yaml.Node:
+    # Only the double-quoted style holds a line break (of any of Unicode's kinds) on one line.
+    breaks = text.splitlines() not in ([], [text])
+    return writer.represent_scalar(_TAG + "str", text, style='"' if breaks else None)
+
+
+_Writer.add_representer(str, _represent_text)
+
+
 def read(path: Path, shown: str) -> tuple[dict[str, Any], dict[Key, int]]:
     """Read a YAML file of keys.
 
@@ -95,6 +104,8 @@ def parse(text: str, shown: str) -> tuple[Any, dict[Key, int]]:
 
 
 def _data(node: yaml.Node, path: Key, lines: dict[Key, int], place: Callable[[int], str]) -> Any:
+    if not isinstance(node, yaml.ScalarNode) and node.tag not in (_TAG + "map", _TAG + "seq"):
+        raise ConfigError(_tagged(node, ".".join(path), place(node.start_mark.line + 1)))
     if isinstance(node, yaml.MappingNode):
         found: dict[str, Any] = {}
         for key_node, value_node in node.value:
@@ -133,7 +144,11 @@ def _scalar(node: yaml.Node, name: str, where: str) -> Any:
             raise ConfigError(f"{prefix}expected a finite number, got {text}")
     except ValueError:
         raise ConfigError(f"{prefix}{text[:40]!r} is not a number that can be read") from None
-    raise ConfigError(f"{prefix}the tag {node.tag} is not allowed; write plain values")
+    raise ConfigError(_tagged(node, name, where))
+
+
+def _tagged(node: yaml.Node, name: str, where: str) -> str:
+    return f"{where}: {name + ': ' if name else ''}the tag {node.tag} is not allowed; write plain values"
 
 
 def _text(text: str, where: str) -> str:
@@ -149,6 +164,11 @@ def write(data: dict[str, Any]) -> str:
 
 def show(value: Any) -> str:
     """A value on one line, as YAML would have it, cut when long."""
-    text = yaml.dump(value, Dumper=_Writer, default_flow_style=True, width=10**6, allow_unicode=True)
-    text = " ".join(text.removesuffix("\n").removesuffix("\n...").split())
+    text = " ".join(inline(value).split())
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def inline(value: Any) -> str:
+    """A value as one line of YAML."""
+    text = yaml.dump(value, Dumper=_Writer, default_flow_style=True, width=10**6, allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...")

@@ -1,1 +1,1 @@
-"""paralm_launch."""
+"""The ``paralm`` command, and the ways to start a run."""

@@ -1,0 +1,91 @@
+# make quickstart: from raw text to a trained language model, with everything it needs set up here.
+# make help: everything else.
+#
+# PYTHON   the interpreter, 3.11 to 3.13       make PYTHON=python3.12 test
+# VENV     the virtual environment's folder
+# TORCH    what pip installs for torch         make TORCH="torch==2.13.0" quickstart
+# JOBS     test processes
+
+SUPPORTED := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+ifndef PYTHON
+PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11; do \
+  "$$p" -c '$(SUPPORTED)' >/dev/null 2>&1 && echo "$$p" && break; done)
+ifeq ($(PYTHON),)
+PYTHON := python3
+endif
+endif
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ "$$n" -gt 8 ] && echo 8 || echo "$$n")
+BIN := $(VENV)/bin
+BASE := $(VENV)/.paralm-installed
+DEV := $(VENV)/.paralm-dev-installed
+SOURCES := paralm kernels data_pipeline launch tests benchmarks tools
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test lint format bench gpu-check gpu-wheels mutants clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | awk -F ':.*  ## ' '{printf "make %-12s %s\n", $$1, $$2}'
+
+quickstart: $(BASE)  ## text → tokenizer → trained model → report, on this machine, in minutes
+	$(BIN)/paralm run quickstart
+
+test: $(DEV)  ## every test that needs no GPU
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not gpu" tests
+
+lint: $(DEV)  ## ruff (lint and format) and mypy
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+
+format: $(DEV)  ## let ruff rewrite what lint would complain about
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+mutants: $(DEV)  ## plant known defects one at a time; each must make its test fail
+	$(BIN)/python tools/mutants.py --jobs $(JOBS)
+
+bench: $(DEV)  ## every benchmark that needs no GPU; results in benchmarks/results
+	@set -e; for script in $(filter-out benchmarks/gpu_%,$(wildcard benchmarks/*.py)); do \
+	  echo "== $$script"; $(BIN)/python "$$script"; done
+
+gpu-check: $(DEV)  ## tests and benchmarks that need a GPU
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
+	  || { echo 'make gpu-check: torch sees no GPU here; nothing was checked (for a CUDA build: make TORCH=...)' >&2; exit 2; }
+	$(BIN)/python -m pytest -m gpu tests
+	@set -e; for script in $(wildcard benchmarks/gpu_*.py); do echo "== $$script"; $(BIN)/python "$$script"; done
+
+# For a GPU machine that has torch and reaches no registry: pip install --no-index --no-deps .wheels/*.whl
+GPU_PYTHON ?= 3.12
+GPU_WHEELS ?= annotated-doc annotated-types datasets deepspeed dill execnet hjson httpcore2 httpx2 huggingface_hub \
+  hypothesis multiprocess pydantic pydantic_core pytest-timeout pytest-xdist pyyaml rich safetensors sentencepiece \
+  shellingham truststore typer typing-inspection zstandard
+WHEEL_TAGS := $(foreach n,17 24 27 28 34,--platform manylinux_2_$(n)_x86_64) --platform manylinux2014_x86_64
+
+gpu-wheels: $(DEV)  ## the packages a bare GPU machine lacks, as wheels, into .wheels
+	rm -rf .wheels && mkdir .wheels
+	$(BIN)/pip list --format=freeze | grep -iE '^($(subst $(eval ) ,|,$(strip $(subst -,[-_],$(subst _,[-_],$(GPU_WHEELS))))))==' > .wheels/versions.txt
+	grep -vi '^deepspeed==' .wheels/versions.txt > .wheels/binary.txt
+	grep -i '^deepspeed==' .wheels/versions.txt > .wheels/source.txt
+	$(BIN)/pip download -q --no-deps --only-binary=:all: --implementation cp --python-version $(GPU_PYTHON) \
+	  $(WHEEL_TAGS) -d .wheels -r .wheels/binary.txt
+	$(BIN)/pip wheel -q --no-deps --no-build-isolation -w .wheels -r .wheels/source.txt
+	@rm .wheels/*.txt; du -sh .wheels; ls .wheels
+
+clean:  ## remove what was built or installed here; runs stay
+	rm -rf $(VENV) .wheels .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
+
+$(BASE): pyproject.toml
+	@"$(PYTHON)" -c '$(SUPPORTED)' 2>/dev/null || { \
+	  echo "make: paralm needs Python 3.11 to 3.13 with its venv module; $(PYTHON) is $$("$(PYTHON)" --version 2>&1 || echo missing). Try: make PYTHON=python3.12" >&2; exit 2; }
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q $(TORCH)
+	$(BIN)/python -m pip install -q -e .
+	@touch $@
+
+$(DEV): $(BASE)
+	$(BIN)/python -m pip install -q -e '.[dev]'
+	@touch $@

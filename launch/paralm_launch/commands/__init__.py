@@ -1,0 +1,1 @@
+"""The commands of ``paralm``; each file adds its own to the application."""

@@ -1,0 +1,47 @@
+"""``paralm config``: show, check and list configurations. None of it starts anything."""
+
+from __future__ import annotations
+
+import typer
+
+from paralm_launch.commands.arguments import ConfigArgument, OverridesArgument
+from paralm_launch.console import say, table
+
+app = typer.Typer(no_args_is_help=True, help="Show, check and list configurations.")
+
+
+def add_to(parent: typer.Typer) -> None:
+    """Add ``config`` to the application."""
+    parent.add_typer(app, name="config")
+
+
+@app.command()
+def show(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
+    """Print the whole configuration, every default filled in, and where each value came from.
+
+    The output is itself a configuration: redirect it to a file to start one of your own.
+    """
+    from paralm.config_files import annotate, load_config
+
+    typer.echo(annotate(load_config(config, overrides or [])), nl=False)
+
+
+@app.command()
+def check(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
+    """Check a configuration without starting anything; exit code 2 and one line when it cannot work."""
+    from paralm.config_files import load_config
+    from paralm_launch.launchers import get_launcher
+
+    loaded = load_config(config, overrides or []).config
+    get_launcher(loaded.launcher.kind)
+    say(f"ok: {config} describes the run {loaded.run_dir}")
+
+
+@app.command(name="list")
+def list_() -> None:
+    """List the presets that come with paralm: whole runs, and model sections to include."""
+    from paralm import resources
+
+    rows = [(name, resources.describe(path)) for name, path in resources.presets().items()]
+    table(None, ("preset", "what it is"), rows)
+    say(f"\nfiles: {resources.share_root() / 'configs'}")

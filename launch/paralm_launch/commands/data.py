@@ -1,0 +1,119 @@
+"""``paralm data``: prepare a corpus, look into what was prepared, and see what a training step saw."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from paralm_launch.commands.arguments import ConfigArgument, OverridesArgument, RunArgument
+from paralm_launch.console import quantity, say, table
+
+if TYPE_CHECKING:
+    from paralm_data import Batch, StoreReport, Tokenizer
+
+app = typer.Typer(no_args_is_help=True, help="Prepare text, inspect it, and see what a training step saw.")
+
+
+def add_to(parent: typer.Typer) -> None:
+    """Add ``data`` to the application."""
+    parent.add_typer(app, name="data")
+
+
+@app.command()
+def prepare(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
+    """Make the tokenizer and the token stores of a configuration, as far as they are not there.
+
+    They go to data.dir, or to the run's folder when that is not set. 'paralm run' does this by itself.
+    """
+    from paralm.config_files import load_config
+    from paralm_launch import pipeline
+
+    pipeline.only_rank()
+    pipeline.prepare_data(load_config(config, overrides or []).config)
+
+
+@app.command()
+def inspect(
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="A run's folder, a prepared folder, or one token store in it.")
+    ],
+    samples: Annotated[int, typer.Option(min=0, help="How many documents to decode from each store.")] = 3,
+    tokens: Annotated[int, typer.Option(min=1, help="How many tokens of each to show.")] = 120,
+    full: Annotated[bool, typer.Option("--full", help="Check every byte against the manifest's checksums.")] = False,
+) -> None:
+    """Print statistics of token stores, and some documents decoded."""
+    import paralm_data
+
+    from paralm_launch import pipeline
+
+    if (path / "config.yaml").is_file():
+        path = pipeline.open_run(path).data_dir
+    for report in paralm_data.inspect(path, samples=samples, sample_tokens=tokens, verify="full" if full else "size"):
+        _print_report(report)
+
+
+@app.command()
+def show(
+    run: RunArgument,
+    step: Annotated[int, typer.Option(min=1, help="The step, as metrics.jsonl counts them; the first is 1.")],
+    rank: Annotated[int, typer.Option(min=0, help="The rank whose rows to show.")] = 0,
+    world_size: Annotated[int, typer.Option(min=1, help="The number of ranks; with 1, the whole global batch.")] = 1,
+) -> None:
+    """Print the exact text that a training step of a run saw."""
+    from paralm_data import Loader, Tokenizer, TokenStore
+
+    from paralm_launch import pipeline
+
+    place = pipeline.open_run(run)
+    training, data = place.config.training, place.config.data
+    loader = Loader(
+        TokenStore.open(place.data_dir / "train", verify="size"),
+        seq_len=training.seq_len,
+        global_batch_size=training.global_batch_size,
+        seed=place.config.run.seed,
+        order=data.order,
+        rank=rank,
+        world_size=world_size,
+    )
+    tokenizer = Tokenizer.load(place.data_dir / "tokenizer.model")
+    loader.store.check_tokenizer(tokenizer)
+    _print_batch(loader.batch(step - 1), tokenizer, step, rank, world_size)
+
+
+def _print_report(report: StoreReport) -> None:
+    source = ", ".join(f"{key} {value}" for key, value in report.source.items() if not isinstance(value, dict))
+    lengths = ", ".join(f"{q:.0%} {n:,}" for q, n in report.length_quantiles.items())
+    rows = [
+        ("documents", f"{report.n_documents:,}"),
+        ("tokens", f"{report.n_tokens:,} ({report.dtype})"),
+        ("text", f"{report.n_bytes:,} bytes, {report.bytes_per_token:.2f} a token"),
+        ("vocabulary", f"{report.vocab_size:,}, of which used {report.used_ids:,}"),
+        ("tokens a document", lengths),
+        ("most frequent", " ".join(f"{t.piece!r}×{quantity(t.count)}" for t in report.most_frequent[:12])),
+        ("tokenizer SHA-256", report.tokenizer_sha256),
+        ("checked", "sizes only (--full checks every byte)" if report.verified == "size" else "every byte"),
+        *([("made from", source)] if source else []),
+    ]
+    table(str(report.path), ("", ""), rows)
+    for sample in report.samples:
+        more = "…" if sample.truncated else ""
+        say(f"\n── document {sample.document}: {sample.n_tokens:,} tokens, {sample.n_bytes:,} bytes")
+        say(f"{sample.text}{more}")
+    say("")
+
+
+def _print_batch(batch: Batch, tokenizer: Tokenizer, step: int, rank: int, world_size: int) -> None:
+    say(f"step {step}, rank {rank} of {world_size}: {len(batch.rows)} rows, epoch {batch.epoch:.4f}")
+    for row, tokens, labels, reset in zip(batch.rows, batch.tokens, batch.labels, batch.reset):
+        starts = reset.nonzero().flatten().tolist()
+        masked = int((labels < 0).sum())
+        begins = f", documents begin at {', '.join(map(str, starts))}" if starts else ""
+        say(f"\n── row {row}: {len(tokens)} tokens, {masked} without a label{begins}")
+        edges = sorted({0, *starts, len(tokens)})
+        for first, last in itertools.pairwise(edges):
+            if first in starts:
+                say("   ▸ a document begins")
+            say(tokenizer.decode(tokens[first:last].tolist()))

@@ -1,0 +1,112 @@
+"""``paralm eval``, ``generate``, ``compare`` and ``monitor``: what came out of a run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from paralm.errors import RunError
+from paralm_launch.commands.arguments import RunArgument
+from paralm_launch.console import say
+
+
+def add_to(parent: typer.Typer) -> None:
+    """Add the commands to the application."""
+    parent.command(name="eval")(evaluate)
+    parent.command()(generate)
+    parent.command()(compare)
+    parent.command()(monitor)
+
+
+def generate(
+    run: RunArgument,
+    prompt: Annotated[str, typer.Option(help="The text to go on from.")] = "",
+    max_tokens: Annotated[int, typer.Option(min=0, help="Stop after so many tokens.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token. 1: as trained.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="Draw from the k likeliest tokens; 0: from all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens whose probability reaches p.")] = 0.95,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same text.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
+) -> None:
+    """Stream text from a run's newest checkpoint (RUN@STEP: from another), at constant memory."""
+    from paralm.generation import check_options, stream_text
+    from paralm.training.load import load_model
+
+    check_options(max_tokens, temperature, top_k, top_p)
+    loaded = load_model(run)
+    pieces = stream_text(
+        loaded.model,
+        loaded.tokenizer,
+        prompt,
+        max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop=stop or (),
+    )
+    _write(prompt)
+    for piece in pieces:
+        _write(piece)
+    _write("\n")
+
+
+def _write(text: str) -> None:
+    """At once, with '?' for what the terminal's encoding lacks."""
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+    sys.stdout.flush()
+
+
+def monitor(
+    path: Annotated[Path, typer.Argument(metavar="RUN|ROOT", help="A run's folder, or a folder of runs to compare.")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 0,
+) -> None:
+    """Show a run's metrics in the browser: TensorBoard, for this machine only. Ctrl-C ends it.
+
+    From elsewhere: ssh -L PORT:127.0.0.1:PORT this-machine, then open the URL there.
+    """
+    import logging
+
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)
+    from tensorboard import program
+
+    if not path.is_dir():
+        raise RunError(f"{path}: no such folder; give a run (runs/NAME) or a folder of runs (runs)")
+    folder = path / "tensorboard" if (path / "tensorboard").is_dir() else path
+    if not any(folder.rglob("events.out.tfevents.*")):
+        raise RunError(f"{path}: no metrics in it yet; start a run with 'paralm run'")
+    board = program.TensorBoard()
+    board.configure(
+        argv=["paralm monitor", "--logdir", str(folder), "--host", "127.0.0.1", "--port", str(port or _free_port())]
+    )
+    try:
+        url = board.launch()
+    except program.TensorBoardServerException as error:
+        raise RunError(f"port {port}: {error.msg}; leave --port out for a free one") from None
+    say(f"{url}   (Ctrl-C ends it)")
+    _wait()
+
+
+def _free_port() -> int:
+    """A port that nobody listens on at this moment."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _wait() -> None:
+    """Until Ctrl-C or SIGTERM."""
+    import signal
+
+    try:
+        while True:
+            signal.pause()
+    except KeyboardInterrupt:
+        say("")

@@ -1,0 +1,140 @@
+"""The stages of a run, each of which does nothing when its work is there: prepare, train, evaluate, report."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from paralm.config import Config, SourceConfig
+from paralm.config_files import frozen_differences, load_modules
+from paralm.errors import RunError
+from paralm_launch.console import ProgressLine, duration, quantity, say
+from paralm_launch.launchers import get_launcher
+
+if TYPE_CHECKING:
+    from paralm_data import Prepared, Progress, SourceSpec
+
+
+@dataclass(frozen=True)
+class RunPlace:
+    """A run's folder, its configuration, and where its data lies now."""
+
+    path: Path
+    step: int | None
+    config: Config
+    data_dir: Path
+
+
+def open_run(run: str | Path) -> RunPlace:
+    """``RUN`` or ``RUN@STEP``. Raises RunError, one line, for what is no run folder."""
+    from paralm.training.run_folder import RunFolder
+    from paralm.training.session import parse_run
+
+    path, step = parse_run(run)
+    config = RunFolder(path).saved_config()
+    if config is None:
+        raise RunError(f"{path}: no config.yaml, so this is not a run folder")
+    load_modules(config.imports)
+    return RunPlace(path, step, config, config.data.dir if config.data.dir is not None else path / "data")
+
+
+def check_start(config: Config) -> None:
+    """Refuse what cannot start before anything is done: an unknown launcher, keys that a run must keep."""
+    from paralm.training.run_folder import RunFolder
+
+    get_launcher(config.launcher.kind)
+    RunFolder(config.run_dir).check_same_run(config, frozen_differences)
+
+
+def only_rank() -> None:
+    """Refuse to do the work of one process on several ranks."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise RunError(
+            "this command is for one process, and WORLD_SIZE says there are several; "
+            "use 'paralm data prepare' first, then 'paralm train' on the ranks, then 'paralm eval'"
+        )
+
+
+# -- data ----------------------------------------------------------------------------------------------------
+
+
+def prepare_data(config: Config) -> Prepared:
+    """Make the tokenizer and the token stores, as far as they are not there."""
+    from paralm_data import TokenizerSpec, prepare
+
+    with ProgressLine() as line:
+        prepared = prepare(
+            _source(config.data.source),
+            TokenizerSpec(**config.data.tokenizer.model_dump()),
+            config.data_dir,
+            held_out_fraction=config.data.held_out_fraction,
+            validation={name: _source(source) for name, source in config.data.validation.items()},
+            progress=lambda progress: _show_data(line, progress),
+        )
+    stores = {"train": prepared.train, "held out": prepared.held_out, **prepared.validation}
+    text = ", ".join(f"{name} {quantity(store.n_tokens)} tokens" for name, store in stores.items())
+    state = "already prepared" if prepared.skipped else "prepared"
+    say(f"data: {state}, vocabulary {prepared.tokenizer.vocab_size:,}, {text} → {prepared.path}")
+    return prepared
+
+
+def _source(source: SourceConfig) -> SourceSpec:
+    from paralm_data import SourceSpec
+
+    return SourceSpec(**source.model_dump())
+
+
+def _show_data(line: ProgressLine, progress: Progress) -> None:
+    parts = [f"{progress.documents:,} documents"] if progress.documents else []
+    if progress.bytes:
+        parts.append(f"{progress.bytes / 1e6:.1f} MB")
+    if progress.tokens:
+        parts.append(f"{quantity(progress.tokens)} tokens")
+    if progress.bytes and progress.documents:
+        parts.append(f"{progress.mb_per_s:.1f} MB/s")
+    # The size of a corpus is known when it has been read; until then the bar only moves.
+    line.update(progress.stage, 1.0 if progress.done else 0.0, 1.0 if progress.done else None, ", ".join(parts))
+
+
+# -- training ------------------------------------------------------------------------------------------------
+
+
+def is_trained(config: Config) -> bool:
+    """Whether the run has a whole checkpoint of its last step."""
+    from paralm.training import checkpoint
+
+    found = checkpoint.newest_whole(config.run_dir / "checkpoints", lambda message: say(f"warning: {message}"))
+    return found is not None and found.step >= config.training.max_steps
+
+
+def train_run(config: Config) -> None:
+    """Train, or continue, with the configured launcher; nothing when it is done."""
+    launcher = get_launcher(config.launcher.kind)
+    if is_trained(config):
+        say(f"training: already done, {config.training.max_steps:,} steps")
+        return
+    with ProgressLine() as line:
+        rank = os.environ.get("RANK", "0")
+        result = launcher(config, lambda row: _show_step(line, row), line.say if rank == "0" else lambda text: None)
+    bad = f", {result.bad_steps} steps skipped" if result.bad_steps else ""
+    say(
+        f"training: {result.step:,} steps, {quantity(result.tokens)} tokens, {quantity(result.parameters)} parameters, "
+        f"{duration(result.seconds)}{bad} → {result.run_dir}"
+    )
+
+
+def _show_step(line: ProgressLine, row: dict[str, Any]) -> None:
+    if row["kind"] == "validation":
+        line.say(
+            f"step {row['step']:,}  {row['set'].replace('_', ' ')}: loss {row['loss']:.3f}, "
+            f"{row['bits_per_byte']:.3f} bits per byte"
+        )
+    elif row["kind"] == "train":
+        skipped = "  SKIPPED, not finite" if row["skipped"] else ""
+        text = (
+            f"{row['step']:,}/{row['max_steps']:,}  loss {row['loss']:.3f}  {quantity(row['tokens_per_s'])} tok/s  "
+            f"eta {duration(row['eta'])}{skipped}"
+        )
+        line.update("training", row["step"], row["max_steps"], text)
