@@ -133,24 +133,22 @@ def prepare(
     already is then as it was.
     """
     plan = _plan(source, tokenizer, out, held_out_fraction, validation, progress, threads)
-    with _locked(plan.out):
-        have_tokenizer, missing = plan.has_tokenizer(), plan.missing()
-        if not have_tokenizer and len(missing) < len(plan.names()):
-            raise DataError(f"{plan.out / MODEL_NAME}: missing, though stores beside it were made with it; {ADVICE}")
-        _check_inputs(plan, missing)
-        _remove_unfinished(plan)
-        if not have_tokenizer:
-            _make_tokenizer(plan)
-        model = Tokenizer.load(plan.out / MODEL_NAME)
-        _make_splits(plan, model, [name for name in missing if name in SPLITS])
-        for name in missing:
-            if name not in SPLITS:
+    skipped = not _work_left(plan)
+    if not skipped:
+        with _locked(plan.out):
+            _remove_unfinished(plan)
+            if not plan.has_tokenizer():
+                _make_tokenizer(plan)
+            model = Tokenizer.load(plan.out / MODEL_NAME)
+            _make_splits(plan, model, [name for name in plan.missing() if name in SPLITS])
+            for name in plan.missing():
                 _make_validation(plan, model, name)
+    model = Tokenizer.load(plan.out / MODEL_NAME)
     stores = {name: TokenStore.open(plan.store_path(name), verify="size") for name in plan.names()}
     for store in stores.values():
         store.check_tokenizer(model)
     train, held_out = stores.pop("train"), stores.pop("held_out")
-    return Prepared(plan.out, model, train, held_out, stores, have_tokenizer and not missing, plan.counts)
+    return Prepared(plan.out, model, train, held_out, stores, skipped, plan.counts)
 
 
 def is_prepared(
@@ -207,13 +205,21 @@ def _locked(out: Path) -> Iterator[None]:
         yield
 
 
-def _check_inputs(plan: _Plan, missing: list[str]) -> None:
-    """Find every input before the first hour of work, not after it."""
+def _work_left(plan: _Plan) -> bool:
+    """Whether anything is missing. DataError, before a byte is written, for a folder or an input that will not do."""
+    have_tokenizer, missing = plan.has_tokenizer(), plan.missing()
+    if not have_tokenizer and len(missing) < len(plan.names()):
+        raise DataError(f"{plan.out / MODEL_NAME}: missing, though stores beside it were made with it; {ADVICE}")
+    if have_tokenizer:
+        Tokenizer.load(plan.out / MODEL_NAME)
+    else:
+        plan.tokenizer_spec()
     if any(name in SPLITS for name in missing):
         shards(plan.source)
     for name in missing:
         if name not in SPLITS:
             shards(plan.validation[name])
+    return bool(missing) or not have_tokenizer
 
 
 def _remove_unfinished(plan: _Plan) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from paralm_data.atomic import sync_folder
+from paralm_data.atomic import sync_folder, write_file
 from paralm_data.errors import DataError, reason
 from paralm_data.manifest import DOC_BYTES, DOC_ENDS, NAME, TOKENS, FileEntry, Manifest
 from paralm_data.store import TokenStore
@@ -91,24 +91,20 @@ class StoreWriter:
         if not self.n_documents:
             self.abandon()
             raise DataError(f"{self.path}: no documents to store")
-        manifest = Manifest(
-            tokenizer_sha256=self._tokenizer.sha256,
-            vocab_size=self._tokenizer.vocab_size,
-            bos_id=self._tokenizer.bos_id,
-            eos_id=self._tokenizer.eos_id,
-            dtype=self._dtype,
-            n_tokens=self.n_tokens,
-            n_documents=self.n_documents,
-            n_bytes=self.n_bytes,
-            files={name: file.close() for name, file in self._files.items()},
-            source=self._source,
-        )
         try:
-            with (self._folder / NAME).open("wb") as file:
-                file.write(manifest.to_json())
-                file.flush()
-                os.fsync(file.fileno())
-            sync_folder(self._folder)
+            manifest = Manifest(
+                tokenizer_sha256=self._tokenizer.sha256,
+                vocab_size=self._tokenizer.vocab_size,
+                bos_id=self._tokenizer.bos_id,
+                eos_id=self._tokenizer.eos_id,
+                dtype=self._dtype,
+                n_tokens=self.n_tokens,
+                n_documents=self.n_documents,
+                n_bytes=self.n_bytes,
+                files={name: file.close() for name, file in self._files.items()},
+                source=self._source,
+            )
+            write_file(self._folder / NAME, manifest.to_json())
             self._folder.rename(self.path)
             sync_folder(self.path.parent)
         except OSError as error:

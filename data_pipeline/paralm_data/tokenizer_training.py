@@ -30,8 +30,9 @@ LINE_STARTS = tuple("\n" + SPACE * n for n in (4, 8, 12, 16, 20, 24, 28, 32))
 USER_SYMBOLS = ("\t", "\t\t", "\n\t", "\n\t\t", *LINE_STARTS)
 SYMBOLS_FROM = 1024  # smaller vocabularies have no room for them
 
-# Characters that mean something inside sentencepiece's trainer (a sentence with one is dropped or misread).
-_RESERVED = re.compile("[\t\0\u2581\u2585]")
+# Characters that mean something inside sentencepiece's trainer: a sentence with one is dropped or misread.
+RESERVED = frozenset("\t\0\u2581\u2585")
+COVERAGE = 0.9999  # of the characters' occurrences get a piece of their own; the rest are bytes
 
 
 class Sample:
@@ -80,16 +81,17 @@ def cut(text: str, size: int) -> Iterator[str]:
 
 def train_model(texts: Iterable[str], vocab_size: int, kind: str) -> bytes:
     """The content of a ``.model`` file, a function of the texts. Raises DataError if they cannot support it."""
-    sentences = [
-        fragment for text in texts for piece in cut(text, PIECE) for fragment in _RESERVED.split(piece) if fragment
-    ]
-    if not sentences:
+    pieces = [piece for text in texts for piece in cut(text, PIECE)]
+    if not pieces:
         raise DataError("there is no text to train a tokenizer on")
     symbols = list(USER_SYMBOLS) if vocab_size >= SYMBOLS_FROM else []
+    alphabet = _alphabet(pieces, vocab_size - N_RESERVED - len(symbols))
+    others = re.compile(f"[^{re.escape(alphabet)}]+")
+    sentences = (fragment for piece in pieces for fragment in others.split(piece) if fragment)
     options: dict[str, Any] = {
         "model_type": kind,
         "vocab_size": vocab_size,
-        "character_coverage": _coverage(sentences, vocab_size - N_RESERVED - len(symbols)),
+        "character_coverage": 1.0,  # of what is left of the pieces
         "user_defined_symbols": symbols,
         "normalization_rule_name": "identity",
         "add_dummy_prefix": False,
@@ -108,25 +110,28 @@ def train_model(texts: Iterable[str], vocab_size: int, kind: str) -> bytes:
     }
     model = io.BytesIO()
     try:
-        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(sentences), model_writer=model, **options)
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=sentences, model_writer=model, **options)
     except Exception as error:  # sentencepiece raises plain RuntimeErrors with a source line in front
         raise DataError(_explain(error, vocab_size)) from error
     return model.getvalue()
 
 
-def _coverage(sentences: list[str], room: int) -> float:
-    """The share of characters that get a piece of their own; the others are bytes.
+def _alphabet(pieces: list[str], room: int) -> str:
+    """The characters that get a piece of their own: the most frequent ones, up to COVERAGE of all occurrences.
 
-    All but one in ten thousand, and never more characters than half the free pieces (a vocabulary of characters alone
-    compresses nothing).
+    Never more than half the free pieces: a vocabulary of characters alone compresses nothing.
     """
     counts: Counter[str] = Counter()
-    for sentence in sentences:
-        counts.update(sentence)
-    total, covered = sum(counts.values()), 0
-    for _, count in counts.most_common(max(1, room // 2)):
+    for piece in pieces:
+        counts.update(piece)
+    wanted, covered, chosen = COVERAGE * counts.total(), 0, [" "]
+    for character, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        if covered >= wanted or len(chosen) > max(room // 2, 1):
+            break
+        if character not in RESERVED and character != " ":
+            chosen.append(character)
         covered += count
-    return min(0.9999, max(covered / total, 0.01))
+    return "".join(chosen)
 
 
 def _explain(error: Exception, vocab_size: int) -> str:
