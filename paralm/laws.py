@@ -15,7 +15,7 @@ them can be trained in pieces, streamed, generated from and saved by code that k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,20 +50,28 @@ class LawBroken(Exception):
 
 
 def check_mixer(
-    name: str, config: Mapping[str, Any] | None = None, *, d_model: int = 32, time: int = 19, seed: int = 0
+    name: str,
+    config: Mapping[str, Any] | None = None,
+    *,
+    laws: Iterable[str] | None = None,
+    d_model: int = 32,
+    time: int = 19,
+    seed: int = 0,
 ) -> list[LawResult]:
-    """Hold every law against the mixer registered as ``name``, with ``config`` as its own keys.
+    """Hold the laws against the mixer registered as ``name``, with ``config`` as its own keys.
 
-    ``time``: tokens tried; more than the mixer's chunk, if it has one. Returns a result for each law; a law that
+    ``laws``: some of LAWS, default all. ``time``: tokens tried; more than the mixer's chunk, if it has one. Returns a result for each law; a law that
     ends in an exception is a failed one. Raises ConfigError for an unknown name or keys. Laws of the cell inside
     (:mod:`paralm_kernels.laws`) are included for a cell's mixer.
     """
     entry, keys = validate_mixer({"name": name, **(config or {})})
 
+    wanted = set(LAWS if laws is None else laws)
+
     def build() -> _Subject:
         return _Subject(entry.value, keys, d_model, time, seed)
 
-    return [_hold(name, law, check, build) for law, check in LAWS.items()]
+    return [_hold(name, law, check, build) for law, check in LAWS.items() if law in wanted]
 
 
 def _hold(name: str, law: str, check: Callable[[_Subject], float], build: Callable[[], _Subject]) -> LawResult:
@@ -91,7 +99,7 @@ class _Subject:
         self.d_model, self.time = d_model, time
         with torch.no_grad():
             for parameter in self.mixer.parameters():  # zeros and ones would hide what they multiply
-                parameter += 0.1 * self.normal(*parameter.shape)
+                parameter.add_(self.normal(*parameter.shape), alpha=0.1)
 
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.draws, dtype=torch.float64)

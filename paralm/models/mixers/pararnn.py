@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import cache
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import paralm_kernels
 import torch
@@ -170,6 +170,15 @@ class CellMixer(Mixer):
             "cell": tuple(torch.zeros(batch, self.channels, device=device, dtype=wide) for _ in self.cell.state),
             "conv": torch.zeros(batch, self.config.d_conv - 1, self.channels, device=device, dtype=dtype),
         }
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, (self.cell.name,), self.__getstate__()
+
+
+def _unpickled(name: str) -> CellMixer:
+    """An empty mixer of the cell of that name: its class is made from the cell, so it cannot be found by its own."""
+    kind = _mixer_class(paralm_kernels.get_cell(name))
+    return kind.__new__(kind)
 
 
 @cache
