@@ -42,20 +42,19 @@ def gradients(
     batch, time, channel = problem.shape
     derived, code = problem.derived, problem.code
     size = derived.n_state
-    kind = {"dtype": problem.dtype, "device": problem.device}
     length = min(time, max(1, _CHUNK // (batch * channel)))
     scratch = code.jacobian.scratch((batch, length, channel), problem.dtype, problem.device)
     rank = (size,) if derived.diagonal else (size, size)
-    jacobian = torch.empty((*rank, batch, length, channel), **kind)
-    adjoint = torch.empty((size, batch, length, channel), **kind)
-    grad_inputs = tuple(torch.empty((batch, time, channel), **kind) for _ in problem.inputs)
-    grad_params = tuple(torch.zeros(channel, **kind) for _ in problem.params)
-    partial = torch.empty(channel, **kind)
+    jacobian = problem.empty(*rank, batch, length, channel)
+    adjoint = problem.empty(size, batch, length, channel)
+    grad_inputs = tuple(problem.empty(batch, time, channel) for _ in problem.inputs)
+    grad_params = tuple(problem.empty(channel).zero_() for _ in problem.params)
+    partial = problem.empty(channel)
 
     def accumulate(i: int, value: Tensor) -> None:
         grad_params[i].add_(torch.sum(value, (0, 1), out=partial))
 
-    carry = torch.zeros((size, batch, channel), **kind)
+    carry = problem.empty(size, batch, channel).zero_()
     for i, grad in enumerate(grad_final):
         if grad is not None:
             carry[i] = grad
@@ -80,7 +79,8 @@ def gradients(
 
 
 def _run_back(transposed: Tensor, adjoint: Tensor, carry: Tensor) -> Tensor:
-    """Turns g into λ in place, from the carry J_{t+1}ᵀ λ_{t+1} of the chunk after; returns the carry for the one before."""
+    """Turns g into λ in place, given the carry J_{t+1}ᵀ λ_{t+1} of the chunk after; returns the carry for the one
+    before."""
     adjoint[..., -1, :] += carry
     if adjoint.shape[-2] > 1:
         maps = AffineMap(transposed[..., 1:, :], adjoint[..., :-1, :])

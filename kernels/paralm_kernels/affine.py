@@ -94,8 +94,8 @@ def _stretch(matrix: Tensor | None) -> Tensor | None:
 def _with_first(maps: AffineMap, first: AffineMap) -> AffineMap:
     rest = maps.at(slice(1, None))
     matrix = maps.matrix
-    if matrix is not None and first.matrix is not None:
-        matrix = torch.cat((first.matrix, rest.matrix), TIME)  # type: ignore[list-item]
+    if rest.matrix is not None and first.matrix is not None:
+        matrix = torch.cat((first.matrix, rest.matrix), TIME)
     return AffineMap(matrix, torch.cat((first.offset, rest.offset), TIME))
 
 
@@ -120,8 +120,10 @@ def _prefixes(maps: AffineMap, constant: bool) -> AffineMap:
     return AffineMap(matrix, offset)
 
 
-def trajectory(maps: AffineMap, initial: Tensor | None = None, reverse: bool = False, out: Tensor | None = None) -> Tensor:
-    """The states x_t = maps[t](x_{t−1}) from x_{−1} = initial (zero if None); `reverse` runs from the last to the first.
+def trajectory(
+    maps: AffineMap, initial: Tensor | None = None, reverse: bool = False, out: Tensor | None = None
+) -> Tensor:
+    """The states x_t = maps[t](x_{t−1}) from x_{−1} = initial, zero if None; `reverse` runs from the last to the first.
 
     maps: T in time; initial: (S, …, channel) without time; returns (S, …, T, channel). `out` may be `maps.offset`.
     Not differentiable; see `linear_scan`.
@@ -219,7 +221,7 @@ def linear_scan_2x2(a: Tensor, b: Tensor, initial: Tensor | None = None) -> Tens
 def _run(matrix: Tensor, offset: Tensor, initial: Tensor | None) -> Tensor:
     if initial is None:
         initial = torch.zeros_like(offset[..., 0, :])
-    return _LinearScan.apply(matrix, offset, initial)  # type: ignore[no-any-return]
+    return _LinearScan.apply(matrix, offset, initial)
 
 
 def _check(what: str, a: Tensor, b: Tensor, initial: Tensor | None, shape: torch.Size, of: str) -> None:

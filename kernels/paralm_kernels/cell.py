@@ -51,6 +51,7 @@ class Cell:
 
 CellOrClass = TypeVar("CellOrClass", bound="Cell | type[Cell]")
 
+_RESERVED = frozenset({"torch", "aten", "zip", "tl", "triton"})
 _registry: dict[str, Cell] = {}
 
 
@@ -74,6 +75,8 @@ def validate(cell: Cell) -> Cell:
         for name in names:
             if not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_"):
                 raise CellError(f"{where}: {field} name {name!r} is not a plain Python identifier")
+            if name in _RESERVED or name.startswith(("next_", "grad_", "d_next_")):
+                raise CellError(f"{where}: {field} name {name!r} is reserved for generated code; choose another")
             if name in seen:
                 raise CellError(f"{where}: {name!r} is in both {seen[name]} and {field}; names must differ")
             seen[name] = field

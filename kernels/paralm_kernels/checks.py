@@ -56,7 +56,9 @@ def compute_dtype(groups: Sequence[tuple[str, Tensors]]) -> torch.dtype:
     first_name, first = present[0]
     for name, dtype in present[1:]:
         if (dtype == torch.float64) != (first == torch.float64):
-            raise ArgumentError(f"{name} are {dtype} but {first_name} are {first}; float64 does not mix, convert one side")
+            raise ArgumentError(
+                f"{name} are {dtype} but {first_name} are {first}; float64 does not mix, convert one side"
+            )
     result = torch.float32
     for _, dtype in present:
         result = torch.promote_types(result, dtype)

@@ -54,7 +54,9 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None,
         raise ArgumentError(f"causal_conv: x is {tuple(x.shape)}, expected (batch, time, channel), none of them 0")
     batch, time, channel = x.shape
     if weight.ndim != 2 or weight.shape[0] != channel or weight.shape[1] < 1:
-        raise ArgumentError(f"causal_conv: weight is {tuple(weight.shape)}, expected ({channel}, taps) for x {tuple(x.shape)}")
+        raise ArgumentError(
+            f"causal_conv: weight is {tuple(weight.shape)}, expected ({channel}, taps) for x {tuple(x.shape)}"
+        )
     if bias is not None:
         shape("causal_conv: bias", bias, (channel,), f"(channel,) of x {tuple(x.shape)}")
     if state is not None:

@@ -124,7 +124,8 @@ def _trace(cell: Cell, count: int) -> GraphModule:
         return _checked(cell, cell.step(state, inputs, params))
 
     def step_and_vjp(*args: Tensor) -> tuple[Tensor, ...]:
-        outputs, vjp = torch.func.vjp(step, *args[:count])
+        pullback: Any = torch.func.vjp(step, *args[:count])
+        outputs, vjp = pullback
         return (*outputs, *vjp(args[count:]))
 
     functional = torch.func.functionalize(step_and_vjp, remove="mutations")
@@ -186,8 +187,6 @@ def _lower_all(cell: Cell, build: Builder, traced: GraphModule, names: tuple[str
 def _lower_one(cell: Cell, build: Builder, node: FxNode, values: dict[FxNode, Any]) -> Any:
     args = [values[arg] if isinstance(arg, FxNode) else arg for arg in node.args]
     kwargs = {key: values[arg] if isinstance(arg, FxNode) else arg for key, arg in node.kwargs.items()}
-    if getattr(node.target, "__name__", "") == "getitem":
-        return args[0][args[1]] if isinstance(args[0], tuple | list) else args[0]
     try:
         return lower(build, node.target, args, kwargs, _TRACE_DTYPE)
     except CellError as error:

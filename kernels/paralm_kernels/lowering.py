@@ -18,7 +18,7 @@ from .graph import COMPARE, UNARY, Builder, Node
 
 aten = torch.ops.aten
 
-DECOMPOSED = get_decompositions(
+DECOMPOSED: dict[Any, Callable[..., Any]] = get_decompositions(
     [
         aten.softplus,
         aten.softplus_backward,
@@ -120,7 +120,7 @@ LOWERING: dict[str, Lower] = {
     "maximum": _direct("maximum"),
     "minimum": _direct("minimum"),
     "clamp": _clamp,
-    "clamp_min": lambda build, x, low: _clamp(build, x, low),
+    "clamp_min": _clamp,
     "clamp_max": lambda build, x, high: _clamp(build, x, None, high),
     "relu": lambda build, x: build.call("maximum", x, build.const(0.0)),
     "sgn": _direct("sign"),

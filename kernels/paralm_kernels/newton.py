@@ -27,12 +27,21 @@ _SLACK = 2.0**-10
 
 @dataclass(frozen=True)
 class NewtonOptions:
-    """tile: steps solved at once. tol: on |update| / (1 + |state|); None: 1e-6 below float64, else 1e-12. max_iter:
-    per tile; None: as many as exactness can take."""
+    """tile: steps solved at once; None: `default_tile`. tol: on |update| / (1 + |state|); None: 1e-6, in float64 1e-12.
+    max_iter: per tile; None: as many as exactness can take."""
 
     tile: int | None = None
     tol: float | None = None
     max_iter: int | None = None
+
+
+def default_tile(problem: Problem) -> int:
+    """On a CPU as many steps as the cache holds: fewer tiles cost fewer calls (measured: 1024 beats 64 fourfold at 16
+    channels and is as good at 256). On a device few, as each tile runs as many iterations as it has steps."""
+    if problem.device.type != "cpu":
+        return 16
+    batch, _, channel = problem.shape
+    return min(1024, max(64, 65536 // (batch * channel)))
 
 
 @dataclass
@@ -51,7 +60,7 @@ def solve_newton(problem: Problem, options: NewtonOptions) -> tuple[Tensors, Sol
     """
     batch, time, channel = problem.shape
     size = len(problem.state)
-    tile = options.tile or (_TILE if problem.device.type == "cpu" else _DEVICE_TILE)
+    tile = options.tile or default_tile(problem)
     tol = options.tol if options.tol is not None else (1e-12 if problem.dtype == torch.float64 else 1e-6)
     states = torch.empty((size, batch, time, channel), dtype=problem.dtype, device=problem.device)
     progress = _Progress(0, 0.0)
@@ -62,10 +71,6 @@ def solve_newton(problem: Problem, options: NewtonOptions) -> tuple[Tensors, Sol
         states[:, :, start:stop] = solved
         entry = solved[:, :, -1]
     return tuple(states), SolveInfo(progress.iterations, progress.last_update, "newton")
-
-
-_TILE = 128
-_DEVICE_TILE = 16
 
 
 def _solve_tile(
@@ -116,7 +121,9 @@ def _solve_tile(
         progress.last_update = max(progress.last_update, update)
     else:
         progress.iterations = max(progress.iterations, bound)
-        progress.last_update = torch.maximum(torch.as_tensor(progress.last_update, device=h.device), torch.as_tensor(update))
+        progress.last_update = torch.maximum(
+            torch.as_tensor(progress.last_update, device=h.device), torch.as_tensor(update)
+        )
     return h
 
 

@@ -57,10 +57,15 @@ class Plan:
             uses[node.index] = uses.get(node.index, 0) + 2  # an output is never fused away
         return uses
 
-    def prelude(self, like: str) -> list[str]:
-        """Assignments of constants (0-dimensional, in the dtype and on the device of `like`) and parameter values."""
+    def prelude(self, like: str, phase: int = 0) -> list[str]:
+        """Assignments of the constants (0-dimensional, in the dtype and on the device of `like`) and of the functions
+        of parameters that a phase reads."""
+        read = [operand for instruction in self.phases[phase] for operand in instruction.operands]
+        needed = {node.index for node in ancestors((*read, *self.outputs[phase]))}
         lines = []
         for node in self._ahead:
+            if node.index not in needed:
+                continue
             value = f"_constant({node.value!r}, {like})" if node.is_const else self.call(_plain(node))
             lines.append(f"{self.text[node.index]} = {value}")
         return lines
@@ -195,5 +200,3 @@ class Scratch:
 
 def _is_zero(node: Node) -> bool:
     return node.is_const and node.value == 0.0
-
-

@@ -50,6 +50,10 @@ class Problem:
     def device(self) -> torch.device:
         return self.inputs[0].device
 
+    def empty(self, *shape: int) -> Tensor:
+        """An uninitialised tensor of the compute dtype, where the problem lives."""
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
     @cached_property
     def code(self) -> TorchCode:
         return torch_code(self.derived)
@@ -63,7 +67,8 @@ class Problem:
         """On a CPU: per step, whether any row is reset. None on a device, where looking would wait for it."""
         if self.reset is None or self.device.type != "cpu":
             return None
-        return self.reset.any(0).tolist()  # type: ignore[no-any-return]
+        steps: list[bool] = self.reset.any(0).tolist()
+        return steps
 
     def cuts(self, start: int, stop: int) -> list[Tensor | None]:
         """Per step None or the mask (batch, 1) of rows to reset."""
@@ -89,6 +94,8 @@ class Problem:
         if start > 0:
             shifted = tuple(h[:, start - 1 : stop - 1] for h in states)
         else:
-            shifted = tuple(torch.cat((s.unsqueeze(1), h[:, : stop - 1]), 1) for s, h in zip(self.state, states, strict=True))
+            shifted = tuple(
+                torch.cat((s.unsqueeze(1), h[:, : stop - 1]), 1) for s, h in zip(self.state, states, strict=True)
+            )
         mask = self.mask(start, stop)
         return shifted if mask is None else tuple(h.masked_fill(mask, 0.0) for h in shifted)

@@ -19,7 +19,9 @@ def solve_sequential(problem: Problem) -> tuple[Tensors, SolveInfo]:
     """The states (batch, time, channel) in the compute dtype."""
     batch, time, channel = problem.shape
     count = len(problem.state)
-    states = tuple(torch.empty((batch, time, channel), dtype=problem.dtype, device=problem.device) for _ in range(count))
+    states = tuple(
+        torch.empty((batch, time, channel), dtype=problem.dtype, device=problem.device) for _ in range(count)
+    )
     walk = problem.code.walk
     scratch = walk.scratch((batch, channel), problem.dtype, problem.device)
     entry = problem.state

@@ -1,6 +1,6 @@
 """ParaGRU (ParaRNN, arXiv 2510.21450): the GRU with per-channel recurrent weights.
 
-    z = σ(a_z h_ + x_z)   r = σ(a_r h_ + x_r)   c = tanh(a_h h_ r + x_h)   h = (1−z) h_ + z c
+z = σ(a_z h_ + x_z)   r = σ(a_r h_ + x_r)   c = tanh(a_h h_ r + x_h)   h = (1−z) h_ + z c
 """
 
 import torch

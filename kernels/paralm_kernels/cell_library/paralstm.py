@@ -1,7 +1,7 @@
 """ParaLSTM (ParaRNN, arXiv 2510.21450): the LSTM with peepholes, coupled gates and per-channel recurrent weights.
 
-    f = σ(a_f h_ + x_f + p_f c_)   g = tanh(a_c h_ + x_c)   c = f c_ + (1−f) g
-    o = σ(a_o h_ + x_o + p_o c)    h = o tanh(c)            state [c, h]
+f = σ(a_f h_ + x_f + p_f c_)   g = tanh(a_c h_ + x_c)   c = f c_ + (1−f) g
+o = σ(a_o h_ + x_o + p_o c)    h = o tanh(c)            state [c, h]
 """
 
 import torch
