@@ -66,6 +66,8 @@ def run(arguments: Sequence[str]) -> int:
     try:
         code = app(args=list(arguments), prog_name="paralm", standalone_mode=False)
         sys.stdout.flush()
+        if code == errors.EXIT_INTERRUPTED:  # typer's answer to Ctrl-C
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except BrokenPipeError:
         # Whoever read the output has left (paralm … | head): no error, and nothing more to write.

@@ -28,14 +28,19 @@ def table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[Any
     from rich.text import Text
 
     cells = [list(row) for row in rows]
-    drawn = Table(title=title, title_justify="left", box=None, pad_edge=False, show_edge=False)
+    drawn = Table(
+        title=title, title_justify="left", box=None, pad_edge=False, show_edge=False, show_header=any(columns)
+    )
     for i, column in enumerate(columns):
         numbers = bool(cells) and all(isinstance(row[i], (int, float)) for row in cells)
         drawn.add_column(column, justify="right" if numbers else "left", overflow="fold")
     for row in cells:
         drawn.add_row(*(Text(cell if isinstance(cell, str) else f"{cell:,}") for cell in row))
     console = Console() if sys.stdout.isatty() else Console(width=200)
-    console.print(drawn)
+    with console.capture() as text:
+        console.print(drawn)
+    for line in text.get().splitlines():
+        print(line.rstrip())
 
 
 def duration(seconds: float) -> str:
@@ -99,7 +104,7 @@ class ProgressLine:
             assert self._task is not None
             self._bars.update(self._task, completed=done, total=total, text=text)
             return
-        line = f"{what}: {text}"
+        line = f"{what}: {text}" if text else f"{what} …"
         if new and self._pending is not None:
             print(self._pending, flush=True)
         if new or time.monotonic() - self._said >= self._every:

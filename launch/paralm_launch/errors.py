@@ -33,8 +33,9 @@ def user_error(error: BaseException) -> tuple[str, int] | None:
         return f"{where}{error.strerror}", EXIT_USER
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # typer: the command line itself
         context = getattr(error, "ctx", None)
-        hint = f"; see '{context.command_path} --help'" if context is not None else ""
-        return f"{' '.join(error.format_message().split()).rstrip('.')}{hint}", EXIT_USER
+        message = " ".join(error.format_message().split()).rstrip(".")
+        hint = f"; see '{context.command_path} --help'" if context is not None and message else ""
+        return f"{message}{hint}", EXIT_USER
     return None
 
 
@@ -53,6 +54,8 @@ def report(error: BaseException, verbose: bool = False) -> int:
         )
         return EXIT_UNEXPECTED
     line, code = known
+    if not line:
+        return code  # a group without a command: its help is on the screen already
     if verbose:
         traceback.print_exception(error)
     print(f"error: {line}", file=sys.stderr)

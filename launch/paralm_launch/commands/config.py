@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from paralm_launch.commands.arguments import ConfigArgument, OverridesArgument
+from paralm_launch.commands.arguments import ConfigArgument, OverridesArgument, add_command
 from paralm_launch.console import say, table
 
 app = typer.Typer(no_args_is_help=True, help="Show, check and list configurations.")
@@ -13,9 +13,11 @@ app = typer.Typer(no_args_is_help=True, help="Show, check and list configuration
 def add_to(parent: typer.Typer) -> None:
     """Add ``config`` to the application."""
     parent.add_typer(app, name="config")
+    add_command(app, show)
+    add_command(app, check)
+    add_command(app, list_, "list")
 
 
-@app.command()
 def show(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     """Print the whole configuration, every default filled in, and where each value came from.
 
@@ -26,7 +28,6 @@ def show(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     typer.echo(annotate(load_config(config, overrides or [])), nl=False)
 
 
-@app.command()
 def check(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     """Check a configuration without starting anything; exit code 2 and one line when it cannot work."""
     from paralm.config_files import load_config
@@ -37,7 +38,6 @@ def check(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     say(f"ok: {config} describes the run {loaded.run_dir}")
 
 
-@app.command(name="list")
 def list_() -> None:
     """List the presets that come with paralm: whole runs, and model sections to include."""
     from paralm import resources

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from paralm_launch.commands.arguments import ConfigArgument, OverridesArgument, RunArgument
+from paralm_launch.commands.arguments import ConfigArgument, OverridesArgument, RunArgument, add_command
 from paralm_launch.console import quantity, say, table
 
 if TYPE_CHECKING:
@@ -20,9 +21,11 @@ app = typer.Typer(no_args_is_help=True, help="Prepare text, inspect it, and see 
 def add_to(parent: typer.Typer) -> None:
     """Add ``data`` to the application."""
     parent.add_typer(app, name="data")
+    add_command(app, prepare)
+    add_command(app, inspect)
+    add_command(app, show)
 
 
-@app.command()
 def prepare(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     """Make the tokenizer and the token stores of a configuration, as far as they are not there.
 
@@ -35,7 +38,6 @@ def prepare(config: ConfigArgument, overrides: OverridesArgument = None) -> None
     pipeline.prepare_data(load_config(config, overrides or []).config)
 
 
-@app.command()
 def inspect(
     path: Annotated[
         Path, typer.Argument(metavar="PATH", help="A run's folder, a prepared folder, or one token store in it.")
@@ -55,7 +57,6 @@ def inspect(
         _print_report(report)
 
 
-@app.command()
 def show(
     run: RunArgument,
     step: Annotated[int, typer.Option(min=1, help="The step, as metrics.jsonl counts them; the first is 1.")],
@@ -84,7 +85,7 @@ def show(
 
 
 def _print_report(report: StoreReport) -> None:
-    source = ", ".join(f"{key} {value}" for key, value in report.source.items() if not isinstance(value, dict))
+    source = ", ".join(f"{key} {value}" for key, value in _leaves(report.source) if value not in (None, "", []))
     lengths = ", ".join(f"{q:.0%} {n:,}" for q, n in report.length_quantiles.items())
     rows = [
         ("documents", f"{report.n_documents:,}"),
@@ -103,6 +104,14 @@ def _print_report(report: StoreReport) -> None:
         say(f"\n── document {sample.document}: {sample.n_tokens:,} tokens, {sample.n_bytes:,} bytes")
         say(f"{sample.text}{more}")
     say("")
+
+
+def _leaves(values: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value)
+        else:
+            yield key, value
 
 
 def _print_batch(batch: Batch, tokenizer: Tokenizer, step: int, rank: int, world_size: int) -> None:

@@ -9,16 +9,40 @@ from typing import Annotated
 import typer
 
 from paralm.errors import RunError
-from paralm_launch.commands.arguments import RunArgument
+from paralm_launch.commands.arguments import OverridesArgument, RunArgument, add_command
 from paralm_launch.console import say
 
 
 def add_to(parent: typer.Typer) -> None:
     """Add the commands to the application."""
-    parent.command(name="eval")(evaluate)
-    parent.command()(generate)
-    parent.command()(compare)
-    parent.command()(monitor)
+    add_command(parent, evaluate, "eval")
+    add_command(parent, generate)
+    add_command(parent, compare)
+    add_command(parent, monitor)
+
+
+def evaluate(
+    run: RunArgument,
+    overrides: OverridesArgument = None,
+    again: Annotated[bool, typer.Option("--again", help="Measure again what was measured already.")] = False,
+) -> None:
+    """Measure a run on its held-out text and write its report, with curves and samples.
+
+    KEY=VALUE changes the evaluation only, such as eval.max_tokens=1000000.
+    """
+    from paralm_launch import pipeline
+
+    pipeline.evaluate_run(run, overrides or [], again)
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Two or more run folders.")],
+    out: Annotated[Path, typer.Option(help="Where the figure goes.")] = Path("comparison.png"),
+) -> None:
+    """Overlay the curves of several runs, and print what they reached side by side."""
+    from paralm_launch import pipeline
+
+    pipeline.compare_runs(runs, out)
 
 
 def generate(

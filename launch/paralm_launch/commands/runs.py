@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import typer
 
-from paralm_launch.commands.arguments import ConfigArgument, OverridesArgument
+from paralm_launch.commands.arguments import ConfigArgument, OverridesArgument, add_command
 from paralm_launch.console import say
 
 
 def add_to(parent: typer.Typer) -> None:
     """Add the commands to the application."""
-    parent.command()(run)
-    parent.command()(train)
+    add_command(parent, run)
+    add_command(parent, train)
 
 
 def run(config: ConfigArgument, overrides: OverridesArgument = None) -> None:

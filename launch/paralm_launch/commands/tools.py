@@ -13,14 +13,14 @@ from typing import Annotated, Any
 import typer
 
 from paralm.errors import RunError, UserError
-from paralm_launch.commands.arguments import RunArgument
+from paralm_launch.commands.arguments import RunArgument, add_command
 from paralm_launch.console import say, table
 
 
 def add_to(parent: typer.Typer) -> None:
     """Add the commands to the application."""
-    parent.command()(check)
-    parent.command(name="dump-stacks")(dump_stacks)
+    add_command(parent, check)
+    add_command(parent, dump_stacks, "dump-stacks")
 
 
 def check(
@@ -48,8 +48,10 @@ def check(
         )
     results = [(f"cell {name}", r) for name in cells for r in paralm_kernels.laws.check_cell(name)]
     results += [(f"mixer {name}", r) for name in own for r in laws.check_mixer(name)]
-    table(None, ("what", "law", "", ""), [(what, r.law, "ok" if r.ok else "BROKEN", r.detail) for what, r in results])
-    broken = sum(not r.ok for _, r in results)
+    table(
+        None, ("what", "law", "", ""), [(what, r.law, "ok" if r.passed else "BROKEN", r.detail) for what, r in results]
+    )
+    broken = sum(not r.passed for _, r in results)
     if broken:
         raise UserError(f"{file}: {broken} of {len(results)} laws are broken")
     say(f"ok: {len(results)} laws hold")

@@ -1,0 +1,34 @@
+"""Launchers are found by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from paralm_launch import launchers
+
+from paralm.errors import ConfigError
+
+
+def test_local_is_there() -> None:
+    assert "local" in launchers.launchers()
+    assert launchers.get_launcher("local") is launchers.local
+
+
+def test_an_unknown_launcher_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"^launcher.kind: unknown launcher 'locale'; nearest: local$"):
+        launchers.get_launcher("locale")
+    with pytest.raises(ConfigError, match="there is local"):
+        launchers.get_launcher("zzz")
+
+
+def test_a_launcher_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launchers, "_LAUNCHERS", dict(launchers._LAUNCHERS))
+
+    @launchers.register_launcher("mine")
+    def mine(config: Any, on_progress: Any, say: Any) -> Any:
+        return None
+
+    assert launchers.get_launcher("mine") is mine
+    with pytest.raises(ConfigError, match="'mine' is registered twice"):
+        launchers.register_launcher("mine")(mine)
