@@ -8,6 +8,7 @@ Documents and not tokens are drawn, since the tokens of one document are not ind
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ LEVEL = 0.95
 
 
 def ratio_intervals(
-    numerator: NDArray[np.float64], denominators: Sequence[NDArray[np.float64] | NDArray[np.int64]], seed: int = 0
+    numerator: NDArray[np.float64], denominators: Sequence[NDArray[Any]], seed: int = 0
 ) -> list[Interval | None]:
     """A 95 % interval of Σ numerator / Σ denominator for each denominator, all from the same draws.
 

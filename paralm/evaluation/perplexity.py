@@ -14,7 +14,7 @@ import heapq
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -169,7 +169,9 @@ def _result(
     nats = float(scores.loss.sum())
     per_token = nats / int(scores.tokens.sum())
     total_words = int(words.sum()) if words is not None else 0
-    counts = [scores.tokens, n_bytes * math.log(2), words if words is not None else np.zeros_like(n_bytes)]
+    counts: list[NDArray[Any]] = [scores.tokens, n_bytes * math.log(2), np.zeros_like(n_bytes)]
+    if words is not None:
+        counts[2] = words
     by_token, by_byte, by_word = ratio_intervals(scores.loss, counts, seed)
     return PerplexityResult(
         set=set_name,

@@ -13,7 +13,7 @@ from paralm.errors import RunError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-R = TypeVar("R", bound="Result")
+M = TypeVar("M", bound=BaseModel)
 
 
 class Result(BaseModel):
@@ -67,8 +67,8 @@ def write_json(path: Path, content: BaseModel) -> None:
     write_file(path, (content.model_dump_json(indent=1) + "\n").encode("utf-8"))
 
 
-def read(kind: type[R], path: Path) -> R | None:
-    """A result from its file, or None if there is no such file. RunError, one line, if it is damaged."""
+def read_json(kind: type[M], path: Path) -> M | None:
+    """What :func:`write_json` wrote, or None if there is no such file. RunError, one line, if it is damaged."""
     try:
         return kind.model_validate_json(path.read_bytes())
     except FileNotFoundError:

@@ -1,0 +1,300 @@
+"""``report.md``: what a run was, what it reached, how it got there, and what to do next.
+
+Everything in it is read from the run's folder, so it can be written anew at any time: while the run trains (then
+without results), after it, or after the folder was moved.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from paralm_data.atomic import write_file
+
+from paralm.config import Config
+from paralm.errors import RunError
+from paralm.evaluation import markdown as md
+from paralm.evaluation import record as records
+from paralm.evaluation.compression import CompressionResult
+from paralm.evaluation.curves import Curves, read_curves, write_curves
+from paralm.evaluation.figures import short
+from paralm.evaluation.perplexity import PerplexityResult
+from paralm.evaluation.record import Record
+from paralm.evaluation.result import eval_dir, read_json
+from paralm.evaluation.samples import SamplesResult
+from paralm.training.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class ResultSet:
+    """What lies in ``eval/``; by set, ``held_out`` first."""
+
+    record: Record | None = None
+    perplexity: dict[str, PerplexityResult] = field(default_factory=dict)
+    compression: dict[str, CompressionResult] = field(default_factory=dict)
+    samples: SamplesResult | None = None
+
+
+def read_results(run_dir: Path) -> ResultSet:
+    """The results of a run's last whole evaluation. RunError, one line, for a damaged file."""
+    record = records.load(run_dir)
+    if record is None:
+        return ResultSet()
+    folder = eval_dir(run_dir)
+    scored: dict[str, PerplexityResult] = {}
+    compressed: dict[str, CompressionResult] = {}
+    for name in record.basis.stores:
+        tail = "" if name == "held_out" else f"_{name}"
+        perplexity = read_json(PerplexityResult, folder / f"perplexity{tail}.json")
+        compression = read_json(CompressionResult, folder / f"compression{tail}.json")
+        if perplexity is not None:
+            scored[name] = perplexity
+        if compression is not None:
+            compressed[name] = compression
+    return ResultSet(record, scored, compressed, read_json(SamplesResult, folder / "samples.json"))
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Draw the figures and write ``report.md`` in a run's folder; returns its path.
+
+    Raises RunError, one line: no run folder, no metrics, or a damaged file.
+    """
+    path = Path(run_dir)
+    config = RunFolder(path).saved_config()
+    if config is None:
+        raise RunError(f"{path}: no config.yaml, so this is not a run folder")
+    curves, results = read_curves(path), read_results(path)
+    held_out = results.compression.get("held_out")
+    levels = {k: v for k, v in held_out.bits_per_byte.items() if k in ("gzip -9", "xz -9e")} if held_out else {}
+    drawn = write_curves(path, curves, levels)
+    parts = [
+        _head(config, curves, results),
+        *_measured(path, config, results),
+        *_course(path, curves, drawn),
+        *_text(results),
+        *_made_from(config, curves, results),
+        *_environment(path),
+        *_next(path, config, curves, results),
+    ]
+    report = path / "report.md"
+    write_file(report, ("\n\n".join(parts) + "\n").encode("utf-8"))
+    return report
+
+
+def _head(config: Config, curves: Curves, results: ResultSet) -> str:
+    step, last = int(curves.step[-1]), config.training.max_steps
+    what = f"A {config.model.mixer.get('name', '?')} language model"
+    if results.record is not None:
+        what += f" of {short(results.record.parameters)} parameters"
+    trained = f"trained on {short(float(curves.tokens[-1]))} tokens in {md.duration(float(curves.seconds[-1]))}"
+    far = "" if step >= last else f" so far (step {step:,} of {last:,})"
+    measured = "."
+    if results.record is not None:
+        measured = f", measured after step {results.record.basis.step:,}."
+    return f"# {config.run.name}\n\n{what}, {trained}{far}{measured}"
+
+
+# -- results -------------------------------------------------------------------------------------------------
+
+
+def _measured(run_dir: Path, config: Config, results: ResultSet) -> list[str]:
+    heading = "## On text it was not trained on"
+    if results.record is None or "held_out" not in results.perplexity:
+        return [heading, f"Not measured yet: `paralm eval {_quoted(run_dir)}`."]
+    parts = [heading]
+    for name, scored in results.perplexity.items():
+        parts += _against_compressors(name, scored, results.compression.get(name))
+    parts.append("### Perplexity")
+    parts.append(
+        md.table(
+            ["set", "documents", "tokens", "nats per token", "token perplexity", "word perplexity"],
+            [
+                [
+                    _shown(name),
+                    f"{r.n_documents:,} of {r.of_documents:,}",
+                    f"{r.tokens:,}",
+                    f"{r.nats_per_token:.4f}",
+                    _with_interval(r.token_perplexity, r.token_perplexity_interval),
+                    _with_interval(r.word_perplexity, r.word_perplexity_interval),
+                ]
+                for name, r in results.perplexity.items()
+            ],
+            right=range(1, 6),
+        )
+    )
+    parts.append(_how_scored(results.record))
+    figure = eval_dir(run_dir) / "perplexity_by_position.png"
+    if figure.exists():
+        parts.append(f"![Loss by position]({figure.relative_to(run_dir).as_posix()})")
+    return parts
+
+
+def _against_compressors(name: str, scored: PerplexityResult, compressed: CompressionResult | None) -> list[str]:
+    rows = [(scored.bits_per_byte, ["**this model**", f"**{scored.bits_per_byte:.3f}**"])]
+    rows[0][1].extend([md.interval(scored.bits_per_byte_interval, 3), ""])
+    for label, value in (compressed.bits_per_byte if compressed else {}).items():
+        rows.append((value, [label, f"{value:.3f}", "", f"{value / scored.bits_per_byte - 1:+.1%}"]))
+    rows.sort(key=lambda row: row[0])
+    header = [f"{_shown(name)} text", "bits per byte", "95 % interval", "against the model"]
+    parts = [md.table(header, [cells for _, cells in rows], right=(1, 2, 3))]
+    if compressed is not None and compressed.bits_per_byte:
+        parts.append(
+            f"Lower is better; every row is of the same {scored.n_bytes:,} bytes. The compressors see these bytes "
+            "alone, as one stream, and were trained on nothing; the model has read other text of the kind before, and "
+            "its own size is not counted, but it starts every document from nothing and also pays for its end."
+        )
+    elif compressed is not None and compressed.reason:
+        parts.append(
+            f"No compressor stands beside it: {compressed.reason}. What the tokenizer loses the model need not "
+            "predict, so its bits per byte are too good."
+        )
+    return parts
+
+
+def _how_scored(record: Record) -> str:
+    if record.basis.reset_every is not None:
+        how = (
+            f"Each token but the first of a document is scored once; the model forgets after every "
+            f"{record.basis.reset_every:,} tokens of a document."
+        )
+    else:
+        how = (
+            "Each token but the first of a document is scored once, with the whole document before it read: the state "
+            "is carried from its first token to its last"
+        )
+        how += f" ({_bytes(record.state_bytes)} a document)." if record.state_bytes is not None else "."
+    return (
+        f"{how} A document's end counts as a token. Words are what lies between blanks. Intervals are of 95 %, by "
+        f"bootstrap over documents. In {record.dtype} on {record.device}, {md.duration(record.seconds)}."
+    )
+
+
+# -- course --------------------------------------------------------------------------------------------------
+
+
+def _course(run_dir: Path, curves: Curves, drawn: dict[str, Path]) -> list[str]:
+    parts = ["## How it got there"]
+    titles = {
+        "loss": "Loss over tokens",
+        "throughput": "Throughput and the time of a step",
+        "optimization": "Gradient norm and learning rate",
+        "newton": "Newton iterations by layer",
+    }
+    parts += [f"![{titles[name]}]({file.relative_to(run_dir).as_posix()})" for name, file in drawn.items()]
+    facts = [f"{short(float(np.median(curves.tokens_per_s)))} tokens per second (median)"]
+    if np.isfinite(curves.mfu).any():
+        facts.append(f"model FLOP utilisation {float(np.nanmedian(curves.mfu)):.1%} (median)")
+    skipped = int(curves.skipped.sum())
+    facts.append(f"{skipped:,} skipped steps" if skipped else "no step skipped")
+    for name, found in curves.validation.items():
+        if len(found.loss):
+            facts.append(f"last validation, {_shown(name)}: {float(found.bits_per_byte[-1]):.3f} bits per byte")
+    parts.append("\n".join(f"- {fact}" for fact in facts))
+    return parts
+
+
+def _text(results: ResultSet) -> list[str]:
+    found = results.samples
+    if found is None or not found.samples:
+        return []
+    drawn = f"temperature {found.temperature:g}, top-p {found.top_p:g}"
+    drawn += f", top-k {found.top_k}" if found.top_k else ""
+    parts = ["## What it writes", f"Each begins with the prompt in its title; {drawn}, seed {found.seed}."]
+    for sample in found.samples:
+        end = "" if not sample.ended else " (it ended the document here)"
+        parts.append(f"### {md.code(sample.prompt)}{end}")
+        parts.append(md.fence(sample.prompt + sample.text))
+    return parts
+
+
+# -- circumstances -------------------------------------------------------------------------------------------
+
+
+def _made_from(config: Config, curves: Curves, results: ResultSet) -> list[str]:
+    model, training, optimizer = config.model, config.training, config.optimizer
+    mixer = ", ".join(f"{k} {v}" for k, v in model.mixer.items() if k != "name")
+    source = config.data.source
+    rows = [
+        ["text", source.dataset or (", ".join(source.paths) if source.paths else source.kind)],
+        ["mixer", str(model.mixer.get("name", "?")) + (f" ({mixer})" if mixer else "")],
+        ["layers × width", f"{model.n_layers} × {model.d_model}"],
+        ["parameters", f"{results.record.parameters:,}" if results.record is not None else ""],
+        ["sequence length", f"{training.seq_len:,} tokens" + (", state carried" if training.carry_state else "")],
+        ["batch", f"{training.global_batch_size:,} sequences"],
+        ["steps", f"{int(curves.step[-1]):,} of {training.max_steps:,}"],
+        ["optimizer", f"{optimizer.name}, learning rate {optimizer.lr:g}, {optimizer.schedule.kind}"],
+        ["precision", training.precision],
+        ["seed", str(config.run.seed)],
+    ]
+    shown = md.table(["", ""], [row for row in rows if row[1]])
+    return ["## What it was made from", shown, "The whole configuration is in [config.yaml](config.yaml)."]
+
+
+def _environment(run_dir: Path) -> list[str]:
+    path = run_dir / "environment.json"
+    try:
+        found: Any = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict):
+        return ["## Environment", "environment.json cannot be read."]
+    packages = found.get("packages")
+    rows = [
+        ["started", str(found.get("started", ""))],
+        ["command", md.code(shlex.join(map(str, found.get("command") or [])))],
+        ["machine", f"{found.get('host', '?')}, {found.get('cpus', '?')} processors, {found.get('platform', '?')}"],
+        ["python", str(found.get("python", "?"))],
+        ["packages", ", ".join(f"{k} {v}" for k, v in packages.items()) if isinstance(packages, dict) else ""],
+        ["git commit", md.code(str(found["git_commit"])) if found.get("git_commit") else ""],
+    ]
+    return ["## Environment", md.table(["", ""], [row for row in rows if row[1]])]
+
+
+def _next(run_dir: Path, config: Config, curves: Curves, results: ResultSet) -> list[str]:
+    run, steps = _quoted(run_dir), config.training.max_steps
+    prompt = results.samples.samples[0].prompt if results.samples and results.samples.samples else ""
+    commands = [
+        ("text from the model", f"paralm generate {run}" + (f" --prompt {shlex.quote(prompt)}" if prompt else "")),
+        ("every metric, in a browser", f"paralm monitor {run}"),
+        ("measure on more text", f"paralm eval {run} eval.max_tokens={config.eval.max_tokens * 10}"),
+        ("beside another run", f"paralm compare {run} OTHER_RUN"),
+    ]
+    if curves.step[-1] < steps:
+        commands.insert(0, ("train on", f"paralm run {_quoted(run_dir / 'config.yaml')}"))
+    else:
+        longer = (
+            f"paralm run {_quoted(run_dir / 'config.yaml')} run.name={config.run.name}-longer "
+            f"training.fork_from={run}@{steps} training.max_steps={2 * steps}"
+        )
+        commands.append(("train on from here, as a new run", longer))
+    width = max(len(command) for _, command in commands[:-1])
+    lines = [f"{command:<{width}}  # {what}" for what, command in commands]
+    return ["## What next", md.fence("\n".join(lines), "sh")]
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))
+
+
+def _shown(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _with_interval(value: float | None, interval: tuple[float, float] | None) -> str:
+    if value is None:
+        return "–"
+    digits = 2 if value < 1000 else 0
+    return f"{value:,.{digits}f}" + (f" ({md.interval(interval, digits)})" if interval is not None else "")
+
+
+def _bytes(count: int) -> str:
+    for limit, unit in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if count >= limit:
+            return f"{count / limit:.3g} {unit}"
+    return f"{count} bytes"

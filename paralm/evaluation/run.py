@@ -1,0 +1,222 @@
+"""The evaluation of a run: every validation set, the compressors beside it, samples, and the report.
+
+What is measured is kept in ``eval/`` with a record of what it was measured on, so that the same call again does
+nothing but write the report anew.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from paralm_data import DataError, TokenStore
+from torch.utils import _pytree as pytree
+
+from paralm.config import Config, EvalConfig
+from paralm.errors import CheckpointError, RunError
+from paralm.evaluation import record as records
+from paralm.evaluation import result as results
+from paralm.evaluation.compression import compression
+from paralm.evaluation.curves import read_curves
+from paralm.evaluation.perplexity import PerplexityResult, perplexity
+from paralm.evaluation.record import Basis, Record
+from paralm.evaluation.report import ResultSet, read_results, write_report
+from paralm.evaluation.result import Result
+from paralm.evaluation.samples import samples
+from paralm.models import LanguageModel
+from paralm.training import checkpoint as ckpt
+from paralm.training.load import LoadedModel, load_model
+from paralm.training.run_folder import RunFolder
+from paralm.training.session import parse_run
+from paralm.user_modules import load_modules
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much is done, and how much there is."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What :func:`run_evaluation` found, or found done."""
+
+    run_dir: Path
+    step: int
+    results: ResultSet
+    report: Path
+    skipped: bool  # everything was measured already
+    seconds: float
+
+    @property
+    def held_out(self) -> PerplexityResult:
+        """On the held-out split."""
+        return self.results.perplexity["held_out"]
+
+
+def run_evaluation(
+    run: str | Path,
+    settings: EvalConfig | None = None,
+    *,
+    again: bool = False,
+    reset_every: int | None = None,
+    device: str | None = None,
+    on_progress: Progress | None = None,
+) -> Evaluation:
+    """Measure ``RUN`` (its newest checkpoint) or ``RUN@STEP`` and write ``eval/`` and ``report.md``.
+
+    ``settings``: default: the run's own ``eval`` section. ``again``: measure even if the results of the same
+    checkpoint, settings and text are there. ``reset_every``: forget after every so many tokens of a document;
+    default: never, except that a model whose state grows (attention) forgets after its training length.
+
+    Raises UserError, one line, before anything is changed: no such run, no metrics or a damaged line in them, no
+    checkpoint, a store that is missing, damaged, or of another tokenizer.
+    """
+    path, named = parse_run(run)
+    config = RunFolder(path).saved_config()
+    if config is None:
+        raise RunError(f"{path}: no config.yaml, so this is not a run folder")
+    settings = settings or config.eval
+    load_modules(config.imports)
+    read_curves(path)
+    step, digest = _checkpoint(path, named)
+    stores = _open_stores(config, path)
+    if reset_every is None and not _bounded(config):
+        reset_every = config.training.seq_len
+    basis = Basis(
+        step=step,
+        checkpoint=digest,
+        settings=settings,
+        reset_every=reset_every,
+        stores={name: store.manifest.fingerprint for name, store in stores.items()},
+    )
+    started = time.monotonic()
+    done = _done(path, basis) if not again else None
+    if done is None:
+        loaded = load_model(path, named, device=device)
+        if loaded.step != step:  # the newest was damaged, and an older whole one was taken
+            basis = basis.model_copy(update={"step": loaded.step, "checkpoint": _checkpoint(path, loaded.step)[1]})
+        _measure(loaded, basis, stores, on_progress or (lambda what, done, total: None))
+    report = write_report(path)
+    found = done or read_results(path)
+    return Evaluation(path, basis.step, found, report, done is not None, time.monotonic() - started)
+
+
+def _checkpoint(run: Path, step: int | None) -> tuple[int, str]:
+    """Step and manifest digest of the checkpoint to evaluate, without reading its weights."""
+    folder = run / "checkpoints"
+    steps = ckpt.steps(folder)
+    if not steps:
+        raise CheckpointError(f"{run}: no checkpoint yet; train the run first")
+    chosen = step if step is not None else steps[-1]
+    if step is None:
+        try:
+            return chosen, str(ckpt.open_step(folder, chosen).manifest["sha256"])
+        except CheckpointError:
+            return chosen, ""  # load_model falls back to an older one and says so
+    return chosen, str(ckpt.open_step(folder, chosen).manifest["sha256"])
+
+
+def _open_stores(config: Config, run: Path) -> dict[str, TokenStore]:
+    """Every validation set by name, the held-out split first."""
+    data_dir = config.data.dir if config.data.dir is not None else run / "data"
+    paths = {"held_out": data_dir / "held_out"}
+    paths |= {name: data_dir / "validation" / name for name in config.data.validation}
+    stores = {}
+    for name, path in paths.items():
+        try:
+            stores[name] = TokenStore.open(path, verify=config.data.verify)
+        except DataError as error:
+            raise RunError(str(error)) from None
+    return stores
+
+
+def _bounded(config: Config) -> bool:
+    """Whether the state of the run's model is bounded, known from its mixers without building it."""
+    from paralm.models.lm import layer_mixers
+    from paralm.registry import get_mixer
+
+    return all(get_mixer(spec["name"]).value.bounded_state for spec in layer_mixers(config.model))
+
+
+def _done(run: Path, basis: Basis) -> ResultSet | None:
+    """The results that are there, if they follow from the same basis and are whole."""
+    try:
+        record = records.load(run)
+        if record is None or record.basis != basis:
+            return None
+        found = read_results(run)
+    except RunError:
+        return None  # damaged: measured again
+    complete = list(found.perplexity) == list(basis.stores) == list(found.compression) and found.samples is not None
+    return found if complete else None
+
+
+def _measure(loaded: LoadedModel, basis: Basis, stores: dict[str, TokenStore], on_progress: Progress) -> None:
+    """Measure everything, then write everything; the record comes last."""
+    started, settings = time.monotonic(), basis.settings
+    found: list[Result] = []
+    for name, store in stores.items():
+        found += _measure_set(loaded, basis, name, store, on_progress)
+    found.append(
+        samples(
+            loaded.model,
+            loaded.tokenizer,
+            settings.prompts,
+            settings.sample_tokens,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            on_progress=lambda done, total: on_progress("sampling", done, total),
+        )
+    )
+    records.remove(loaded.run_dir)
+    for result in found:
+        results.save(result.model_copy(update={"step": loaded.step}), loaded.run_dir)
+    weight = loaded.model.head_weight
+    records.save(
+        loaded.run_dir,
+        Record(
+            basis=basis,
+            parameters=sum(p.numel() for p in loaded.model.parameters()),
+            tokens_trained=loaded.tokens,
+            state_bytes=state_bytes(loaded.model),
+            device=str(weight.device),
+            dtype=str(weight.dtype).removeprefix("torch."),
+            seconds=time.monotonic() - started,
+        ),
+    )
+
+
+def _measure_set(
+    loaded: LoadedModel, basis: Basis, name: str, store: TokenStore, on_progress: Progress
+) -> list[Result]:
+    """The model and the compressors on one set."""
+    settings = basis.settings
+    try:
+        scored = perplexity(
+            loaded.model,
+            store,
+            loaded.tokenizer,
+            settings.max_tokens,
+            settings.rows,
+            settings.chunk,
+            reset_every=basis.reset_every,
+            set_name=name,
+            train_seq_len=loaded.config.training.seq_len,
+            on_progress=lambda done, total: on_progress(f"scoring {name}", done, total),
+        )
+    except DataError as error:
+        raise RunError(str(error)) from None
+    on_progress(f"compressing {name}", 0, scored.n_bytes)
+    compressed = compression(store, loaded.tokenizer, scored.documents.index, name)
+    on_progress(f"compressing {name}", scored.n_bytes, scored.n_bytes)
+    return [scored, compressed]
+
+
+def state_bytes(model: LanguageModel) -> int | None:
+    """Bytes of the state that one sequence carries; None if it grows with the sequence."""
+    if not model.bounded_state:
+        return None
+    leaves: list[Any] = pytree.tree_leaves(model.initial_state(1))
+    return sum(leaf.numel() * leaf.element_size() for leaf in leaves)
