@@ -16,10 +16,11 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,10 @@ from paralm_data.store import TokenStore
 from paralm_data.store_writer import TEMPORARY, StoreWriter
 from paralm_data.tokenizer import INFO_NAME, Tokenizer, read_info
 from paralm_data.tokenizer_training import Sample, train_model
+from paralm_data.tokenizing import tokenize
 
 MODEL_NAME = "tokenizer.model"
 SPLITS = ("train", "held_out")
-BATCH_BYTES = 4 << 20  # of text, tokenized at once
 ADVICE = "give another data.dir, or remove this one to prepare it anew"
 
 
@@ -177,6 +178,8 @@ def _plan(
     for name in validation or {}:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or name in SPLITS:
             raise DataError(f"validation set '{name}': a name is letters, digits and ._- and neither of {SPLITS}")
+    if Path(out).exists() and not Path(out).is_dir():
+        raise DataError(f"{out}: a file is where the prepared folder (data.dir) would be")
     threads = threads or len(os.sched_getaffinity(0))
     return _Plan(source, tokenizer, Path(out), held_out_fraction, dict(validation or {}), threads, progress)
 
@@ -262,11 +265,10 @@ def _check_splits(plan: _Plan, counts: Counts) -> None:
     if not counts.kept:
         raise DataError(f"{_name(plan.source)}: no document with text among {counts.read}")
     if counts.least_position >= plan.held_out_fraction:
-        advice = (
-            f"raise data.held_out_fraction (here: above {counts.least_position:.3f}) or give more, smaller documents"
-            if counts.kept > 1 and counts.least_position < 0.5
-            else "give more, smaller documents (jsonl holds many in one file)"
-        )
+        advice = "give more, smaller documents (jsonl holds many in one file)"
+        if counts.kept > 1 and counts.least_position < 0.5:
+            enough = math.ceil(counts.least_position * 1000) / 1000
+            advice = f"raise data.held_out_fraction (above {enough:g}) or {advice}"
         raise DataError(
             f"{_name(plan.source)}: the held-out split is empty: held_out_fraction {plan.held_out_fraction} of "
             f"{counts.kept} distinct documents holds none out; {advice}"
@@ -291,7 +293,7 @@ def _make_splits(plan: _Plan, model: Tokenizer, names: list[str]) -> None:
             for key, document in distinct(documents(plan.source)):
                 yield writers.get(SPLITS[is_held_out(key, plan.held_out_fraction)]), document
 
-        _tokenize(wanted(), model, plan.threads, meter)
+        tokenize(wanted(), model, plan.threads, meter)
         plan.counts = distinct.counts
         _check_splits(plan, distinct.counts)
         for name, writer in writers.items():
@@ -306,34 +308,8 @@ def _make_validation(plan: _Plan, model: Tokenizer, name: str) -> None:
     spec = plan.validation[name]
     with StoreWriter(plan.store_path(name), model, plan.store_spec(name)) as writer:
         meter = Meter(f"tokenizing {name}", plan.progress)
-        _tokenize(((writer, d) for d in documents(spec) if d.text), model, plan.threads, meter)
+        tokenize(((writer, d) for d in documents(spec) if d.text), model, plan.threads, meter)
         if not writer.n_documents:
             raise DataError(f"validation set '{name}' ({_name(spec)}): no document with text")
         writer.finish()
         meter.done()
-
-
-def _tokenize(
-    stream: Iterable[tuple[StoreWriter | None, Document]], model: Tokenizer, threads: int, meter: Meter
-) -> None:
-    """Encode documents in batches and give each to its writer, in order; None: read only to be counted."""
-    batch: list[tuple[StoreWriter, Document, int]] = []
-    size = 0
-    for writer, document in stream:
-        if writer is None:
-            continue
-        n_bytes = len(document.text.encode("utf-8"))
-        batch.append((writer, document, n_bytes))
-        size += n_bytes
-        if size >= BATCH_BYTES:
-            _write_batch(batch, model, threads, meter)
-            batch, size = [], 0
-    _write_batch(batch, model, threads, meter)
-
-
-def _write_batch(batch: list[tuple[StoreWriter, Document, int]], model: Tokenizer, threads: int, meter: Meter) -> None:
-    ids = model.encode_batch([document.text for _, document, _ in batch], threads)
-    for writer in {id(w): w for w, _, _ in batch}.values():
-        mine = [(i, n) for (w, _, n), i in zip(batch, ids) if w is writer]
-        writer.add([i for i, _ in mine], [n for _, n in mine])
-    meter.add(len(batch), sum(n for _, _, n in batch), sum(map(len, ids)) + 2 * len(batch))

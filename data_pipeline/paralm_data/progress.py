@@ -35,10 +35,12 @@ class Progress:
 
 
 class Meter:
-    """Counts one stage and reports it at most every ``every`` seconds, at its beginning and at its end."""
+    """Counts one stage and reports it at its beginning, every EVERY seconds at most, and at its end."""
 
-    def __init__(self, stage: str, report: Callable[[Progress], None] | None, every: float = 0.2) -> None:
-        self._stage, self._report, self._every = stage, report, every
+    EVERY = 0.2
+
+    def __init__(self, stage: str, report: Callable[[Progress], None] | None) -> None:
+        self._stage, self._report = stage, report
         self._start = self._last = time.monotonic()
         self._documents = self._bytes = self._tokens = 0
         self._tell(False)
@@ -48,7 +50,7 @@ class Meter:
         self._documents += documents
         self._bytes += n_bytes
         self._tokens += tokens
-        if time.monotonic() - self._last >= self._every:
+        if time.monotonic() - self._last >= self.EVERY:
             self._tell(False)
 
     def done(self) -> None:
