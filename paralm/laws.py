@@ -16,10 +16,10 @@ them can be trained in pieces, streamed, generated from and saved by code that k
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+from paralm_kernels.laws import LawResult
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -32,21 +32,12 @@ QUOTIENT_TOLERANCE = 1e-6
 """Central differences with a step of 1e-6 are good to about 1e-9 of the value; the rest is curvature."""
 
 
-@dataclass(frozen=True)
-class LawResult:
-    """One law held against one subject. ``detail`` says what differed, and by how much."""
-
-    subject: str
-    law: str
-    passed: bool
-    detail: str
-
-    def __str__(self) -> str:
-        return f"{'ok  ' if self.passed else 'FAIL'} {self.subject}: {self.law}: {self.detail}"
-
-
 class LawBroken(Exception):
-    """Raised inside a law with the first thing that broke it."""
+    """Raised inside a law by the first thing that breaks it; ``worst`` in units of what is allowed."""
+
+    def __init__(self, detail: str, worst: float = float("inf")) -> None:
+        super().__init__(detail)
+        self.worst = worst
 
 
 def check_mixer(
@@ -60,9 +51,9 @@ def check_mixer(
 ) -> list[LawResult]:
     """Hold the laws against the mixer registered as ``name``, with ``config`` as its own keys.
 
-    ``laws``: some of LAWS, default all. ``time``: tokens tried; more than the mixer's chunk, if it has one. Returns a result for each law; a law that
-    ends in an exception is a failed one. Raises ConfigError for an unknown name or keys. Laws of the cell inside
-    (:mod:`paralm_kernels.laws`) are included for a cell's mixer.
+    ``laws``: some of LAWS, default all. ``time``: tokens tried; more than the mixer's chunk, if it has one. Returns a
+    result for each law; a law that ends in an exception is a failed one. Raises ConfigError for an unknown name or
+    keys. A cell has laws of its own, :func:`paralm_kernels.laws.check_cell`.
     """
     entry, keys = validate_mixer({"name": name, **(config or {})})
 
@@ -71,18 +62,18 @@ def check_mixer(
     def build() -> _Subject:
         return _Subject(entry.value, keys, d_model, time, seed)
 
-    return [_hold(name, law, check, build) for law, check in LAWS.items() if law in wanted]
+    return [_hold(law, check, build) for law, check in LAWS.items() if law in wanted]
 
 
-def _hold(name: str, law: str, check: Callable[[_Subject], float], build: Callable[[], _Subject]) -> LawResult:
+def _hold(law: str, check: Callable[[_Subject], float], build: Callable[[], _Subject]) -> LawResult:
     try:
         worst = check(build())
     except LawBroken as broken:
-        return LawResult(name, law, False, str(broken))
+        return LawResult(law, False, broken.worst, str(broken))
     except Exception as error:
         # A stranger's mixer may fail in any way, and that is a finding like any other.
-        return LawResult(name, law, False, " ".join(f"{type(error).__name__}: {error}".split()))
-    return LawResult(name, law, True, f"largest difference {worst:.1e}")
+        return LawResult(law, False, float("inf"), " ".join(f"{type(error).__name__}: {error}".split()))
+    return LawResult(law, True, worst, "holds")
 
 
 class _Subject:
@@ -126,7 +117,8 @@ class _Subject:
 
 
 def _compare(what: str, got: Any, expected: Any, tolerance: float = TOLERANCE) -> float:
-    """The largest difference over the leaves, relative to the largest value (at least 1); LawBroken if too large."""
+    """The largest difference over the leaves, relative to the largest value (at least 1), in units of what is
+    allowed; LawBroken if it is more."""
     left, right = pytree.tree_leaves(got), pytree.tree_leaves(expected)
     if pytree.tree_structure(got) != pytree.tree_structure(expected):
         raise LawBroken(f"{what}: the structure differs")
@@ -146,8 +138,8 @@ def _compare(what: str, got: Any, expected: Any, tolerance: float = TOLERANCE) -
         a, b = (v.detach().masked_fill(special, 0).double() for v in (a, b))
         difference = float((a - b).abs().max() / b.abs().max().clamp(min=1.0))
         if not difference <= tolerance:
-            raise LawBroken(f"{what}: differs by {difference:.1e}, allowed {tolerance:.0e}")
-        worst = max(worst, difference)
+            raise LawBroken(f"{what}: differs by {difference:.1e}, allowed {tolerance:.0e}", difference / tolerance)
+        worst = max(worst, difference / tolerance)
     return worst
 
 

@@ -22,7 +22,7 @@ from paralm.models import loss as losses
 from paralm.models.mixers.base import LayerContext, Mixer, State
 from paralm.models.mlp import SwiGLU
 from paralm.models.norms import RMSNorm
-from paralm.models.parameters import EMBEDDING_STD, declare, initialize, normal, parameter_groups
+from paralm.models.parameters import EMBEDDING_STD, declare, initialize, normal, parameter_groups, specs
 from paralm.registry import validate_mixer
 
 
@@ -249,12 +249,12 @@ def build_model(
 def flops_per_token(model: LanguageModel, seq_len: int) -> float:
     """Matrix-product FLOPs of forward and backward for one token of a sequence of ``seq_len``.
 
-    Three times the forward's (the backward makes two products for each); the forward has two for each element of
-    each matrix a token is multiplied by: all parameters of two or more dimensions, the head once, the embedding
-    look-up not; and, for attention, the products with the (seq_len + 1)/2 keys a causal query sees on average.
-    Elementwise work and recomputation are not counted, so this over time and peak is the usual MFU.
+    Three times the forward's (the backward makes two products for each). The forward has two FLOPs for each element
+    of each matrix, which are the parameters that weight decay applies to: the head once, the embedding's look-up
+    not. Attention adds its products with the (seq_len + 1)/2 keys that a causal query sees on average. Elementwise
+    work, short convolutions and recomputation are not counted, so this over time and peak is the usual MFU.
     """
-    matrices = sum(p.numel() for p in model.parameters() if p.dim() >= 2)
+    matrices = sum(parameter.numel() for _, parameter, spec in specs(model) if spec.decay)
     if model.head.weight is not None:
         matrices -= model.embedding.weight.numel()
     return 3.0 * (2.0 * matrices + sum(mixer.extra_flops_per_token(seq_len) for mixer in model.mixers))

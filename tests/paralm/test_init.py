@@ -7,10 +7,11 @@ import pickle
 
 import pytest
 import torch
+from torch import nn
+
 from paralm.config import ModelConfig
 from paralm.models import LanguageModel, LayerContext, build_mixer, build_model, constant, declare
 from paralm.models.parameters import generator_for, initialize, parameter_groups, specs
-from torch import nn
 
 
 def config(name: str = "paragru", **keys: object) -> ModelConfig:

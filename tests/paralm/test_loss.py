@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from paralm.models.loss import IGNORE, cross_entropy, token_losses
 from torch import Tensor
+
+from paralm.models.loss import IGNORE, cross_entropy, token_losses
 
 
 def problem(tokens: int, masked: float, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,9 +113,9 @@ def test_token_losses(masked: float) -> None:
     torch.testing.assert_close(summed.detach(), each.sum(), rtol=1e-12, atol=1e-12)
 
 
-def test_never_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_never_all_logits() -> None:
     """No tensor of (tokens, vocab) is made, forward or backward: the largest has ``chunk`` rows."""
-    hidden, weight, labels = problem(400, 0.0, torch.float32)
+    hidden, _, labels = problem(400, 0.0, torch.float32)
     big = torch.randn(5000, 8, requires_grad=True)
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         loss, aux = cross_entropy(hidden, big, labels, chunk=16, z_loss=0.1)

@@ -7,6 +7,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from paralm.config import ModelConfig
 from paralm.errors import ConfigError
 from paralm.laws import LAWS, check_mixer
@@ -14,7 +16,6 @@ from paralm.models import LayerContext, Mixer, build_mixer
 from paralm.models.mixers.base import default_heads
 from paralm.models.parameters import initialize
 from paralm.registry import MIXERS, validate_mixer
-from torch import Tensor
 
 CONFIGS: list[tuple[str, dict[str, object]]] = [
     *((name, {}) for name in MIXERS.names()),
@@ -32,7 +33,7 @@ CONFIGS: list[tuple[str, dict[str, object]]] = [
 @pytest.mark.parametrize(("name", "config"), CONFIGS, ids=[f"{n}-{c}" for n, c in CONFIGS])
 def test_law(name: str, config: dict[str, object], law: str) -> None:
     (result,) = check_mixer(name, config, laws=[law])
-    assert result.passed, str(result)
+    assert result.ok, str(result)
 
 
 def mixer(name: str, d_model: int = 32, seed: int = 0, **keys: object) -> Mixer:
@@ -196,7 +197,7 @@ def test_a_registered_cell_is_a_mixer() -> None:
     paralm_kernels.register(Leaky)
     try:
         for result in check_mixer(Leaky.name):
-            assert result.passed, str(result)
+            assert result.ok, str(result)
         entry, _ = validate_mixer({"name": Leaky.name})
         assert entry.value.__name__ == "LeakyMixer"
         assert LayerContext(32).init == "language_model"

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from pydantic import BaseModel, Field, PositiveInt
+
 from paralm.errors import ConfigError
 from paralm.registry import MIXERS, EntryConfig, Registry, get_mixer, mixers, validate_mixer
-from pydantic import BaseModel, Field, PositiveInt
 
 
 class WidgetConfig(EntryConfig):
