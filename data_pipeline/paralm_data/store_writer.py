@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from paralm_data.atomic import sync_folder, write_file
 from paralm_data.errors import DataError, reason
@@ -29,7 +30,7 @@ class _HashedFile:
         self._hash = hashlib.sha256()
         self._size = 0
 
-    def write(self, array: np.ndarray[Any, Any]) -> None:
+    def write(self, array: NDArray[Any]) -> None:
         data = np.ascontiguousarray(array).view(np.uint8).data
         self._file.write(data)
         self._hash.update(data)
@@ -67,7 +68,7 @@ class StoreWriter:
             raise DataError(f"{self._folder}: cannot be written ({reason(error)})") from error
         self.n_tokens = self.n_documents = self.n_bytes = 0
 
-    def add(self, documents: Sequence[Sequence[int]], n_bytes: Sequence[int]) -> None:
+    def add(self, documents: Sequence[Sequence[int] | NDArray[Any]], n_bytes: Sequence[int]) -> None:
         """Append documents: the ids of each (without BOS and EOS) and the UTF-8 bytes of each one's text."""
         if not documents:
             return
@@ -126,7 +127,7 @@ class StoreWriter:
     ) -> None:
         self.abandon()
 
-    def _check(self, flat: np.ndarray[Any, np.dtype[np.int64]], n_documents: int) -> None:
+    def _check(self, flat: NDArray[np.int64], n_documents: int) -> None:
         size = self._tokenizer.vocab_size
         if flat.min() < 0 or flat.max() >= size:
             wrong = flat[(flat < 0) | (flat >= size)][0]
@@ -135,7 +136,7 @@ class StoreWriter:
             if np.count_nonzero(flat == key) != n_documents:
                 raise DataError(f"{self.path}: {name} (id {key}) occurs inside a document; it only bounds documents")
 
-    def _write(self, name: str, array: np.ndarray[Any, Any]) -> None:
+    def _write(self, name: str, array: NDArray[Any]) -> None:
         try:
             self._files[name].write(array)
         except OSError as error:

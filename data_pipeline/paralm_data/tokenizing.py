@@ -31,7 +31,7 @@ def tokenize(
 
 
 def _write_batch(batch: list[tuple[StoreWriter, Document, int]], model: Tokenizer, threads: int, meter: Meter) -> None:
-    ids = model.encode_batch([document.text for _, document, _ in batch], threads)
+    ids = model.encode_arrays([document.text for _, document, _ in batch], threads)
     for writer in {id(w): w for w, _, _ in batch}.values():
         mine = [(i, n) for (w, _, n), i in zip(batch, ids) if w is writer]
         writer.add([i for i, _ in mine], [n for _, n in mine])
