@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paralm.config import Config, SourceConfig
-from paralm.config_files import frozen_differences, load_modules
-from paralm.errors import RunError
-from paralm_launch.console import ProgressLine, duration, quantity, say
+from paralm.config_files import frozen_differences, load_config
+from paralm.errors import ConfigError, RunError
+from paralm.user_modules import load_modules
+from paralm_launch.console import ProgressLine, duration, quantity, say, table
 from paralm_launch.launchers import get_launcher
 
 if TYPE_CHECKING:
@@ -138,3 +140,48 @@ def _show_step(line: ProgressLine, row: dict[str, Any]) -> None:
             f"eta {duration(row['eta'])}{skipped}"
         )
         line.update("training", row["step"], row["max_steps"], text)
+
+
+# -- results -------------------------------------------------------------------------------------------------
+
+
+def evaluate_run(run: str | Path, overrides: Sequence[str] = (), again: bool = False) -> None:
+    """Measure a run (``RUN`` or ``RUN@STEP``) and write its report; what is measured already is kept.
+
+    ``overrides``: of the ``eval`` section. Raises UserError, one line, as ``run_evaluation`` does.
+    """
+    from paralm.evaluation.run import run_evaluation
+
+    place = open_run(run)
+    for text in overrides:
+        if not text.startswith("eval."):
+            raise ConfigError(f"override '{text}': only eval.* can change here; the run itself is as it was trained")
+    settings = load_config(place.path / "config.yaml", overrides, build=False).config.eval
+    with ProgressLine() as line:
+        found = run_evaluation(
+            run,
+            settings,
+            again=again,
+            on_progress=lambda what, done, total: line.update(what, done, total, f"{done:,}/{total:,}"),
+        )
+    say(f"evaluation: step {found.step:,}{', already done' if found.skipped else ''}")
+    results = found.results
+    for name, scored in results.perplexity.items():
+        beside = results.compression.get(name)
+        others = ", ".join(f"{what} {bits:.3f}" for what, bits in beside.bits_per_byte.items()) if beside else ""
+        say(
+            f"  {name.replace('_', ' ')}: {scored.bits_per_byte:.3f} bits per byte"
+            f"{f' (on the same bytes {others})' if others else ''}, perplexity {scored.token_perplexity:.2f} a token"
+        )
+    say(f"report: {found.report}")
+
+
+def compare_runs(runs: Sequence[Path], out: Path) -> None:
+    """Overlay the curves of runs in a figure and print what they reached."""
+    from paralm.evaluation.compare import compare
+
+    comparison = compare(runs, out)
+    table(None, comparison.header, comparison.cells)
+    for note in comparison.notes:
+        say(f"\n{note}")
+    say(f"\nfigure: {comparison.figure}")

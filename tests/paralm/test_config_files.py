@@ -124,7 +124,12 @@ def test_mixer_defaults_are_filled_in(folder: Path) -> None:
     assert origin[key] == Origin()
 
 
-def test_a_module_of_the_users_own_is_loaded_before_the_mixer_is_checked(folder: Path) -> None:
+def test_a_module_of_the_users_own_is_loaded_before_the_mixer_is_checked(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from paralm_kernels import cell as cells
+
+    monkeypatch.setattr(cells, "_registry", dict(cells._registry))  # forgotten with the test
     cell = (
         "import torch\nimport paralm_kernels\n\n\n"
         "class Leak(paralm_kernels.Cell):\n"

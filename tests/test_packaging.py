@@ -1,0 +1,132 @@
+"""What is shipped: a wheel with all four packages, the presets and the templates, that runs without the source."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import paralm
+from paralm import resources
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("paralm", "paralm_kernels", "paralm_data", "paralm_launch")
+
+
+def sh(*command: object, cwd: Path) -> str:
+    """Run a command that must succeed, with nothing of this process's import path."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    done = subprocess.run(
+        list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built with the hatchling of this environment, so that nothing is fetched."""
+    out = tmp_path_factory.mktemp("wheel")
+    sh(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, ROOT, cwd=out)
+    (built,) = out.glob("*.whl")
+    return built
+
+
+def test_the_wheel_holds_every_tracked_file_of_the_packages_and_nothing_else(wheel: Path) -> None:
+    places = {
+        "paralm": ROOT / "paralm",
+        "paralm_kernels": ROOT / "kernels/paralm_kernels",
+        "paralm_data": ROOT / "data_pipeline/paralm_data",
+        "paralm_launch": ROOT / "launch/paralm_launch",
+        "paralm/_share/configs": ROOT / "configs",
+        "paralm/_share/slurm": ROOT / "slurm",
+    }
+    expected = {
+        f"{target}/{path.relative_to(source)}"
+        for target, source in places.items()
+        for path in source.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    info = {name for name in names if ".dist-info/" in name}
+    assert names - info == expected
+    assert {f"{package}/py.typed" for package in PACKAGES} <= names
+    assert any(name.endswith("licenses/LICENSE") for name in info)
+
+
+@pytest.mark.slow
+def test_the_wheel_works_in_an_environment_of_its_own(wheel: Path, tmp_path: Path) -> None:
+    """A fresh environment that sees this one's dependencies, but not the source tree."""
+    folder = tmp_path / "env"
+    venv.create(folder, with_pip=False)
+    inside = sysconfig.get_paths(vars={"base": str(folder), "platbase": str(folder)})
+    site, scripts = Path(inside["purelib"]), Path(inside["scripts"])
+    dependencies = Path(sysconfig.get_paths()["purelib"])
+    pip = (sys.executable, "-m", "pip", "--python", scripts / "python")
+    sh(*pip, "install", "-q", "--no-deps", "--no-index", wheel, cwd=tmp_path)
+    # A plain path entry: .pth files of that folder, the editable install's among them, are not read.
+    (site / "dependencies.pth").write_text(f"{dependencies}\n")
+
+    assert sh(scripts / "paralm", "--version", cwd=tmp_path) == f"paralm {paralm.__version__}\n"
+    shown = sh(scripts / "paralm", "config", "show", "quickstart", cwd=tmp_path)
+    assert "quickstart.yaml:" in shown
+    assert "_share" in shown
+    code = (
+        "import importlib\n"
+        f"for name in {PACKAGES!r}:\n"
+        f"    assert importlib.import_module(name).__file__.startswith({str(site)!r}), name\n"
+        "from paralm import resources\n"
+        "print(*sorted(resources.presets()))\n"
+        "resources.find('slurm/train.sbatch')\n"
+    )
+    assert sh(scripts / "python", "-c", code, cwd=tmp_path).split() == sorted(resources.presets())
+
+
+def test_the_version_stands_in_one_place() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert "version" in project["dynamic"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", paralm.__version__)
+
+
+def test_the_extras_are_there() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert set(project["optional-dependencies"]) == {"dev", "peers", "eval"}
+    assert all(project["optional-dependencies"].values())
+
+
+def test_imports_run_down_only() -> None:
+    """Floor 1 knows nothing of paralm, and paralm nothing of its command line."""
+    above = {
+        "kernels": PACKAGES[0::3] + PACKAGES[2:3],
+        "data_pipeline": PACKAGES[0:2] + PACKAGES[3:],
+        "paralm": PACKAGES[3:],
+    }
+    for folder, forbidden in above.items():
+        pattern = re.compile(rf"^\s*(?:from|import) (?:{'|'.join(forbidden)})\b", re.MULTILINE)
+        for path in (ROOT / folder).rglob("*.py"):
+            assert not pattern.search(path.read_text(encoding="utf-8")), path
+
+
+def test_the_licence_is_the_apache_licence() -> None:
+    text = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in text
+    assert "Version 2.0, January 2004" in text
+    assert "END OF TERMS AND CONDITIONS" in text
+
+
+def test_the_batch_script_is_valid_bash_and_names_real_options() -> None:
+    script = resources.find("slurm/train.sbatch")
+    assert sh("bash", "-n", script, cwd=ROOT) == ""
+    text = script.read_text()
+    assert "exec paralm train" in text
+    for variable in ("RANK=", "WORLD_SIZE=", "LOCAL_RANK=", "MASTER_ADDR=", "MASTER_PORT="):
+        assert variable in text, f"training reads {variable[:-1]}"
