@@ -19,13 +19,14 @@ from paralm_data.permutation import random_permutation
 from paralm_data.store import TokenStore
 
 T = TypeVar("T")
+_NONE = np.empty(0, np.int64)
 
 
 class Recent:
     """The last few results of pure functions; only time depends on it."""
 
     def __init__(self, size: int) -> None:
-        self._size = size
+        self.size = size
         self._kept: OrderedDict[Hashable, Any] = OrderedDict()
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
@@ -33,7 +34,7 @@ class Recent:
             self._kept.move_to_end(key)
         else:
             self._kept[key] = make()
-            if len(self._kept) > self._size:
+            while len(self._kept) > self.size:
                 self._kept.popitem(last=False)
         value: T = self._kept[key]
         return value
@@ -107,30 +108,38 @@ class Windows:
 class DocumentStream:
     """All documents of a store end to end, in an order of each epoch's own; any part of it can be read.
 
-    Where a document lies in the stream follows from the lengths of all before it. Only the place of every 64th is
-    kept (an eighth of a byte a document); the 63 between are computed when they are needed.
+    Where a document lies in the stream follows from the lengths of all before it. Only the place of every 256th is
+    kept (a quarter of a bit a document); those between are computed when they are needed.
     """
 
-    BLOCK = 64
+    BLOCK = 256
     CHUNK = 1 << 20  # documents whose lengths are summed at once
 
-    def __init__(self, store: TokenStore, seed: int, cached: int) -> None:
+    def __init__(self, store: TokenStore, seed: int) -> None:
         self._store, self._seed = store, seed
-        self._epochs, self._blocks = Recent(2), Recent(cached)
+        self._epochs, self._blocks = Recent(2), Recent(64)
 
-    def read(self, epoch: int, position: int, out: NDArray[Any]) -> None:
-        """Fill ``out`` with the stream's tokens from ``position`` on."""
-        tokens, filled = self._store.tokens, 0
-        block = int(np.searchsorted(self._coarse(epoch), position, side="right")) - 1
-        while filled < len(out):
-            sources, starts, ends = self._block(epoch, block)
-            at = int(np.searchsorted(ends, position, side="right"))
-            while at < len(ends) and filled < len(out):
-                count = min(int(ends[at]) - position, len(out) - filled)
-                source = int(sources[at]) + position - int(starts[at])
-                out[filled : filled + count] = tokens[source : source + count]
-                filled, position, at = filled + count, position + count, at + 1
-            block += 1
+    def read(self, epoch: int, positions: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[Any]:
+        """``counts[i]`` tokens of the stream from ``positions[i]`` on, for every i, end to end."""
+        self._blocks.size = max(64, 2 * len(positions))
+        blocks = self._coarse(epoch).searchsorted(positions, side="right") - 1
+        shifts: list[NDArray[np.int64]] = []  # of each document met: from its place in the stream to that in the store
+        lengths: list[NDArray[np.int64]] = []  # and how many of its tokens are wanted
+        for position, count, block in zip(positions.tolist(), counts.tolist(), blocks.tolist(), strict=True):
+            stop = position + count
+            while position < stop:
+                bounds, shift = self._block(epoch, block)
+                first, last = bounds.searchsorted((position, stop - 1), side="right").tolist()
+                inside = bounds[first - 1 : last + 1].copy()  # where those documents begin, and where the last ends
+                inside[0] = position
+                inside[-1] = min(int(inside[-1]), stop)
+                shifts.append(shift[first - 1 : last])
+                lengths.append(inside[1:] - inside[:-1])
+                position, block = int(inside[-1]), block + 1
+        places = np.repeat(np.concatenate([_NONE, *shifts]), np.concatenate([_NONE, *lengths]))
+        places += np.arange(len(places))
+        places += np.repeat(positions - (np.cumsum(counts) - counts), counts)
+        return self._store.tokens.take(places)
 
     def _places(self, epoch: int, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Of the documents at places [start, stop): where each begins in the store, and its length."""
@@ -153,14 +162,14 @@ class DocumentStream:
 
         return self._epochs.get(epoch, make)
 
-    def _block(self, epoch: int, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Of a block's documents: where each begins in the store; where each begins and ends in the stream."""
+    def _block(self, epoch: int, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Of a block of k documents: (k + 1,) where in the stream they begin and the last ends; (k,) shifts."""
 
-        def make() -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        def make() -> tuple[NDArray[np.int64], NDArray[np.int64]]:
             start = block * self.BLOCK
             sources, lengths = self._places(epoch, start, min(start + self.BLOCK, self._store.n_documents))
-            ends = int(self._coarse(epoch)[block]) + np.cumsum(lengths)
-            return sources, ends - lengths, ends
+            bounds = self._coarse(epoch)[block] + np.concatenate(([0], np.cumsum(lengths)))
+            return bounds, sources - bounds[:-1]
 
         return self._blocks.get((epoch, block), make)
 
@@ -179,20 +188,22 @@ class Lanes:
         self._steps = -(-longest // seq_len)
         self.steps_per_epoch = float(self._steps)
         self._dtype = store.tokens.dtype
-        self._stream = DocumentStream(store, seed, cached=max(64, 4 * batch_size))
+        self._stream = DocumentStream(store, seed)
 
     def rows(self, step: int, rows: range) -> Rows:
         """Rows ``rows`` of the global batch of ``step``."""
         epoch, segment = divmod(step, self._steps)
-        tokens = np.zeros((len(rows), self._seq_len + 1), self._dtype)
-        valid = np.zeros(len(rows), np.int64)
-        for index, row in enumerate(rows):
-            start = self._n * row // self._batch_size + segment * self._seq_len
-            end = self._n * (row + 1) // self._batch_size
-            valid[index] = min(max(end - start, 0), self._seq_len)
-            if valid[index]:
-                count = min(int(valid[index]) + 1, self._n - start)  # one more: the last input's label
-                self._stream.read(epoch, start, tokens[index, :count])
+        lanes = np.arange(rows.start, rows.stop, dtype=np.int64)
+        starts = self._n * lanes // self._batch_size + segment * self._seq_len
+        ends = self._n * (lanes + 1) // self._batch_size
+        valid = np.clip(ends - starts, 0, self._seq_len)
+        counts = np.where(valid > 0, np.minimum(valid + 1, self._n - starts), 0)  # one more: the last input's label
+        flat, width = self._stream.read(epoch, starts, counts), self._seq_len + 1
+        if len(flat) == len(rows) * width:
+            tokens = flat.reshape(len(rows), width)
+        else:
+            tokens = np.zeros((len(rows), width), self._dtype)
+            tokens[np.arange(width) < counts[:, None]] = flat
         continues = np.full(len(rows), segment > 0, np.bool_)
         return Rows(tokens, valid, continues, epoch=step / self._steps)
 

@@ -252,16 +252,20 @@ def test_arguments_out_of_range(prepared: Any, arguments: dict[str, Any], compla
 
 
 @shared
-@given(texts=documents, seed=st.integers(0, 99), spans=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1))))
+@given(
+    texts=documents, seed=st.integers(0, 99), block=st.integers(1, 40),
+    spans=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1))),
+)  # fmt: skip
 def test_any_part_of_the_document_stream(
-    make_store: MakeStore, texts: list[list[int]], seed: int, spans: list[tuple[float, float]]
+    make_store: MakeStore, texts: list[list[int]], seed: int, block: int, spans: list[tuple[float, float]]
 ) -> None:
     store = make_store(texts)
     order = random_permutation(store.n_documents, seed, 4, "documents")(np.arange(store.n_documents))
     whole = np.concatenate([store.document(int(i)) for i in order])
-    stream = DocumentStream(store, seed, cached=2)
-    for a, b in spans:
-        start, stop = sorted((int(a * (store.n_tokens - 1)), int(b * store.n_tokens)))
-        out = np.zeros(stop - start, store.tokens.dtype)
-        stream.read(4, start, out)
-        assert np.array_equal(out, whole[start:stop])
+    stream = DocumentStream(store, seed)
+    stream.BLOCK, stream.CHUNK = block, 3 * block  # type: ignore[misc]
+    cuts = np.array([sorted((int(a * store.n_tokens), int(b * store.n_tokens))) for a, b in spans], np.int64)
+    cuts = cuts.reshape(-1, 2)
+    expected = [whole[start:stop] for start, stop in cuts]
+    got = stream.read(4, cuts[:, 0], cuts[:, 1] - cuts[:, 0])
+    assert np.array_equal(got, np.concatenate([whole[:0], *expected]))
