@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 Interval = tuple[float, float]
 RESAMPLES = 1000
 LEVEL = 0.95
+_AT_ONCE = 1 << 20  # draws held in memory; the numbers do not depend on it
 
 
 def ratio_intervals(
@@ -32,8 +33,11 @@ def ratio_intervals(
     columns = np.stack([numerator, *(np.asarray(d, dtype=np.float64) for d in denominators)], axis=1)
     draws = np.random.Generator(np.random.PCG64(seed))
     sums = np.empty((RESAMPLES, columns.shape[1]))
-    for index in range(RESAMPLES):
-        sums[index] = columns[draws.integers(0, count, count)].sum(axis=0)
+    block = max(1, _AT_ONCE // count)
+    for start in range(0, RESAMPLES, block):
+        drawn = draws.integers(0, count, (min(block, RESAMPLES - start), count))
+        for column in range(columns.shape[1]):
+            sums[start : start + block, column] = columns[:, column][drawn].sum(axis=1)
     tail = 100 * (1 - LEVEL) / 2
     found: list[Interval | None] = []
     for column in range(1, columns.shape[1]):

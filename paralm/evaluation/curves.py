@@ -192,6 +192,7 @@ def loss_figure(curves: Curves, levels: dict[str, float] | None = None) -> Figur
             others.append(level / factor)
         right = axes.secondary_yaxis("right", functions=_scale(factor))
         right.set_ylabel("bits per byte")
+        right.tick_params(length=0)
         right.spines["right"].set_visible(False)
     crop(axes, [curves.loss], others)
     axes.set_xlim(left=0)
@@ -211,6 +212,9 @@ def throughput_figure(curves: Curves) -> Figure:
     figure, (left, right) = figures.row(2)
     figures.style(left, "step", "tokens per second")
     left.plot(*thin(curves.step, curves.tokens_per_s), color=figures.BLUE, linewidth=0.8, alpha=0.6)
+    median = float(np.median(curves.tokens_per_s))
+    left.axhline(median, color=figures.BLUE, linewidth=1.4, label=f"median {figures.short(median)}")
+    left.legend(frameon=False)
     left.set_ylim(bottom=0)
     figures.short_axis(left)
     figures.short_axis(left, "y")
@@ -233,8 +237,10 @@ def optimization_figure(curves: Curves) -> Figure:
     figures.style(left, "step", "gradient norm before clipping")
     good = np.isfinite(curves.grad_norm) & (curves.grad_norm > 0)
     if good.any():
-        left.plot(*thin(curves.step[good], curves.grad_norm[good]), color=figures.BLUE, linewidth=0.8, alpha=0.6)
-        left.set_yscale("log")
+        norm = curves.grad_norm[good]
+        left.plot(*thin(curves.step[good], norm), color=figures.BLUE, linewidth=0.8, alpha=0.6)
+        if norm.max() > 20 * norm.min():
+            left.set_yscale("log")
     if curves.skipped.any():
         for at in curves.step[curves.skipped][:100]:
             left.axvline(at, color=figures.RED, linewidth=0.8)

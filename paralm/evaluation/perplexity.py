@@ -128,11 +128,14 @@ def perplexity(
     at any document length in constant memory when the model's state is bounded; for one whose state grows
     (attention), ``reset_every=N`` bounds it. ``seed``: of the bootstrap. ``device``: default: the model's.
 
-    Raises UserError, one line, for sizes below 1, a store of another vocabulary or tokenizer, or a loss that is not
-    finite.
+    Raises UserError, one line, for sizes below 1, a vocabulary larger than the model's, or a loss that is not
+    finite; DataError, one line, for a store of another tokenizer.
     """
     check_sizes(max_tokens=max_tokens, rows=rows, chunk=chunk, reset_every=reset_every)
     store.check_tokenizer(tokenizer)
+    size = getattr(model, "vocab_size", store.vocab_size)
+    if store.vocab_size > size:
+        raise UserError(f"{store.path}: has a vocabulary of {store.vocab_size}, the model one of {size}")
     documents = select_documents(store, max_tokens)
     scores = score(
         model,

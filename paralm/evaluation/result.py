@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
@@ -48,17 +49,19 @@ def eval_dir(run_dir: Path) -> Path:
     return run_dir / "eval"
 
 
-def save(result: Result, run_dir: Path) -> list[Path]:
-    """Write ``eval/NAME.json``, ``eval/NAME_FIGURE.png``, and the scalars ``eval/NAME/KEY``; returns the files."""
+def save(results: Iterable[Result], run_dir: Path) -> list[Path]:
+    """Write ``eval/NAME.json``, ``eval/NAME_FIGURE.png`` and the scalars ``eval/NAME/KEY``; returns the files."""
     from paralm.evaluation import figures
 
-    folder = eval_dir(run_dir)
+    folder, files = eval_dir(run_dir), []
     folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"{result.name}.json"]
-    write_json(files[0], result)
-    for key, figure in result.figures().items():
-        files.append(figures.save(figure, folder / f"{result.name}_{key}.png"))
-    _write_scalars(result, run_dir)
+    found = list(results)
+    for result in found:
+        files.append(folder / f"{result.name}.json")
+        write_json(files[-1], result)
+        for key, figure in result.figures().items():
+            files.append(figures.save(figure, folder / f"{result.name}_{key}.png"))
+    _write_scalars(found, run_dir)
     return files
 
 
@@ -80,16 +83,15 @@ def read_json(kind: type[M], path: Path) -> M | None:
         raise RunError(f"{path}: damaged ({' '.join(what.split())}); remove it and evaluate again") from None
 
 
-def _write_scalars(result: Result, run_dir: Path) -> None:
+def _write_scalars(found: list[Result], run_dir: Path) -> None:
     """A folder of its own below ``tensorboard/``: TensorBoard stops reading a folder's older event file once a
     newer one is beside it, so an evaluation beside the file of a live training would cut that off."""
-    if not result.scalars():
-        return
     from torch.utils.tensorboard import SummaryWriter
 
-    board = SummaryWriter(str(run_dir / "tensorboard" / "eval"))  # type: ignore[no-untyped-call]
+    board = SummaryWriter(str(run_dir / "tensorboard" / "eval"))
     try:
-        for key, value in result.scalars().items():
-            board.add_scalar(f"eval/{result.name}/{key}", value, result.step)  # type: ignore[no-untyped-call]
+        for result in found:
+            for key, value in result.scalars().items():
+                board.add_scalar(f"eval/{result.name}/{key}", value, result.step)
     finally:
-        board.close()  # type: ignore[no-untyped-call]
+        board.close()

@@ -72,31 +72,31 @@ def run_evaluation(
     Raises UserError, one line, before anything is changed: no such run, no metrics or a damaged line in them, no
     checkpoint, a store that is missing, damaged, or of another tokenizer.
     """
+    started = time.monotonic()
     path, named = parse_run(run)
     config = RunFolder(path).saved_config()
     if config is None:
         raise RunError(f"{path}: no config.yaml, so this is not a run folder")
-    settings = settings or config.eval
     load_modules(config.imports)
     read_curves(path)
     step, digest = _checkpoint(path, named)
-    stores = _open_stores(config, path)
-    if reset_every is None and not _bounded(config):
-        reset_every = config.training.seq_len
-    basis = Basis(
-        step=step,
-        checkpoint=digest,
-        settings=settings,
-        reset_every=reset_every,
-        stores={name: store.manifest.fingerprint for name, store in stores.items()},
-    )
-    started = time.monotonic()
-    done = _done(path, basis) if not again else None
-    if done is None:
-        loaded = load_model(path, named, device=device)
-        if loaded.step != step:  # the newest was damaged, and an older whole one was taken
-            basis = basis.model_copy(update={"step": loaded.step, "checkpoint": _checkpoint(path, loaded.step)[1]})
-        _measure(loaded, basis, stores, on_progress or (lambda what, done, total: None))
+    try:
+        stores = _open_stores(config, path)
+        basis = Basis(
+            step=step,
+            checkpoint=digest,
+            settings=settings or config.eval,
+            reset_every=reset_every or (None if _bounded(config) else config.training.seq_len),
+            stores={name: store.manifest.fingerprint for name, store in stores.items()},
+        )
+        done = _done(path, basis) if not again else None
+        if done is None:
+            loaded = load_model(path, named, device=device)
+            if loaded.step != step:  # the newest was damaged, and an older whole one was taken
+                basis = basis.model_copy(update={"step": loaded.step, "checkpoint": _checkpoint(path, loaded.step)[1]})
+            _measure(loaded, basis, stores, on_progress or (lambda what, done, total: None))
+    except DataError as error:
+        raise RunError(str(error)) from None
     report = write_report(path)
     found = done or read_results(path)
     return Evaluation(path, basis.step, found, report, done is not None, time.monotonic() - started)
@@ -109,12 +109,12 @@ def _checkpoint(run: Path, step: int | None) -> tuple[int, str]:
     if not steps:
         raise CheckpointError(f"{run}: no checkpoint yet; train the run first")
     chosen = step if step is not None else steps[-1]
-    if step is None:
-        try:
-            return chosen, str(ckpt.open_step(folder, chosen).manifest["sha256"])
-        except CheckpointError:
-            return chosen, ""  # load_model falls back to an older one and says so
-    return chosen, str(ckpt.open_step(folder, chosen).manifest["sha256"])
+    try:
+        return chosen, str(ckpt.open_step(folder, chosen).manifest["sha256"])
+    except CheckpointError:
+        if step is not None:
+            raise
+        return chosen, ""  # load_model takes an older one, and says so
 
 
 def _open_stores(config: Config, run: Path) -> dict[str, TokenStore]:
@@ -122,13 +122,7 @@ def _open_stores(config: Config, run: Path) -> dict[str, TokenStore]:
     data_dir = config.data.dir if config.data.dir is not None else run / "data"
     paths = {"held_out": data_dir / "held_out"}
     paths |= {name: data_dir / "validation" / name for name in config.data.validation}
-    stores = {}
-    for name, path in paths.items():
-        try:
-            stores[name] = TokenStore.open(path, verify=config.data.verify)
-        except DataError as error:
-            raise RunError(str(error)) from None
-    return stores
+    return {name: TokenStore.open(path, verify=config.data.verify) for name, path in paths.items()}
 
 
 def _bounded(config: Config) -> bool:
@@ -171,8 +165,7 @@ def _measure(loaded: LoadedModel, basis: Basis, stores: dict[str, TokenStore], o
         )
     )
     records.remove(loaded.run_dir)
-    for result in found:
-        results.save(result.model_copy(update={"step": loaded.step}), loaded.run_dir)
+    results.save((result.model_copy(update={"step": loaded.step}) for result in found), loaded.run_dir)
     weight = loaded.model.head_weight
     records.save(
         loaded.run_dir,
@@ -193,21 +186,18 @@ def _measure_set(
 ) -> list[Result]:
     """The model and the compressors on one set."""
     settings = basis.settings
-    try:
-        scored = perplexity(
-            loaded.model,
-            store,
-            loaded.tokenizer,
-            settings.max_tokens,
-            settings.rows,
-            settings.chunk,
-            reset_every=basis.reset_every,
-            set_name=name,
-            train_seq_len=loaded.config.training.seq_len,
-            on_progress=lambda done, total: on_progress(f"scoring {name}", done, total),
-        )
-    except DataError as error:
-        raise RunError(str(error)) from None
+    scored = perplexity(
+        loaded.model,
+        store,
+        loaded.tokenizer,
+        settings.max_tokens,
+        settings.rows,
+        settings.chunk,
+        reset_every=basis.reset_every,
+        set_name=name,
+        train_seq_len=loaded.config.training.seq_len,
+        on_progress=lambda done, total: on_progress(f"scoring {name}", done, total),
+    )
     on_progress(f"compressing {name}", 0, scored.n_bytes)
     compressed = compression(store, loaded.tokenizer, scored.documents.index, name)
     on_progress(f"compressing {name}", scored.n_bytes, scored.n_bytes)
