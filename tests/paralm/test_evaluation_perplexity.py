@@ -67,7 +67,7 @@ def test_streamed_equals_whole_whatever_rows_and_chunk(
 ) -> None:
     model = model_of(mixer, tokenizer).eval()
     expected = [whole(model, store, d, reset_every) for d in range(store.n_documents)]
-    for rows, chunk in ((1, 1000), (1, 7), (3, 16), (8, 1), (20, 64)):
+    for rows, chunk in ((1, 1000), (1, 7), (3, 16), (8, 2), (20, 64)):
         found = score(model, store, range(store.n_documents), rows=rows, chunk=chunk, reset_every=reset_every)
         # float64: sums of up to 200 losses of about 6 nats, so 1e-9 is far above rounding and far below any mistake
         np.testing.assert_allclose(found.loss, [e.sum() for e in expected], rtol=0, atol=1e-9)

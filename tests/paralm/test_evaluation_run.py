@@ -57,6 +57,12 @@ def run(evaluated: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(evaluated, tmp_path / "run"))
 
 
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than all else here; tests that are not about the report go without."""
+    monkeypatch.setattr(run_module, "write_report", lambda path: path / "report.md")
+
+
 # -- compressors ---------------------------------------------------------------------------------------------
 
 
@@ -151,6 +157,7 @@ def test_an_evaluation_leaves_its_results_and_a_report(evaluated: Path) -> None:
         assert f"\n{markdown.fence(sample.prompt + sample.text)}\n" in report
 
 
+@pytest.mark.usefixtures("no_report")
 def test_evaluating_again_does_nothing_until_something_changed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loads: list[Any] = []
     original = run_module.load_model
@@ -175,6 +182,7 @@ def test_evaluating_again_does_nothing_until_something_changed(run: Path, monkey
     assert len(loads) == 4
 
 
+@pytest.mark.usefixtures("no_report")
 def test_an_interrupted_evaluation_is_not_taken_for_a_whole_one(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -215,6 +223,7 @@ def test_a_growing_state_is_scored_in_windows_of_the_training_length(run: Path) 
     assert "forgets after every 32 tokens" in windowed.report.read_text(encoding="utf-8")
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(run: Path) -> None:
     newest = run / "checkpoints" / "step_00000008" / "rank_00000.safetensors"
     newest.write_bytes(newest.read_bytes()[:-100])
@@ -288,6 +297,7 @@ def test_a_run_that_cannot_be_evaluated_is_refused_in_one_line_and_untouched(run
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_report_says_which_result_is_damaged(run: Path) -> None:
     path = run / "eval" / "compression.json"
     path.write_text(path.read_text(encoding="utf-8")[:-30], encoding="utf-8")
