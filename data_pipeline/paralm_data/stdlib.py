@@ -5,6 +5,7 @@ Tens of megabytes of real text on every machine, without a download. One documen
 
 from __future__ import annotations
 
+import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,11 +29,11 @@ def files(folder: Path | None = None) -> list[Path]:
     folder = folder or root()
     if not folder.is_dir():
         raise DataError(f"{folder}: this interpreter has no standard library folder; use another source kind")
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix in SUFFIXES and not EXCLUDED & set(path.relative_to(folder).parts) and path.is_file()
-    )
+    found = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = set(folders) - EXCLUDED  # not entered: site-packages may hold a hundred thousand files
+        found += [Path(parent, name) for name in names if os.path.splitext(name)[1] in SUFFIXES]
+    return sorted(path for path in found if path.is_file())
 
 
 def documents(folder: Path | None = None) -> Iterator[Document]:
