@@ -74,7 +74,8 @@ class ProgressLine:
         self._bars: Bars | None = None
         self._task: TaskID | None = None
         self._what = ""
-        self._pending: str | None = None
+        self._pending: str | None = None  # the last state, when it is not printed yet
+        self._printed = ""
         self._said = 0.0
 
     def __enter__(self) -> ProgressLine:
@@ -92,8 +93,13 @@ class ProgressLine:
     def __exit__(self, *error: object) -> None:
         if self._bars is not None:
             self._bars.stop()
-        elif self._pending is not None:
+        else:
+            self._print_pending()
+
+    def _print_pending(self) -> None:
+        if self._pending is not None and self._pending != self._printed:
             print(self._pending, flush=True)
+        self._pending = None
 
     def update(self, what: str, done: float, total: float | None, text: str) -> None:
         """Show how far it is."""
@@ -105,13 +111,12 @@ class ProgressLine:
             self._bars.update(self._task, completed=done, total=total, text=text)
             return
         line = f"{what}: {text}" if text else f"{what} …"
-        if new and self._pending is not None:
-            print(self._pending, flush=True)
+        if new:
+            self._print_pending()
+        self._pending = line
         if new or time.monotonic() - self._said >= self._every:
-            print(line, flush=True)
-            self._said, self._pending = time.monotonic(), None
-        else:
-            self._pending = line  # the last state is always printed
+            self._print_pending()
+            self._printed, self._said = line, time.monotonic()
 
     def say(self, text: str) -> None:
         """A line that stays, above the one that moves."""

@@ -23,12 +23,14 @@ def test_quantities(value: float, text: str) -> None:
 
 
 def test_without_a_terminal_progress_is_lines_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
-    """The first and the last state of each stage are printed, and what is said in between."""
+    """The first and the last state of each stage are printed, each once, and what is said in between."""
     with ProgressLine(terminal=False, every=3600.0) as line:
         for step in range(1, 6):
             line.update("reading", step, 5, f"{step} of 5")
             if step == 3:
                 line.say("halfway")
+        line.update("reading", 5, 5, "5 of 5")
+        line.update("writing", 0, None, "")
         line.update("writing", 0, None, "")
     expected = ["reading: 1 of 5", "halfway", "reading: 5 of 5", "writing …"]
     assert capsys.readouterr().out.splitlines() == expected
