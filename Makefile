@@ -65,7 +65,7 @@ WHEEL_TAGS := $(foreach n,17 24 27 28 34,--platform manylinux_2_$(n)_x86_64) --p
 
 gpu-wheels: $(DEV)  ## the packages a bare GPU machine lacks, as wheels, into .wheels
 	rm -rf .wheels && mkdir .wheels
-	$(BIN)/pip list --format=freeze | grep -iE '^($(subst $(eval ) ,|,$(strip $(subst -,[-_],$(subst _,[-_],$(GPU_WHEELS))))))==' > .wheels/versions.txt
+	$(BIN)/pip list --format=freeze | grep -iE "^($$(echo $(GPU_WHEELS) | tr ' ' '|'))==" > .wheels/versions.txt
 	grep -vi '^deepspeed==' .wheels/versions.txt > .wheels/binary.txt
 	grep -i '^deepspeed==' .wheels/versions.txt > .wheels/source.txt
 	$(BIN)/pip download -q --no-deps --only-binary=:all: --implementation cp --python-version $(GPU_PYTHON) \
@@ -79,7 +79,9 @@ clean:  ## remove what was built or installed here; runs stay
 
 $(BASE): pyproject.toml
 	@"$(PYTHON)" -c '$(SUPPORTED)' 2>/dev/null || { \
-	  echo "make: paralm needs Python 3.11 to 3.13 with its venv module; $(PYTHON) is $$("$(PYTHON)" --version 2>&1 || echo missing). Try: make PYTHON=python3.12" >&2; exit 2; }
+	  found=$$("$(PYTHON)" --version 2>/dev/null); \
+	  echo "make: paralm needs Python 3.11 to 3.13 with its venv module, and $(PYTHON) is $${found:-not there}; try make PYTHON=python3.12" >&2; \
+	  exit 2; }
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q $(TORCH)
