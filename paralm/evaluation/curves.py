@@ -128,13 +128,17 @@ def _number(value: Any) -> float:
 
 
 def smooth(values: Floats, window: int) -> Floats:
-    """The mean over ``window`` entries around each, fewer at the ends; entries that are not finite do not count."""
+    """The mean over ``window`` entries around each; entries that are not finite do not count.
+
+    At the beginning, where losses are steep, fewer on both sides; at the end only those before it, for a mean of few
+    noisy entries would look like a turn.
+    """
     finite = np.isfinite(values)
     total = np.concatenate(([0.0], np.cumsum(np.where(finite, values, 0.0))))
     count = np.concatenate(([0], np.cumsum(finite)))
     index = np.arange(len(values))
-    reach = np.minimum(np.minimum(index, len(values) - 1 - index), window // 2)
-    low, high = index - reach, index + reach + 1
+    reach = np.minimum(index, window // 2)
+    low, high = index - reach, np.minimum(index + reach + 1, len(values))
     with np.errstate(divide="ignore", invalid="ignore"):
         return (total[high] - total[low]) / (count[high] - count[low])
 
