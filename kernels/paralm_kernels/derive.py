@@ -170,6 +170,11 @@ def _lower_all(cell: Cell, build: Builder, traced: GraphModule, names: tuple[str
     values: dict[FxNode, Any] = {}
     remaining = iter(names)
     for node in traced.graph.nodes:
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            raise CellError(
+                f"cell {cell.name!r}: step draws random numbers ({node.target}); it must be a pure function"
+            )
+    for node in traced.graph.nodes:
         if node.op == "placeholder":
             values[node] = build.input(next(remaining))
         elif node.op == "get_attr":

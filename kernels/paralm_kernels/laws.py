@@ -23,8 +23,8 @@ TOLERANCE = 1e-10
 """Of float64 comparisons: relative to 1 + |value| for states, to the largest element for each gradient."""
 ULPS = 8 * 2.0**-24
 """Of float32 states, times the condition number of `amplification`: a handful of roundings per step."""
-FLOAT32_GRADIENTS = 2.0**-14
-"""Of float32 gradients, relative to the largest element, at recurrent weights up to 1."""
+FLOAT32_GRADIENTS = 2.0**-18
+"""Of float32 gradients, relative to the largest element, at recurrent weights up to 1 (64 roundings; measured: 11)."""
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,7 @@ def check_cell(cell: Cell, weights: float = 1.0, seed: int = 0) -> list[LawResul
         ("decode = solve", lambda case: _same(case, decoded, by("auto"))),
         ("a reset is a fresh start", _fresh_start),
         ("gradients = finite differences", _finite_differences),
-        ("float32 = float64 within rounding", _float32),
+        ("float32 = float64 within rounding", lambda case: _float32(case, with_gradients=weights <= 1)),
         ("states stay in the box", _stays_in_box),
     ]
     case = random_case(cell, weights=weights, seed=seed)
@@ -292,7 +292,7 @@ def _finite_differences(case: Case) -> tuple[float, str]:
     return 0.0, "torch.autograd.gradcheck"
 
 
-def _float32(case: Case) -> tuple[float, str]:
+def _float32(case: Case, with_gradients: bool) -> tuple[float, str]:
     """States element by element against κ, gradients against their largest element; exact float32 numbers in both."""
     single = case.to(torch.float32)
     exact = single.to(torch.float64)
@@ -304,8 +304,10 @@ def _float32(case: Case) -> tuple[float, str]:
         error = (got.values[f"states[{name}]"] - value).abs() / (bound * value.abs().max().clamp(min=1.0))
         if float(error.max()) > worst:
             worst, where = float(error.max()), f"states[{name}]"
-    grads_worst, grads_where = deviation(replace(got, values={}), replace(expected, values={}), FLOAT32_GRADIENTS)
-    return (worst, where) if worst >= grads_worst else (grads_worst, grads_where)
+    if with_gradients:
+        found = deviation(replace(got, values={}), replace(expected, values={}), FLOAT32_GRADIENTS)
+        return max((worst, where), found)
+    return worst, where
 
 
 def _stays_in_box(case: Case) -> tuple[float, str]:

@@ -32,6 +32,8 @@ DECOMPOSED: dict[Any, Callable[..., Any]] = get_decompositions(
         aten.hardtanh_backward,
         aten.hardsigmoid,
         aten.hardsigmoid_backward,
+        aten.hardswish,
+        aten.hardswish_backward,
         aten.leaky_relu,
         aten.leaky_relu_backward,
         aten.elu,
@@ -116,6 +118,7 @@ LOWERING: dict[str, Lower] = {
     "mul": _direct("mul"),
     "div": _div,
     "pow": _pow,
+    "exp2": lambda build, x: build.call("exp", _scaled(build, x, math.log(2.0))),
     "square": lambda build, x: build.call("mul", x, x),
     "maximum": _direct("maximum"),
     "minimum": _direct("minimum"),
@@ -156,7 +159,7 @@ def lowerable() -> str:
     """The operations a step may use, for messages."""
     hidden = {"sigmoid_backward", "tanh_backward", "detach", "alias", "clone", "contiguous", "lift_fresh_copy"}
     hidden |= {"fill", "scalar_tensor", "sgn", "empty_like", "empty", "full", "new_zeros", "new_ones", "new_full"}
-    extra = {"softplus", "logsigmoid", "silu", "gelu", "hardtanh", "leaky_relu", "elu"}
+    extra = {"softplus", "logsigmoid", "silu", "gelu", "hardtanh", "hardswish", "leaky_relu", "elu"}
     return ", ".join(sorted((LOWERING.keys() - hidden) | extra))
 
 
@@ -194,8 +197,6 @@ def _type_change(build: Builder, args: list[Any], kwargs: dict[str, Any], dtype:
 
 def _refusal(name: str, target: Any) -> str:
     tags = getattr(target, "tags", ())
-    if torch.Tag.nondeterministic_seeded in tags:
-        return f"aten.{name} draws random numbers; a step is a function of its arguments only"
     if name.endswith("_") or name == "copy":
         return f"aten.{name} changes an argument in place; a step returns new tensors"
     if torch.Tag.pointwise not in tags:

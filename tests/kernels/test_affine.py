@@ -1,0 +1,128 @@
+"""Affine maps compose associatively, and the one scan over them is the loop over time, in all its forms."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from paralm_kernels import AffineMap, ArgumentError, linear_scan, linear_scan_2x2
+from paralm_kernels.affine import _WALK_WIDTH, scan, trajectory
+
+LENGTHS = (1, 2, 3, 5, 8, 31, 64, 127)
+CLOSE = {"rtol": 1e-11, "atol": 1e-11}  # float64; the scan associates differently from the loop
+
+
+def random_maps(size, full, time, batch=2, channel=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (size, batch, time, channel)
+    matrix = torch.randn(((size, *shape) if full else shape), generator=generator, dtype=torch.float64) / 2
+    return AffineMap(matrix, torch.randn(shape, generator=generator, dtype=torch.float64))
+
+
+def loop(maps, initial):
+    states, x = [], initial
+    for t in range(maps.length):
+        x = maps.at(t)(x)
+        states.append(x)
+    return torch.stack(states, -2)
+
+
+kinds = pytest.mark.parametrize(("size", "full"), [(1, False), (2, False), (2, True), (3, True)])
+
+
+@kinds
+def test_composition_is_application_twice_and_associative(size, full):
+    maps = random_maps(size, full, 3)
+    x = torch.randn(size, 2, 3, dtype=torch.float64)
+    a, b, c = (maps.at(t) for t in range(3))
+    torch.testing.assert_close(b.after(a)(x), b(a(x)))
+    left, right = c.after(b).after(a), c.after(b.after(a))
+    torch.testing.assert_close(left.matrix, right.matrix)
+    torch.testing.assert_close(left.offset, right.offset)
+
+
+@kinds
+def test_a_state_is_the_constant_map(size, full):
+    step = random_maps(size, full, 1).at(0)
+    x = torch.randn(size, 2, 3, dtype=torch.float64)
+    after = step.after(AffineMap(None, x))
+    assert after.matrix is None
+    torch.testing.assert_close(after.offset, step(x))
+    assert AffineMap(None, x).after(step).offset is x
+
+
+def test_diagonal_and_full_maps_do_not_compose():
+    with pytest.raises(ArgumentError, match="cannot compose a diagonal affine map with a full one"):
+        random_maps(2, True, 1).after(random_maps(2, False, 1))
+
+
+@kinds
+@pytest.mark.parametrize("time", LENGTHS)
+def test_the_scan_is_the_loop(size, full, time):
+    maps = random_maps(size, full, time)
+    x = torch.randn(size, 2, 3, dtype=torch.float64)
+    expected = loop(maps, x)
+    result = scan(maps, AffineMap(None, x))
+    assert result.matrix is None
+    torch.testing.assert_close(result.offset, expected, **CLOSE)
+    prefixes = scan(maps)
+    torch.testing.assert_close(prefixes(x.unsqueeze(-2)), expected, **CLOSE)
+    before = random_maps(size, full, 1, seed=1).at(0)
+    torch.testing.assert_close(scan(maps, before)(x.unsqueeze(-2)), loop(maps, before(x)), **CLOSE)
+
+
+@kinds
+@pytest.mark.parametrize("time", LENGTHS)
+@pytest.mark.parametrize("channel", [3, _WALK_WIDTH])
+def test_the_trajectory_is_the_loop_both_ways_narrow_and_wide(size, full, time, channel):
+    """Narrow problems go by odd–even reduction, wide ones by a walk; in place and not."""
+    maps = random_maps(size, full, min(time, 31), batch=1, channel=channel)
+    x = torch.randn(size, 1, channel, dtype=torch.float64)
+    torch.testing.assert_close(trajectory(maps, x), loop(maps, x), **CLOSE)
+    torch.testing.assert_close(trajectory(maps), loop(maps, torch.zeros_like(x)), **CLOSE)
+    backwards = loop(maps.reversed(), x).flip(-2)
+    torch.testing.assert_close(trajectory(maps, x, reverse=True), backwards, **CLOSE)
+    given = maps.offset.clone()
+    torch.testing.assert_close(trajectory(maps, x, out=torch.empty_like(given)), loop(maps, x), **CLOSE)
+    torch.testing.assert_close(maps.offset, given, rtol=0, atol=0)
+    trajectory(maps, x, reverse=True, out=maps.offset)
+    torch.testing.assert_close(maps.offset, backwards, **CLOSE)
+
+
+@pytest.mark.parametrize("time", [1, 6])
+def test_public_scans_have_their_gradients(time):
+    def random(*shape):
+        return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+    assert torch.autograd.gradcheck(linear_scan, (random(2, time, 3), random(2, time, 3), random(2, 3)))
+    matrix, offset, initial = random(2, 2, 2, time, 3), random(2, 2, time, 3), random(2, 2, 3)
+    assert torch.autograd.gradcheck(linear_scan_2x2, (matrix, offset, initial))
+    expected = loop(AffineMap(matrix, offset), initial)
+    torch.testing.assert_close(linear_scan_2x2(matrix, offset, initial), expected, **CLOSE)
+    torch.testing.assert_close(linear_scan(matrix[0, 0], offset[0])[:, 0], offset[0, :, 0])
+
+
+def test_float32_scans_stay_float32():
+    a, b = torch.rand(1, 9, 4), torch.rand(1, 9, 4)
+    assert linear_scan(a, b).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((torch.rand(2, 3), torch.rand(2, 3)), "a must have (batch, time >= 1, channel) last, got (2, 3)"),
+        ((torch.rand(2, 0, 3), torch.rand(2, 0, 3)), "time >= 1"),
+        ((torch.rand(2, 4, 3), torch.rand(2, 5, 3)), "b is (2, 5, 3) but a is (2, 4, 3)"),
+        ((torch.rand(2, 4, 3), torch.rand(2, 4, 3), torch.rand(2, 2)), "initial is (2, 2), expected (2, 3)"),
+        ((torch.rand(2, 4, 3), torch.rand(2, 4, 3).double()), "b is torch.float64 but a is torch.float32"),
+        ((torch.rand(2, 4, 3), torch.rand(2, 4, 3, device="meta")), "b is on meta but a is on cpu"),
+    ],
+)
+def test_mismatches_name_both_sides(arguments, says):
+    with pytest.raises(ArgumentError) as caught:
+        linear_scan(*arguments)
+    assert says in str(caught.value)
+
+
+def test_a_matrix_that_is_not_2x2_is_named():
+    with pytest.raises(ArgumentError, match=r"a must be \(2, 2, batch, time, channel\), got \(3, 3, 1, 2, 4\)"):
+        linear_scan_2x2(torch.rand(3, 3, 1, 2, 4), torch.rand(3, 1, 2, 4))
