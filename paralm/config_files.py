@@ -314,10 +314,12 @@ def _validate(layer: _Layer) -> Config:
 
 def _complete_model(config: Config, layer: _Layer) -> None:
     """Check the mixer's own keys and fill in its defaults, so that the saved configuration says everything; then
-    see that a model can be made of it, on the device that allocates nothing.
+    see that a model, an optimizer and an engine can be made of it, the model on the device that allocates nothing.
     """
     from paralm.models import build_model  # torch comes with it
     from paralm.registry import validate_mixer
+    from paralm.training.engine import deepspeed_config
+    from paralm.training.optimizers import OPTIMIZERS
 
     spec = config.model.mixer
     try:
@@ -327,6 +329,10 @@ def _complete_model(config: Config, layer: _Layer) -> None:
         config.model.mixer = {"name": entry.name, **checked.model_dump(mode="json", by_alias=True)}
         given = config.data.tokenizer.model is not None  # then its size is known when it has been read
         build_model(config.model, 1 if given else config.data.tokenizer.vocab_size, config.run.seed, device="meta")
+        if config.optimizer.name not in OPTIMIZERS:
+            near = difflib.get_close_matches(config.optimizer.name, OPTIMIZERS, n=1, cutoff=0.0)
+            raise ConfigError(f"optimizer.name: no optimizer '{config.optimizer.name}'; nearest: {near[0]}")
+        deepspeed_config(config, world_size=1, parameters=1)
     except ValidationError as error:
         raise ConfigError(one_line(error, layer.place, ("model", "mixer"))) from None
     except ConfigError as error:

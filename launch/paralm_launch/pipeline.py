@@ -43,10 +43,16 @@ def open_run(run: str | Path) -> RunPlace:
 
 
 def check_start(config: Config) -> None:
-    """Refuse what cannot start before anything is done: an unknown launcher, keys that a run must keep."""
+    """Refuse what cannot start before anything is done: an unknown launcher, keys that a run must keep, a run to
+    start from that is not there.
+    """
     from paralm.training.run_folder import RunFolder
+    from paralm.training.session import parse_run
 
     get_launcher(config.launcher.kind)
+    for source in (config.training.init_from, config.training.fork_from):
+        if source is not None:
+            parse_run(source, config.run.root)
     RunFolder(config.run_dir).check_same_run(config, frozen_differences)
 
 

@@ -87,6 +87,16 @@ def test_an_unknown_launcher_is_refused_before_anything_is_made(
     assert not (done / "runs" / "other").exists()
 
 
+@pytest.mark.parametrize("key", ["init_from", "fork_from"])
+def test_a_missing_run_to_start_from_is_refused_before_anything_is_made(
+    key: str, done: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = call(capsys, "run", done / "run.yaml", "run.name=other", f"training.{key}=no_such_run@3")
+    assert (code, out) == (2, "")
+    assert "no_such_run: no such run folder" in err
+    assert not (done / "runs" / "other").exists()
+
+
 def test_train_without_data_says_what_to_do(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = call(capsys, "train", done / "run.yaml", "run.name=no_data")
     assert code == 2

@@ -29,6 +29,7 @@ DAMAGED = [
     Damaged(
         "misspelt mixer key", "model:\n  mixer:\n    name: paragru\n    d_cnv: 4\n", ("run.yaml:4", "d_cnv", "d_conv")
     ),
+    Damaged("misspelt optimizer", "optimizer: {name: adam}\n", ("run.yaml:1", "optimizer.name", "nearest: adamw")),
     Damaged("misspelt launcher", "launcher:\n  kind: locl\n", ("launcher.kind", "locl", "nearest: local")),
     # values that are wrong
     Damaged("text for a number", "optimizer:\n  lr: fast\n", ("run.yaml:2", "optimizer.lr", "a number, got fast")),
