@@ -180,8 +180,13 @@ def _plan(
             raise DataError(f"validation set '{name}': a name is letters, digits and ._- and neither of {SPLITS}")
     if Path(out).exists() and not Path(out).is_dir():
         raise DataError(f"{out}: a file is where the prepared folder (data.dir) would be")
-    threads = threads or len(os.sched_getaffinity(0))
+    threads = threads or _processors()
     return _Plan(source, tokenizer, Path(out), held_out_fraction, dict(validation or {}), threads, progress)
+
+
+def _processors() -> int:
+    """Processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _same(recorded: Any, wanted: dict[str, Any], path: Path) -> None:

@@ -16,7 +16,9 @@ from paralm_data import IGNORE, Batch, DataError, Loader, TokenStore, random_per
 from paralm_data.orders import DocumentStream, Windows
 
 MakeStore = Callable[[list[list[int]]], TokenStore]
-shared = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+shared = settings(  # a busy machine is no failure
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 documents = st.lists(st.lists(st.integers(4, 399), max_size=30), min_size=2, max_size=150)
 
 
@@ -47,6 +49,26 @@ def assert_equal(one: Batch, two: Batch) -> None:
     assert np.array_equal(one.rows, two.rows)
     for key in ("tokens", "labels", "reset", "continues"):
         assert torch.equal(getattr(one, key), getattr(two, key))
+
+
+def test_one_window_by_hand(make_store: MakeStore) -> None:
+    batch = Loader(make_store([[11, 12], [13], [14]]), seq_len=9, global_batch_size=1).batch(0)
+    assert batch.tokens.tolist() == [[1, 11, 12, 2, 1, 13, 2, 1, 14]]
+    assert batch.labels.tolist() == [[11, 12, 2, IGNORE, 13, 2, IGNORE, 14, 2]]
+    assert batch.reset.nonzero()[:, 1].tolist() == [0, 4, 7]
+    assert batch.continues.tolist() == [False]
+
+
+def test_two_lanes_by_hand(make_store: MakeStore) -> None:
+    store = make_store([[11, 12, 13, 14]])  # 1 11 12 | 13 14 2
+    first, second, again = (Loader(store, 2, 2, order="lanes").batch(step) for step in range(3))
+    assert first.tokens.tolist() == [[1, 11], [13, 14]]
+    assert first.labels.tolist() == [[11, 12], [14, 2]]
+    assert second.tokens.tolist() == [[12, 2], [2, 2]]  # the second of each is padding
+    assert second.labels.tolist() == [[13, IGNORE], [IGNORE, IGNORE]]
+    assert [b.continues.tolist() for b in (first, second, again)] == [[False] * 2, [True] * 2, [False] * 2]
+    assert [b.reset.sum().item() for b in (first, second, again)] == [1, 0, 1]
+    assert [b.epoch for b in (first, second, again)] == [0.0, 0.5, 1.0]
 
 
 @shared

@@ -225,7 +225,7 @@ prepare(SourceSpec("jsonl", paths=(sys.argv[1],)), TokenizerSpec(vocab_size=400)
 """
 
 
-@pytest.mark.parametrize("steps", [0, 1, 3, 5, 8, 11, 13])
+@pytest.mark.parametrize("steps", [0, 3, 6, 12])
 def test_killed_at_any_moment_it_goes_on(tmp_path: Path, corpus: Path, prepared: Prepared, steps: int) -> None:
     # The process kills itself at the given fsync; each file and each folder is made durable by one.
     out = tmp_path / "out"
