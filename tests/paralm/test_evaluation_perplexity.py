@@ -32,7 +32,7 @@ def store(prepared: Path, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPat
     """Documents of very different lengths, the shortest with no text at all."""
     source = TokenStore.open(prepared / "held_out")
     with StoreWriter(tmp_path_factory.mktemp("evaluation") / "store", tokenizer) as writer:
-        for document, length in enumerate((120, 0, 37, 1, 64, 9, 200, 15)):
+        for document, length in enumerate((120, 0, 100, 1, 64, 9, 130, 15)):
             ids = source.document(document)[1 : 1 + length].tolist()
             writer.add([ids], [len(tokenizer.decode_bytes(ids))])
         return writer.finish()
@@ -67,7 +67,8 @@ def test_streamed_equals_whole_whatever_rows_and_chunk(
 ) -> None:
     model = model_of(mixer, tokenizer).eval()
     expected = [whole(model, store, d, reset_every) for d in range(store.n_documents)]
-    for rows, chunk in ((1, 1000), (1, 7), (3, 16), (8, 2), (20, 64)):
+    # With three rows a lane that is not the last one runs out first: states must be kept by row, not by count.
+    for rows, chunk in ((1, 1000), (1, 7), (3, 7), (3, 16), (20, 64)):
         found = score(model, store, range(store.n_documents), rows=rows, chunk=chunk, reset_every=reset_every)
         # float64: sums of up to 200 losses of about 6 nats, so 1e-9 is far above rounding and far below any mistake
         np.testing.assert_allclose(found.loss, [e.sum() for e in expected], rtol=0, atol=1e-9)
