@@ -167,6 +167,9 @@ class EvalConfig(Section):
     max_tokens: PositiveInt = Field(default=1_000_000, description="held-out tokens to score")
     rows: PositiveInt = Field(default=16, description="documents streamed side by side")
     chunk: PositiveInt = Field(default=512, description="tokens a document advances at a time")
+    reset_every: PositiveInt | None = Field(
+        default=None, description="start afresh every so many tokens; default: never, or seq_len if the state grows"
+    )
     prompts: list[str] = Field(default_factory=lambda: ["def ", "The "])
     sample_tokens: PositiveInt = 120
     temperature: PositiveFloat = 0.8

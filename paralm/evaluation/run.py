@@ -86,7 +86,9 @@ def run_evaluation(
             step=step,
             checkpoint=digest,
             settings=settings or config.eval,
-            reset_every=reset_every or (None if _bounded(config) else config.training.seq_len),
+            reset_every=reset_every
+            or (settings or config.eval).reset_every
+            or (None if _bounded(config) else config.training.seq_len),
             stores={name: store.manifest.fingerprint for name, store in stores.items()},
         )
         done = _done(path, basis) if not again else None

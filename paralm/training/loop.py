@@ -72,7 +72,8 @@ def _run(session: Session, control: Control, profiler: Profiler, on_progress: Pr
         lr = session.config.optimizer.lr * lr_factor(
             session.config.optimizer.schedule, session.step, training.max_steps
         )
-        logged = (session.step + 1) % training.log_every == 0
+        last = session.step + 1 == training.max_steps
+        logged = last or (session.step + 1) % training.log_every == 0
         result = session.stepper.run(batch, lr, _stop_request(session, control), timed=logged)
         session.step += 1
         session.loader.step = session.step
@@ -80,12 +81,15 @@ def _run(session: Session, control: Control, profiler: Profiler, on_progress: Pr
         _count_bad(session, result)
         if logged or result.bad:
             recorder.step(result, lr, fetched, time.perf_counter() - start)
-        last = session.step == training.max_steps
         if last or (training.validate_every and session.step % training.validate_every == 0):
             recorder.validation()
         if last or result.stop_signal or session.step % session.config.checkpoint.every == 0:
             written = session.save()
             _leave_if_superseded(session)
+            if last and not written:
+                raise RunError(
+                    f"{session.folder.path}: the last checkpoint could not be written; see the warning above"
+                )
             if result.stop_signal and not last:
                 raise StoppedError(_stop_message(session, result.stop_signal, written))
     return TrainResult(
@@ -184,6 +188,8 @@ class Recorder:
         """Every validation set's loss and bits per byte, over the same documents at any world size."""
         session, config = self.session, self.session.config
         session.engine.eval()
+        # A state that grows is scored in windows, as it was trained; a bounded one over whole documents.
+        reset_every = config.eval.reset_every or (None if session.model.bounded_state else config.training.seq_len)
         for name, store in session.validation.items():
             sums = validate(
                 session.engine,
@@ -194,6 +200,7 @@ class Recorder:
                 device=session.device,
                 rank=session.rank,
                 world_size=session.world_size,
+                reset_every=reset_every,
             )
             total = torch.tensor([sums.loss_sum, sums.tokens, sums.n_bytes], dtype=torch.float64, device=session.device)
             dist.all_reduce(total)

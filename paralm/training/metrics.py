@@ -83,7 +83,7 @@ class MetricsWriter:
         cut_metrics(metrics, step)
         self._file = metrics.open("a", encoding="utf-8")
         purge = step + 1 if tensorboard.exists() else None
-        self._board = SummaryWriter(str(tensorboard), purge_step=purge, flush_secs=10)  # type: ignore[no-untyped-call]
+        self._board = SummaryWriter(str(tensorboard), purge_step=purge, flush_secs=10)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row; every number in it becomes a scalar ``kind/key`` (nested: ``kind/key/sub``)."""
@@ -97,11 +97,11 @@ class MetricsWriter:
             if isinstance(value, dict):
                 self._scalars(f"{prefix}/{key}", value, step)
             elif isinstance(value, int | float) and not isinstance(value, bool):
-                self._board.add_scalar(f"{prefix}/{key}", value, step)  # type: ignore[no-untyped-call]
+                self._board.add_scalar(f"{prefix}/{key}", value, step)
 
     def close(self) -> None:
         self._file.close()
-        self._board.close()  # type: ignore[no-untyped-call]
+        self._board.close()
 
 
 def _plain(value: Any) -> Any:

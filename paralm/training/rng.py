@@ -22,12 +22,12 @@ def capture() -> dict[str, torch.Tensor]:
     """State of Python's, numpy's and torch's generators. Values are uint8/int64 tensors on the CPU."""
     version, words, gauss = random.getstate()
     keys = np.random.get_state(legacy=False)  # noqa: NPY002
-    state = keys["state"]  # type: ignore[index]
+    state = keys["state"]
     tensors = {
         "python": torch.tensor([version, *words], dtype=torch.int64),
         "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
-        "numpy": torch.tensor([*state["key"].tolist(), state["pos"], keys["has_gauss"]], dtype=torch.int64),  # type: ignore[index]
-        "numpy_gauss": torch.tensor([keys["gauss"]], dtype=torch.float64),  # type: ignore[index]
+        "numpy": torch.tensor([*state["key"].tolist(), state["pos"], keys["has_gauss"]], dtype=torch.int64),
+        "numpy_gauss": torch.tensor([keys["gauss"]], dtype=torch.float64),
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
