@@ -9,12 +9,13 @@ product, which reuses what the Jacobians left in scratch. A reset before step t 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .affine import AffineMap, trajectory
+from .affine import AffineMap, Recurrence
 from .cell import Tensors
 from .problem import Problem
 
@@ -40,13 +41,6 @@ def gradients(
     states: the solution, (batch, time, channel), compute dtype. None stands for a cotangent of zero.
     """
     batch, time, channel = problem.shape
-    derived, code = problem.derived, problem.code
-    size = derived.n_state
-    length = min(time, max(1, _CHUNK // (batch * channel)))
-    scratch = code.jacobian.scratch((batch, length, channel), problem.dtype, problem.device)
-    rank = (size,) if derived.diagonal else (size, size)
-    jacobian = problem.empty(*rank, batch, length, channel)
-    adjoint = problem.empty(size, batch, length, channel)
     grad_inputs = tuple(problem.empty(batch, time, channel) for _ in problem.inputs)
     grad_params = tuple(problem.empty(channel).zero_() for _ in problem.params)
     partial = problem.empty(channel)
@@ -54,35 +48,63 @@ def gradients(
     def accumulate(i: int, value: Tensor) -> None:
         grad_params[i].add_(torch.sum(value, (0, 1), out=partial))
 
-    carry = problem.empty(size, batch, channel).zero_()
-    for i, grad in enumerate(grad_final):
+    carry = problem.empty(problem.derived.n_state, batch, channel).zero_()
+    for component, grad in zip(carry, grad_final, strict=True):
         if grad is not None:
-            carry[i] = grad
+            component.copy_(grad)
+    length = min(time, max(1, _CHUNK // (batch * channel)))
+    chunk = _Chunk(problem, length)
     for start in reversed(range(0, time, length)):
         stop = min(start + length, time)
-        here = stop - start
-        j, lam = jacobian[..., :here, :], adjoint[..., :here, :]
-        work = [buffer[:, :here] for buffer in scratch]
+        if stop - start != chunk.length:
+            chunk = _Chunk(problem, stop - start)
         arguments = (*problem.previous(states, start, stop), *problem.inputs_at(start, stop), *problem.params)
-        code.jacobian(*arguments, *(j if derived.diagonal else j.flatten(0, 1)), *work)
-        mask = problem.mask(start, stop)
-        if mask is not None:
-            j.masked_fill_(mask, 0.0)
-        for i, grad in enumerate(grad_states):
-            if grad is None:
-                lam[i].zero_()
-            else:
-                lam[i].copy_(grad[:, start:stop])
-        carry = _run_back(j if derived.diagonal else j.transpose(0, 1), lam, carry)
-        code.gradient(*arguments, *lam, *(grad[:, start:stop] for grad in grad_inputs), accumulate, *work)
+        chunk.linearise(arguments, problem.mask(start, stop))
+        carry = chunk.run_back([None if grad is None else grad[:, start:stop] for grad in grad_states], carry)
+        chunk.pull_back(arguments, [grad[:, start:stop] for grad in grad_inputs], accumulate)
     return Gradients(grad_inputs, grad_params, tuple(carry))
 
 
-def _run_back(transposed: Tensor, adjoint: Tensor, carry: Tensor) -> Tensor:
-    """Turns g into λ in place, given the carry J_{t+1}ᵀ λ_{t+1} of the chunk after; returns the carry for the one
-    before."""
-    adjoint[..., -1, :] += carry
-    if adjoint.shape[-2] > 1:
-        maps = AffineMap(transposed[..., 1:, :], adjoint[..., :-1, :])
-        trajectory(maps, adjoint[..., -1, :], reverse=True, out=maps.offset)
-    return AffineMap(transposed[..., 0, :], torch.zeros_like(carry))(adjoint[..., 0, :])
+class _Chunk:
+    """Buffers for a number of steps, and the three things done to them."""
+
+    def __init__(self, problem: Problem, length: int) -> None:
+        batch, _, channel = problem.shape
+        size, diagonal = problem.derived.n_state, problem.derived.diagonal
+        self.length = length
+        self._code = problem.code
+        self._scratch = problem.code.jacobian.scratch((batch, length, channel), problem.dtype, problem.device)
+        rank = (size,) if diagonal else (size, size)
+        self._jacobian = problem.empty(*rank, batch, length, channel)
+        self._entries = self._jacobian.unbind(0) if diagonal else self._jacobian.flatten(0, 1).unbind(0)
+        self._adjoint = problem.empty(size, batch, length, channel)
+        self._cotangents = self._adjoint.unbind(0)
+        transposed = self._jacobian if diagonal else self._jacobian.transpose(0, 1)
+        later = AffineMap(transposed[..., 1:, :], self._adjoint[..., :-1, :])
+        self._recurrence = Recurrence(later, reverse=True) if length > 1 else None
+        self._first = AffineMap(transposed[..., 0, :], problem.empty(size, batch, channel).zero_())
+
+    def linearise(self, arguments: Tensors, mask: Tensor | None) -> None:
+        """The Jacobians; a reset before a step cuts that step's."""
+        self._code.jacobian(*arguments, *self._entries, *self._scratch)
+        if mask is not None:
+            self._jacobian.masked_fill_(mask, 0.0)
+
+    def run_back(self, grads: Sequence[Tensor | None], carry: Tensor) -> Tensor:
+        """λ from g and the carry J_{t+1}ᵀ λ_{t+1} of the chunk after; returns the carry for the chunk before."""
+        for cotangent, grad in zip(self._cotangents, grads, strict=True):
+            if grad is None:
+                cotangent.zero_()
+            else:
+                cotangent.copy_(grad)
+        last = self._adjoint[..., -1, :]
+        last += carry
+        if self._recurrence is not None:
+            self._recurrence.run(last)
+        return self._first(self._adjoint[..., 0, :])
+
+    def pull_back(
+        self, arguments: Tensors, grad_inputs: Sequence[Tensor], accumulate: Callable[[int, Tensor], None]
+    ) -> None:
+        """The vector–Jacobian product with λ; reads what `linearise` left in scratch."""
+        self._code.gradient(*arguments, *self._cotangents, *grad_inputs, accumulate, *self._scratch)

@@ -120,55 +120,60 @@ def _prefixes(maps: AffineMap, constant: bool) -> AffineMap:
     return AffineMap(matrix, offset)
 
 
-def trajectory(
-    maps: AffineMap, initial: Tensor | None = None, reverse: bool = False, out: Tensor | None = None
-) -> Tensor:
+class Recurrence:
+    """x_t = A_t x_{t−1} + b_t, run in place: b becomes x. Slices of time are taken once, so running again is cheap.
+
+    maps: T in time, with a matrix; `reverse` runs from the last to the first, x_t = A_t x_{t+1} + b_t. The values may
+    change between runs, the tensors may not.
+    """
+
+    def __init__(self, maps: AffineMap, reverse: bool = False) -> None:
+        if maps.matrix is None:
+            raise ArgumentError("a recurrence of constant maps has nothing to run; its states are the offsets")
+        self.maps, self.reverse = maps, reverse
+        width = maps.offset.numel() // max(maps.length, 1)
+        self._walks = maps.offset.device.type == "cpu" and (width >= _WALK_WIDTH or maps.length <= 4)
+        if not self._walks:
+            return
+        order = slice(None, None, -1 if reverse else 1)
+        self._targets = maps.offset.unbind(TIME)[order]
+        if maps.full:
+            parts = [component.unbind(TIME)[order] for component in maps.offset]
+            columns = [column.unbind(TIME)[order] for column in maps.matrix.unbind(1)]
+            self._sources, self._factors = list(zip(*parts, strict=True)), list(zip(*columns, strict=True))
+        else:
+            self._sources = [(target,) for target in self._targets]
+            self._factors = [(factor,) for factor in maps.matrix.unbind(TIME)[order]]
+
+    def run(self, initial: Tensor | None = None) -> Tensor:
+        """The states from x_{−1} = initial, (S, …, channel), zero if None; returns `maps.offset`, overwritten."""
+        if not self._walks:
+            return self._reduce(initial)
+        previous = None
+        if initial is not None:
+            previous = initial.unbind(0) if self.maps.full else (initial,)
+        for target, factors, source in zip(self._targets, self._factors, self._sources, strict=True):
+            if previous is not None:
+                for factor, x in zip(factors, previous, strict=True):
+                    target.addcmul_(factor, x)
+            previous = source
+        return self.maps.offset
+
+    def _reduce(self, initial: Tensor | None) -> Tensor:
+        if initial is None:
+            initial = torch.zeros_like(self.maps.offset[..., 0, :])
+        ordered = self.maps.reversed() if self.reverse else self.maps
+        states = scan(ordered, AffineMap(None, initial)).offset
+        return self.maps.offset.copy_(states.flip(TIME) if self.reverse else states)
+
+
+def trajectory(maps: AffineMap, initial: Tensor | None = None, reverse: bool = False) -> Tensor:
     """The states x_t = maps[t](x_{t−1}) from x_{−1} = initial, zero if None; `reverse` runs from the last to the first.
 
-    maps: T in time; initial: (S, …, channel) without time; returns (S, …, T, channel). `out` may be `maps.offset`.
-    Not differentiable; see `linear_scan`.
+    maps: T in time; initial: (S, …, channel) without time; returns a new (S, …, T, channel). Not differentiable; see
+    `linear_scan`.
     """
-    if maps.matrix is None:
-        return maps.offset
-    width = maps.offset.numel() // max(maps.length, 1)
-    if maps.offset.device.type == "cpu" and (width >= _WALK_WIDTH or maps.length <= 4):
-        return _walk(maps, initial, reverse, out)
-    ordered = maps.reversed() if reverse else maps
-    if initial is None:
-        initial = torch.zeros_like(maps.offset[..., 0, :])
-    result = scan(ordered, AffineMap(None, initial)).offset
-    result = result.flip(TIME) if reverse else result
-    return result if out is None else out.copy_(result)
-
-
-def _walk(maps: AffineMap, initial: Tensor | None, reverse: bool, out: Tensor | None) -> Tensor:
-    """The same, one step after the other; in place where `out` is the offset."""
-    if out is None:
-        out = maps.offset.clone()
-    elif out is not maps.offset:
-        out.copy_(maps.offset)
-    assert maps.matrix is not None
-    size, order = len(out), slice(None, None, -1 if reverse else 1)
-    targets = [component.unbind(TIME)[order] for component in out]
-    before = None if initial is None else initial.unbind(0)
-    if not maps.full:
-        for component, (target, factors) in enumerate(zip(targets, maps.matrix, strict=True)):
-            previous = None if before is None else before[component]
-            for x, factor in zip(target, factors.unbind(TIME)[order], strict=True):
-                if previous is not None:
-                    x.addcmul_(factor, previous)
-                previous = x
-        return out
-    rows = [[entry.unbind(TIME)[order] for entry in row] for row in maps.matrix]
-    components = range(size)
-    for t in range(maps.length):
-        if before is not None:
-            for i in components:
-                x = targets[i][t]
-                for j in components:
-                    x.addcmul_(rows[i][j][t], before[j])
-        before = tuple(target[t] for target in targets)
-    return out
+    return Recurrence(AffineMap(maps.matrix, maps.offset.clone()), reverse).run(initial)
 
 
 class _LinearScan(torch.autograd.Function):

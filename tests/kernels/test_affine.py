@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from paralm_kernels import AffineMap, ArgumentError, linear_scan, linear_scan_2x2
-from paralm_kernels.affine import _WALK_WIDTH, scan, trajectory
+from paralm_kernels.affine import _WALK_WIDTH, Recurrence, scan, trajectory
 
 LENGTHS = (1, 2, 3, 5, 8, 31, 64, 127)
 CLOSE = {"rtol": 1e-11, "atol": 1e-11}  # float64; the scan associates differently from the loop
@@ -74,18 +74,25 @@ def test_the_scan_is_the_loop(size, full, time):
 @pytest.mark.parametrize("time", LENGTHS)
 @pytest.mark.parametrize("channel", [3, _WALK_WIDTH])
 def test_the_trajectory_is_the_loop_both_ways_narrow_and_wide(size, full, time, channel):
-    """Narrow problems go by odd–even reduction, wide ones by a walk; in place and not."""
+    """Narrow problems go by odd–even reduction, wide ones by a walk; into new tensors and in place."""
     maps = random_maps(size, full, min(time, 31), batch=1, channel=channel)
     x = torch.randn(size, 1, channel, dtype=torch.float64)
     torch.testing.assert_close(trajectory(maps, x), loop(maps, x), **CLOSE)
     torch.testing.assert_close(trajectory(maps), loop(maps, torch.zeros_like(x)), **CLOSE)
     backwards = loop(maps.reversed(), x).flip(-2)
     torch.testing.assert_close(trajectory(maps, x, reverse=True), backwards, **CLOSE)
-    given = maps.offset.clone()
-    torch.testing.assert_close(trajectory(maps, x, out=torch.empty_like(given)), loop(maps, x), **CLOSE)
-    torch.testing.assert_close(maps.offset, given, rtol=0, atol=0)
-    trajectory(maps, x, reverse=True, out=maps.offset)
-    torch.testing.assert_close(maps.offset, backwards, **CLOSE)
+    for reverse, expected in ((False, loop(maps, x)), (True, backwards)):
+        buffer = AffineMap(maps.matrix, torch.empty_like(maps.offset))
+        recurrence = Recurrence(buffer, reverse)
+        for _ in range(2):  # again, with other values in the same tensors
+            buffer.offset.copy_(maps.offset)
+            assert recurrence.run(x) is buffer.offset
+            torch.testing.assert_close(buffer.offset, expected, **CLOSE)
+
+
+def test_a_recurrence_of_constant_maps_is_refused():
+    with pytest.raises(ArgumentError, match="nothing to run"):
+        Recurrence(AffineMap(None, torch.zeros(1, 1, 3, 2)))
 
 
 @pytest.mark.parametrize("time", [1, 6])
