@@ -14,6 +14,7 @@ interruption leaves whole parts only, and the same call again makes those that a
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import math
@@ -40,6 +41,8 @@ from paralm_data.tokenizing import tokenize
 
 MODEL_NAME = "tokenizer.model"
 SPLITS = ("train", "held_out")
+# What a file system without locks says; there, parts still appear whole, by rename.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 ADVICE = "give another data.dir, or remove this one to prepare it anew"
 
 
@@ -208,8 +211,9 @@ def _locked(out: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise DataError(f"{out}: another process is preparing it; wait for that to end") from error
-        except OSError:
-            pass  # a file system without locks: parts still appear whole, by rename
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise DataError(f"{out / '.lock'}: cannot be locked ({reason(error)})") from error
         yield
 
 

@@ -6,10 +6,12 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
-from paralm_data import Prepared, SourceSpec, Tokenizer, TokenizerSpec, TokenStore, prepare
+from paralm_data import DataError, Prepared, SourceSpec, Tokenizer, TokenizerSpec, TokenStore, documents, prepare
 from paralm_data.store_writer import StoreWriter
 
 SYLLABLES = ["ba", "ce", "di", "fo", "gu", "ka", "le", "mi", "no", "pu", "ra", "se", "ti", "vo", "xu"]
@@ -77,3 +79,58 @@ def make_store(tmp_path: Path, tokenizer: Tokenizer) -> Callable[[list[list[int]
             return writer.finish()
 
     return make
+
+
+@dataclass
+class Bench:
+    """Where a case does its damage: an empty folder, a copy of prepared data, and a good source."""
+
+    folder: Path
+    data: Path
+    source: SourceSpec
+
+    def file(self, name: str, content: bytes) -> Path:
+        path = self.folder / name
+        path.write_bytes(content)
+        return path
+
+    def read(self, kind: str, path: Path | str, **options: Any) -> Callable[[], object]:
+        return lambda: list(documents(SourceSpec(kind, paths=(str(path),), **options)))
+
+    def prepare(self, **changes: Any) -> Callable[[], object]:
+        asked: dict[str, Any] = {
+            "source": self.source, "tokenizer": TokenizerSpec(vocab_size=400), "out": self.folder / "out",
+            "held_out_fraction": 0.2, **changes,
+        }  # fmt: skip
+        return lambda: prepare(**asked)
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder but for the lock."""
+    return {str(p): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock"}
+
+
+@pytest.fixture
+def refused(
+    tmp_path: Path, copied: Path, source: SourceSpec, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Callable[[Bench], tuple[Callable[[], object], str]]], None]:
+    """Checks a case of damaged input: a one-line DataError that names the culprit, and every file as it was."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "bench").mkdir()
+
+    def check(case: Callable[[Bench], tuple[Callable[[], object], str]]) -> None:
+        call, culprit = case(Bench(tmp_path / "bench", copied, source))
+        before = snapshot(tmp_path)
+        with pytest.raises(DataError) as caught:
+            call()
+        message = str(caught.value)
+        assert culprit in message
+        assert "\n" not in message
+        assert len(message) < 500
+        after = snapshot(tmp_path)
+        assert {path: after.get(path) for path in before} == before
+        # Only a tokenizer that was finished before the damage was met may have been added.
+        made = {Path(path).name for path in after if path not in before}
+        assert made <= {"tokenizer.model", "tokenizer.json"}
+
+    return check
