@@ -25,6 +25,7 @@ from pydantic import ValidationError
 
 from paralm.config import Config
 from paralm.errors import RunError
+from paralm.training.checkpoint import steps as checkpoint_steps
 from paralm.training.checkpoint import write_atomically
 
 _PACKAGES = ("paralm", "torch", "triton", "deepspeed", "numpy", "sentencepiece", "datasets", "safetensors")
@@ -55,8 +56,11 @@ class RunFolder:
             raise RunError(f"{self.config_file}: cannot be read as a configuration: {first}") from None
 
     def check_same_run(self, config: Config, frozen: Callable[[Config, Config], list[tuple[str, Any, Any]]]) -> None:
-        """Refuse to continue a run under keys that would make it another run; both values are named."""
-        saved = self.saved_config()
+        """Refuse to continue a run under keys that would make it another run; both values are named.
+
+        Without a checkpoint there is nothing to continue, and the configuration may still be mended.
+        """
+        saved = self.saved_config() if checkpoint_steps(self.checkpoints) else None
         if saved is None:
             return
         differences = frozen(saved, config)

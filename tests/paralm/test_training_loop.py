@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from paralm.config import Config
-from paralm.errors import CheckpointError, DivergedError, RunError, StoppedError
+from paralm.errors import CheckpointError, ConfigError, DivergedError, RunError, StoppedError
 from paralm.models import LanguageModel
 from paralm.training import checkpoint as ckpt
 from paralm.training.load import load_model
@@ -215,3 +215,45 @@ def test_load_model_gives_the_checkpoint_of_the_step_asked_for(make: Any) -> Non
         assert torch.equal(parameter, source.tensor(name))
     with pytest.raises(RunError, match="no such run folder"):
         load_model(config.run_dir / "nowhere")
+
+
+def test_carried_states_survive_a_restart(make: Any) -> None:
+    lanes: dict[str, Any] = {"data": {"order": "lanes"}}
+    whole = make("whole", **lanes, training={"carry_state": True})
+    train(whole, say=quiet)
+    with pytest.raises(StoppedError):
+        train(make("part", **lanes, training={"carry_state": True, "stop_after_seconds": 1e-9}), say=quiet)
+    part = make("part", **lanes, training={"carry_state": True})
+    train(part, say=quiet)
+    assert [row["loss"] for row in rows(part)] == [row["loss"] for row in rows(whole)]
+    fresh = make("fresh", **lanes)
+    train(fresh, say=quiet)
+    assert rows(fresh)[0]["loss"] == rows(whole)[0]["loss"]
+    assert rows(fresh)[1]["loss"] != rows(whole)[1]["loss"]
+
+
+def test_a_state_that_grows_cannot_be_carried(make: Any) -> None:
+    config = make(
+        "a",
+        data={"order": "lanes"},
+        training={"carry_state": True},
+        model={"mixer": {"name": "attention", "n_heads": 2}},
+    )
+    with pytest.raises(ConfigError, match="grows with the sequence"):
+        train(config, say=quiet)
+
+
+def test_every_validation_set_is_scored(make: Any, corpus: Path, prepared: Path) -> None:
+    import shutil
+
+    config = make(
+        "a", training={"max_steps": 1}, data={"validation": {"other": {"kind": "text", "paths": [str(corpus)]}}}
+    )
+    data = config.run_dir.parent / "data"
+    shutil.copytree(prepared, data)
+    shutil.copytree(prepared / "held_out", data / "validation" / "other")
+    config.data.dir = data
+    train(config, say=quiet)
+    first, second = rows(config, "validation")
+    assert (first["set"], second["set"]) == ("held_out", "other")
+    assert first["loss"] == second["loss"]  # the same text under two names
