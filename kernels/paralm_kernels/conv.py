@@ -146,7 +146,8 @@ class _CausalConv(torch.autograd.Function):
         if grad_tail is not None:
             dropped = geometry.dropped()
             tail = grad_tail.to(dtype)
-            _add_back(grad_x, grad_state, tail if dropped is None else tail.masked_fill(dropped, 0.0), x.shape[1])
+            tail = tail if dropped is None else tail.masked_fill(dropped, 0.0)
+            _add_back(grad_x, grad_state, tail, torch.ones_like(rows[0]), x.shape[1])
         for start, stop in geometry.pieces() if grad_y is not None else ():
             assert grad_y is not None
             window, here = geometry.window(x, state, start, stop, dtype), stop - start
@@ -158,7 +159,7 @@ class _CausalConv(torch.autograd.Function):
                 passed = grad if cut is None else grad.masked_fill(cut, 0.0)
                 tap = taps - 1 - back
                 grad_rows[tap] += torch.mul(passed, window[:, tap : tap + here], out=product).sum((0, 1))
-                _add_back(grad_x, grad_state, torch.mul(passed, rows[tap], out=product), start - back + taps - 1)
+                _add_back(grad_x, grad_state, passed, rows[tap], start + tap)
         return (
             grad_x.to(x.dtype),
             grad_rows.t().to(weight.dtype),
@@ -178,12 +179,12 @@ def _tail(x: Tensor, state: Tensor, geometry: _Geometry) -> Tensor:
     return tail if dropped is None else tail.masked_fill_(dropped, 0.0)
 
 
-def _add_back(grad_x: Tensor, grad_state: Tensor, grad: Tensor, position: int) -> None:
-    """Adds `grad` at a position of the state and the sequence laid end to end."""
+def _add_back(grad_x: Tensor, grad_state: Tensor, grad: Tensor, row: Tensor, position: int) -> None:
+    """Adds grad · row at a position of the state and the sequence laid end to end."""
     reach, length = grad_state.shape[1], grad.shape[1]
     before = min(max(reach - position, 0), length)
     if before:
-        grad_state[:, position : position + before] += grad[:, :before]
+        grad_state[:, position : position + before].addcmul_(grad[:, :before], row)
     if length > before:
         first = position + before - reach
-        grad_x[:, first : first + length - before] += grad[:, before:]
+        grad_x[:, first : first + length - before].addcmul_(grad[:, before:], row)

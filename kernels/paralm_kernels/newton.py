@@ -38,18 +38,10 @@ class NewtonOptions:
 def default_tile(problem: Problem) -> int:
     """On a CPU as many steps as the cache holds: fewer tiles cost fewer calls (measured: 1024 beats 64 fourfold at 16
     channels and is as good at 256). On a device few, as each tile runs as many iterations as it has steps."""
-    if problem.device.type != "cpu":
+    if not _on_cpu(problem):
         return 16
     batch, _, channel = problem.shape
     return min(1024, max(64, 65536 // (batch * channel)))
-
-
-@dataclass
-class _Progress:
-    """The worst over the tiles so far."""
-
-    iterations: int
-    last_update: float | Tensor
 
 
 def solve_newton(problem: Problem, options: NewtonOptions) -> tuple[Tensors, SolveInfo]:
@@ -59,96 +51,100 @@ def solve_newton(problem: Problem, options: NewtonOptions) -> tuple[Tensors, Sol
     which is exact by the bound unless `max_iter` is smaller, and `last_update` tells.
     """
     batch, time, channel = problem.shape
-    size = len(problem.state)
-    tile = options.tile or default_tile(problem)
+    length = options.tile or default_tile(problem)
     tol = options.tol if options.tol is not None else (1e-12 if problem.dtype == torch.float64 else 1e-6)
-    states = torch.empty((size, batch, time, channel), dtype=problem.dtype, device=problem.device)
-    progress = _Progress(0, 0.0)
+    states = problem.empty(len(problem.state), batch, time, channel)
     entry = torch.stack(problem.state)
-    for start in range(0, time, tile):
-        stop = min(start + tile, time)
-        solved = _solve_tile(problem, entry, start, stop, tol, options.max_iter, progress)
-        states[:, :, start:stop] = solved
+    iterations, updates = 0, []
+    for start in range(0, time, length):
+        tile = _Tile(problem, entry, start, min(start + length, time))
+        solved, used, update = tile.solve(tol, options.max_iter)
+        states[:, :, start : tile.stop] = solved
         entry = solved[:, :, -1]
-    return tuple(states), SolveInfo(progress.iterations, progress.last_update, "newton")
+        iterations = max(iterations, used)
+        updates.append(update)
+    return tuple(states), problem.info(iterations, torch.stack(updates).amax(), "newton")
 
 
-def _solve_tile(
-    problem: Problem, entry: Tensor, start: int, stop: int, tol: float, max_iter: int | None, progress: _Progress
-) -> Tensor:
-    code, derived = problem.code, problem.derived
-    size, length = len(entry), stop - start
-    inputs, mask = problem.inputs_at(start, stop), problem.mask(start, stop)
-    box = _box(problem, entry)
+class _Tile:
+    """Some steps of a problem, from a known state before them."""
 
-    def previous(h: Tensor) -> Tensor:
-        shifted = torch.cat((entry.unsqueeze(2), h[:, :, :-1]), 2)
-        return shifted if mask is None else shifted.masked_fill_(mask, 0.0)
+    def __init__(self, problem: Problem, entry: Tensor, start: int, stop: int) -> None:
+        self.problem, self.entry, self.start, self.stop = problem, entry, start, stop
+        self.inputs, self.mask = problem.inputs_at(start, stop), problem.mask(start, stop)
+        self.box = _box(problem, entry)
 
-    def step(before: Tensor) -> Tensor:
-        return _clamp(torch.stack(code.step(*before, *inputs, *problem.params)), box)
-
-    zero = torch.zeros((size, *inputs[0].shape), dtype=problem.dtype, device=problem.device)
-    h = step(zero)
-    for _ in range(derived.cell.picard):
-        h = step(previous(h))
-    guess = torch.where(torch.isfinite(h), h, 0.0)
-    h = guess
-    on_cpu = problem.device.type == "cpu"
-    # twice the length: a wild iterate may need a second pass to settle to the last bit
-    bound = max_iter if max_iter is not None else (2 * length + 2 if on_cpu else length + 1)
-    update: Tensor | float = 0.0
-    for iteration in range(1, bound + 1):
-        values = code.linearised(*previous(h), *inputs, *problem.params)
-        jacobian = torch.stack(values[size:])
-        if not derived.diagonal:
-            jacobian = jacobian.unflatten(0, (size, size))
-        if mask is not None:
-            jacobian = jacobian.masked_fill(mask, 0.0)
-        delta = trajectory(AffineMap(jacobian, torch.stack(values[:size]).sub_(h)))
-        h = h + delta
-        h = _clamp(torch.where(torch.isfinite(h), h, guess), box)
-        # the update before clamping: at a wall of the box the clamped one is zero though nothing is solved
-        update = (delta.abs() / (1 + h.abs())).amax()
+    def solve(self, tol: float, max_iter: int | None) -> tuple[Tensor, int, Tensor]:
+        """States (S, batch, time, channel), iterations used, last update. NotConverged on a CPU."""
+        length, on_cpu = self.stop - self.start, _on_cpu(self.problem)
+        # twice the length: a wild iterate may need a second pass to settle to the last bit
+        bound = max_iter if max_iter is not None else (2 * length + 2 if on_cpu else length + 1)
+        h = guess = self.guess()
+        update = torch.zeros((), dtype=h.dtype, device=h.device)
+        for iteration in range(1, bound + 1):
+            residual, jacobian = self.linearise(h)
+            delta = trajectory(AffineMap(jacobian, residual))
+            h = h + delta
+            h = self.clamp(torch.where(torch.isfinite(h), h, guess))
+            # the update before clamping: at a wall of the box the clamped one is zero though nothing is solved
+            update = (delta.abs() / (1 + h.abs())).amax()
+            if on_cpu and float(update) <= tol:
+                return h, iteration, update
         if on_cpu:
-            update = float(update)
-            progress.iterations = max(progress.iterations, iteration)
-            if update <= tol:
-                break
-    if on_cpu:
-        if not update <= tol:
-            raise NotConverged(_explain(problem, start, stop, bound, float(update), tol))
-        progress.last_update = max(progress.last_update, update)
-    else:
-        progress.iterations = max(progress.iterations, bound)
-        progress.last_update = torch.maximum(
-            torch.as_tensor(progress.last_update, device=h.device), torch.as_tensor(update)
-        )
-    return h
+            raise NotConverged(
+                f"newton: cell {self.problem.derived.cell.name!r} did not converge within max_iter={bound} iterations "
+                f"in steps {self.start}..{self.stop - 1}: largest update {float(update):.1e}, tolerance {tol:.1e}; "
+                "raise max_iter, use a smaller tile, or pass on_failure='sequential'"
+            )
+        return h, bound, update
+
+    def guess(self) -> Tensor:
+        """f(0, x), bettered by the cell's Picard sweeps; finite."""
+        h = self.step(torch.zeros_like(self.entry).unsqueeze(2).expand(-1, -1, self.stop - self.start, -1))
+        for _ in range(self.problem.derived.cell.picard):
+            h = self.step(self.previous(h))
+        return torch.where(torch.isfinite(h), h, 0.0)
+
+    def previous(self, h: Tensor) -> Tensor:
+        """The state before each step."""
+        shifted = torch.cat((self.entry.unsqueeze(2), h[:, :, :-1]), 2)
+        return shifted if self.mask is None else shifted.masked_fill_(self.mask, 0.0)
+
+    def step(self, before: Tensor) -> Tensor:
+        """One step everywhere."""
+        return self.clamp(torch.stack(self.problem.code.step(*before, *self.inputs, *self.problem.params)))
+
+    def linearise(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual f(h_{t−1}, x_t) − h_t, and the Jacobians, zero where a reset cuts."""
+        size, diagonal = len(h), self.problem.derived.diagonal
+        values = self.problem.code.linearised(*self.previous(h), *self.inputs, *self.problem.params)
+        jacobian = torch.stack(values[size:])
+        jacobian = jacobian if diagonal else jacobian.unflatten(0, (size, size))
+        if self.mask is not None:
+            jacobian = jacobian.masked_fill(self.mask, 0.0)
+        return torch.stack(values[:size]) - h, jacobian
+
+    def clamp(self, h: Tensor) -> Tensor:
+        """Clamps to the cell's box, in place."""
+        for component, bound in zip(h, self.box, strict=True):
+            if bound is not None:
+                torch.clamp(component, min=-bound, max=bound, out=component)
+        return h
 
 
 def _box(problem: Problem, entry: Tensor) -> list[Tensor | None]:
+    """The cell's bounds for this tile, widened by rounding, (batch, 1, channel) or 0-dimensional."""
     bounds = problem.derived.cell.box(tuple(entry)) or (None,) * len(entry)
     wide: list[Tensor | None] = []
     for bound in bounds:
-        if bound is None:
-            wide.append(None)
-        else:
-            value = torch.as_tensor(bound, dtype=problem.dtype, device=problem.device) * (1 + _SLACK)
-            wide.append(value.unsqueeze(1) if value.ndim == 2 else value)
+        if isinstance(bound, float | int):  # filled, not copied: a copy would wait for the device
+            bound = torch.full((), float(bound), dtype=problem.dtype, device=problem.device)
+        if bound is not None:
+            bound = bound.to(problem.dtype) * (1 + _SLACK)
+            bound = bound.unsqueeze(1) if bound.ndim == 2 else bound
+        wide.append(bound)
     return wide
 
 
-def _clamp(h: Tensor, box: list[Tensor | None]) -> Tensor:
-    for component, bound in zip(h, box, strict=True):
-        if bound is not None:
-            torch.clamp(component, -bound, bound, out=component)
-    return h
-
-
-def _explain(problem: Problem, start: int, stop: int, bound: int, update: float, tol: float) -> str:
-    return (
-        f"newton: cell {problem.derived.cell.name!r} did not converge within max_iter={bound} iterations in steps "
-        f"{start}..{stop - 1}: largest update {update:.1e}, tolerance {tol:.1e}; raise max_iter, use a smaller tile, "
-        "or pass on_failure='sequential'"
-    )
+def _on_cpu(problem: Problem) -> bool:
+    return problem.device.type == "cpu"

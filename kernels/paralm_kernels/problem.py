@@ -54,6 +54,14 @@ class Problem:
         """An uninitialised tensor of the compute dtype, where the problem lives."""
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
+    def info(self, iterations: int, last_update: float | Tensor, method: str) -> SolveInfo:
+        """Plain numbers on a CPU; on a device tensors, filled there, so that nothing waits."""
+        if self.device.type == "cpu":
+            return SolveInfo(iterations, float(last_update), method)
+        if not isinstance(last_update, Tensor):
+            last_update = torch.full((), last_update, dtype=self.dtype, device=self.device)
+        return SolveInfo(torch.full((), iterations, device=self.device), last_update, method)
+
     @cached_property
     def code(self) -> TorchCode:
         return torch_code(self.derived)
