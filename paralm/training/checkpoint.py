@@ -262,6 +262,7 @@ def newest_whole(
     CheckpointError: starting afresh over a run's remains is the user's decision.
     """
     there = steps(checkpoints)
+    newest: str | None = None
     for step in reversed(there):
         try:
             candidate = Checkpoint(checkpoints / step_name(step))
@@ -270,9 +271,11 @@ def newest_whole(
             found = str(error)
         if found is None:
             return candidate
-        warn(f"damaged checkpoint passed over: {found}")
+        newest = newest or found
+        if step != there[0]:
+            warn(f"damaged checkpoint passed over: {found}")
     if there:
-        raise CheckpointError(f"{checkpoints}: every checkpoint is damaged; remove the run's folder to start afresh")
+        raise CheckpointError(f"every checkpoint is damaged ({newest}); move {checkpoints} away to start afresh")
     return None
 
 

@@ -84,7 +84,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_newest_whole_one(tmp_path: 
     found = ckpt.newest_whole(tmp_path, said.append)
     assert found is not None
     assert found.step == 1
-    assert len(said) == 2
+    assert len(said) == 2, said
     assert "rank_00001" in said[0]
     assert "rank_00000" in said[1]
     (tmp_path / ckpt.step_name(1) / ckpt.rank_file(0)).write_bytes(b"")
