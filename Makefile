@@ -3,7 +3,7 @@
 #
 # PYTHON   the interpreter, 3.11 to 3.13       make PYTHON=python3.12 test
 # VENV     the virtual environment's folder
-# TORCH    what pip installs for torch         make TORCH="torch==2.13.0" quickstart
+# TORCH    what pip installs for torch         make TORCH=torch quickstart
 # JOBS     test processes
 
 SUPPORTED := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))

@@ -15,6 +15,7 @@ from paralm.models import LanguageModel, build_model
 from paralm.training.checkpoint import Checkpoint
 from paralm.training.run_folder import RunFolder
 from paralm.training.session import open_checkpoint, parse_run
+from paralm.user_modules import load_modules
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ def load_model(
     config = folder.saved_config()
     if config is None:
         raise RunError(f"{path}: no config.yaml, so this is not a run folder")
+    load_modules(config.imports)
     # The run may have been moved since: what the folder holds is found relative to it.
     data_dir = config.data.dir if config.data.dir is not None else path / "data"
     source: Checkpoint = open_checkpoint(path, step if step is not None else named, warnings.warn)
