@@ -6,9 +6,9 @@ Statistics are taken in at least float32 whatever the input's dtype; the result 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from paralm.models.functional import rms_norm
 from paralm.models.parameters import constant, declare
 
 
@@ -23,9 +23,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., size) of any floating dtype → the same shape in the weight's dtype."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        y = F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps)
-        return y.to(self.weight.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
@@ -36,6 +34,4 @@ class GatedRMSNorm(RMSNorm):
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
         """(..., size) and (..., size) → (..., size) in the weight's dtype."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        y = F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps)
-        return (y * F.silu(gate.to(wide))).to(self.weight.dtype)
+        return rms_norm(x, self.weight, self.eps, gate)

@@ -27,6 +27,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from paralm.errors import ConfigError
+from paralm.models.functional import block_diagonal
 from paralm.models.linear import Linear
 from paralm.models.mixers.base import LayerContext, Mixer, State, default_heads
 from paralm.models.norms import GatedRMSNorm
@@ -70,13 +71,7 @@ class CellInputs(nn.Module):
 
     def forward(self, v: Tensor) -> tuple[Tensor, ...]:
         """(batch, time, channel) → one such tensor for each input."""
-        n_inputs, n_heads, width, _ = self.weight.shape
-        batch, time, channels = v.shape
-        heads = v.reshape(batch * time, n_heads, width).transpose(0, 1)
-        stacked = self.weight.permute(1, 3, 0, 2).reshape(n_heads, width, n_inputs * width)
-        offsets = self.bias.view(n_inputs, n_heads, width).transpose(0, 1).reshape(n_heads, 1, n_inputs * width)
-        out = torch.baddbmm(offsets, heads, stacked).view(n_heads, batch, time, n_inputs, width)
-        return tuple(out[:, :, :, k].permute(1, 2, 0, 3).reshape(batch, time, channels) for k in range(n_inputs))
+        return block_diagonal(v, self.weight, self.bias)
 
 
 def _first_gate_spread(tensor: Tensor, generator: torch.Generator) -> None:
