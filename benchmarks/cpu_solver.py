@@ -4,8 +4,8 @@
 
 Every case is y = layer(x), y.backward(g), for x of (batch, time, channels) that needs a gradient, in float32: the
 input projection (one Linear from channels to three times channels, or what the peer has in its place) and the
-recurrence. Cases run in processes of their own and in turns, so that a busy machine hurts all of them alike; the
-first runs of a process are not counted. pararnn-torch pins triton < 3.7, so it gets an environment of its own under
+recurrence. Cases run in processes of their own and in turns, so that a busy machine hurts all of them alike, each
+after waiting for a quiet moment; the first runs of a process are not counted. pararnn-torch pins triton < 3.7, so it gets an environment of its own under
 .benchmark-envs/, which sees this environment's torch. Writes benchmarks/results/cpu_solver.json.
 """
 
@@ -164,21 +164,34 @@ def in_a_process(name: str, options: argparse.Namespace) -> list[float]:
     return samples
 
 
+def wait_for_quiet(patience: float) -> float:
+    """Waits until hardly anything else runs, at most `patience` seconds; returns how busy the cores were at last."""
+    import psutil
+
+    end = time.monotonic() + patience
+    while True:
+        busy = psutil.cpu_percent(interval=0.5) / 100
+        if busy < 0.1 or time.monotonic() > end:
+            return busy
+
+
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Samples of every case, in turns; a case that fails once is not tried again."""
     samples: dict[str, list[float]] = {name: [] for name in CASES}
+    busy: dict[str, list[float]] = {name: [] for name in CASES}
     errors: dict[str, str] = {}
     for turn in range(options.turns):
         for name in CASES:
             if name in errors:
                 continue
             print(f"\r\033[Kturn {turn + 1} of {options.turns}: {name}", end="", file=sys.stderr, flush=True)
+            busy[name].append(wait_for_quiet(options.patience))
             try:
                 samples[name] += in_a_process(name, options)
             except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
                 errors[name] = str(error)
     print("\r\033[K", end="", file=sys.stderr)
-    return {"samples": samples, "errors": errors}
+    return {"samples": samples, "errors": errors, "busy_before": busy}
 
 
 def summarise(samples: dict[str, list[float]]) -> dict[str, dict[str, float]]:
@@ -203,7 +216,6 @@ def describe(options: argparse.Namespace) -> dict[str, Any]:
         "commit": commit.stdout.strip(),
         "cpu": model,
         "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],
         "torch": torch.__version__,
         "python": platform.python_version(),
         "shape": {"batch": options.batch, "time": options.time, "channels": options.channels},
@@ -254,6 +266,7 @@ def main() -> None:
     parser.add_argument("--warm", type=int, default=2, help="runs per process that are not counted")
     parser.add_argument("--runs", type=int, default=9, help="counted runs per process")
     parser.add_argument("--seconds", type=float, default=12.0, help="no new run after so long, but at least two")
+    parser.add_argument("--patience", type=float, default=20.0, help="seconds to wait for a quiet machine, per process")
     parser.add_argument("--case", choices=list(CASES), help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
@@ -264,6 +277,8 @@ def main() -> None:
     measured = measure(options)
     table = summarise(measured["samples"])
     print(report(where, table, measured["errors"]))
+    if max(map(max, measured["busy_before"].values())) > 0.3:
+        print("the machine was busy with something else: medians are too large, ratios uncertain; see busy_before")
     options.output.parent.mkdir(parents=True, exist_ok=True)
     content = {**where, "cases": CASES, "seconds": table, **measured}
     options.output.write_text(json.dumps(content, indent=1) + "\n")

@@ -6,8 +6,6 @@ Exact by construction, and on a CPU with many channels also the fastest: a step 
 
 from __future__ import annotations
 
-import torch
-
 from .cell import Tensors
 from .problem import Problem, SolveInfo
 
@@ -18,10 +16,7 @@ _CONVERT = 256
 def solve_sequential(problem: Problem) -> tuple[Tensors, SolveInfo]:
     """The states (batch, time, channel) in the compute dtype."""
     batch, time, channel = problem.shape
-    count = len(problem.state)
-    states = tuple(
-        torch.empty((batch, time, channel), dtype=problem.dtype, device=problem.device) for _ in range(count)
-    )
+    states = tuple(problem.empty(batch, time, channel) for _ in problem.state)
     walk = problem.code.walk
     scratch = walk.scratch((batch, channel), problem.dtype, problem.device)
     entry = problem.state
@@ -32,4 +27,4 @@ def solve_sequential(problem: Problem) -> tuple[Tensors, SolveInfo]:
         outputs = [h[:, start:stop].unbind(1) for h in states]
         walk(*entry, *inputs, *problem.params, *outputs, problem.cuts(start, stop), *scratch)
         entry = tuple(steps[-1] for steps in outputs)
-    return states, SolveInfo(0, 0.0, "sequential")
+    return states, problem.info(0, 0.0, "sequential")
