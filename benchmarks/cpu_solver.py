@@ -4,8 +4,8 @@
 
 Every case is y = layer(x), y.backward(g), for x of (batch, time, channels) that needs a gradient, in float32: the
 input projection (one Linear from channels to three times channels, or what the peer has in its place) and the
-recurrence. Cases run in processes of their own and in turns, so that a busy machine hurts all of them alike, each
-after waiting for a quiet moment; the first runs of a process are not counted. pararnn-torch pins triton < 3.7, so it gets an environment of its own under
+recurrence. Cases run in processes of their own and in turns, each after waiting for a quiet moment; the first runs of
+a process are not counted. pararnn-torch pins triton < 3.7, so it gets an environment of its own under
 .benchmark-envs/, which sees this environment's torch. Writes benchmarks/results/cpu_solver.json.
 """
 
@@ -76,7 +76,7 @@ def make_case(name: str, batch: int, steps: int, channels: int) -> Callable[[], 
         return projection(x).chunk(3, -1)
 
     if name.startswith("pararnn-torch"):
-        from pararnn import NewtonConfig, ParaGRU, ParaLSTM, ParaRNN
+        from pararnn import NewtonConfig, ParaGRU, ParaLSTM, ParaRNN  # type: ignore[import-not-found]
 
         config = NewtonConfig(chunk_len=64) if "chunk_len" in name else NewtonConfig()
         peer = ParaRNN((ParaLSTM if "LSTM" in name else ParaGRU)(channels, channels), config=config).train()
@@ -142,7 +142,7 @@ def peer_python() -> Path:
         venv.create(PEER_ENV, with_pip=True, clear=True)
         packages = Path(subprocess.check_output([python, "-c", _PURELIB], text=True).strip())
         (packages / "zz_this_environment.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
-        install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
         subprocess.run([*install, *PEER_PACKAGES], check=True)
         ready.write_text("\n".join(PEER_PACKAGES) + "\n")
     return python
