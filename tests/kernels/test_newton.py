@@ -61,17 +61,18 @@ def test_falling_back_gives_the_sequential_states_bit_for_bit(cell):
 
 
 def test_it_stops_on_the_update_not_on_the_residual():
-    """Gates near 0.0025 over 4096 steps: a residual of 1e-6 leaves an error of 1e-5, an update of 1e-6 does not.
+    """Gates near 0.0025 over 4096 steps: a residual below the tolerance says little of the error, an update does.
 
-    The bound is the square of the tolerance times the few hundred steps such a gate remembers, and roundings.
+    With 1e-3 a stop on the residual would leave 2e-6. The update that meets it is followed by one of about its square,
+    1e-6, which is then the size of the error before the last step, and its square after it.
     """
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn((1, 4096, 4), generator=generator, dtype=torch.float64) for _ in range(3)]
     inputs[0] -= 6.0
     params = tuple(torch.rand(4, generator=generator, dtype=torch.float64) - 0.5 for _ in range(3))
-    got = solve(ParaGRU(), inputs, params, method="newton", tile=4096, tol=1e-6)
+    got = solve(ParaGRU(), inputs, params, method="newton", tile=4096, tol=1e-3)
     exact = solve(ParaGRU(), inputs, params, method="sequential")
-    assert got.info.last_update <= 1e-6
+    assert got.info.last_update <= 1e-3
     assert float((got.states[0] - exact.states[0]).abs().max()) < 1e-9
 
 
