@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any, ClassVar, Literal
 
 import paralm_kernels
@@ -44,6 +44,11 @@ class CellMixerConfig(EntryConfig):
     d_conv: int = Field(default=4, ge=2, le=16, description="width of the short convolution, in tokens")
     expand: PositiveInt = Field(default=1, description="channels of the recurrence over d_model")
     init: Literal["released", "language_model"] | None = Field(default=None, description="default: model.init")
+    gate_spread: float | None = Field(
+        default=None,
+        description="the first gate's biases run from 0 to this over the channels, so that they start with different "
+        "memories: ParaGRU forgets over about 1 + e^-bias steps; default: -1 with init released, else 0",
+    )
     clamp: PositiveFloat | Literal["default", "none"] = Field(
         default="default",
         description="elementwise bound on recurrent weights; default: 0.5 with init language_model, else none",
@@ -59,7 +64,7 @@ class CellMixerConfig(EntryConfig):
 class CellInputs(nn.Module):
     """i_k = B_k v + b_k for each of a cell's inputs; B_k block-diagonal, ``weight`` (inputs, heads, out, in)."""
 
-    def __init__(self, channels: int, n_inputs: int, n_heads: int, init: str) -> None:
+    def __init__(self, channels: int, n_inputs: int, n_heads: int, init: str, gate_spread: float | None) -> None:
         super().__init__()
         width = channels // n_heads
         self.weight = nn.Parameter(torch.empty(n_inputs, n_heads, width, width))
@@ -67,17 +72,18 @@ class CellInputs(nn.Module):
         released = init == "released"
         # Xavier's bound √(6/(in + out)) with in = out; torch's Kaiming bound 1/√in.
         declare(self, "weight", uniform(math.sqrt((3.0 if released else 1.0) / width)), decay=True)
-        declare(self, "bias", _first_gate_spread if released else constant(0.0), decay=False)
+        spread = gate_spread if gate_spread is not None else -1.0 if released else 0.0
+        declare(self, "bias", partial(_spread_first_gate, spread), decay=False)
 
     def forward(self, v: Tensor) -> tuple[Tensor, ...]:
         """(batch, time, channel) → one such tensor for each input."""
         return block_diagonal(v, self.weight, self.bias)
 
 
-def _first_gate_spread(tensor: Tensor, generator: torch.Generator) -> None:
-    """The released code's biases: −linspace(0, 1) over the channels for the first gate, 0 for the others."""
+def _spread_first_gate(last: float, tensor: Tensor, generator: torch.Generator) -> None:
+    """The first gate's biases are linspace(0, last) over the channels (the released code: last = −1), the others 0."""
     tensor.zero_()
-    tensor[0] = -torch.linspace(0, 1, tensor.shape[1])
+    tensor[0] = torch.linspace(0, last, tensor.shape[1])
 
 
 class CellMixer(Mixer):
@@ -99,7 +105,7 @@ class CellMixer(Mixer):
         self.in_proj = Linear(d_model, 2 * channels)
         self.conv_weight = nn.Parameter(torch.empty(channels, config.d_conv))
         self.conv_bias = nn.Parameter(torch.empty(channels))
-        self.inputs = CellInputs(channels, len(self.cell.inputs), n_heads, init)
+        self.inputs = CellInputs(channels, len(self.cell.inputs), n_heads, init, config.gate_spread)
         self.recurrent = nn.ParameterDict({name: nn.Parameter(torch.empty(channels)) for name in self.cell.params})
         self.norm = GatedRMSNorm(channels, context.norm_eps)
         self.out_proj = Linear(channels, d_model, output_std(channels, context.n_layers))
