@@ -138,12 +138,16 @@ def _nearest(name: str, valid: Iterable[str]) -> str:
 
 
 def _first_fault(error: ValidationError) -> str:
-    """``.KEY: what is wrong, got VALUE`` of the first fault, in one line."""
-    fault = error.errors(include_url=False)[0]
-    path = "".join(f".{part}" for part in fault["loc"] if isinstance(part, str | int))
-    message = fault["msg"].removeprefix("Value error, ")
-    given = "" if fault["type"] == "value_error" and not fault["loc"] else f", got {fault['input']!r}"
-    return " ".join(f"{path}: {message}{given}".split())
+    """``.KEY: what is wrong, got VALUE`` of the first key at fault, in one line.
+
+    A value that may be of several kinds has a fault for each; their places name pydantic's kinds after the key.
+    """
+    faults = error.errors(include_url=False)
+    place = faults[0]["loc"][:1]
+    messages = [fault["msg"].removeprefix("Value error, ") for fault in faults if fault["loc"][:1] == place]
+    path = "".join(f".{part}" for part in place)
+    given = f", got {faults[0]['input']!r}" if place else ""
+    return " ".join(f"{path}: {', or: '.join(messages)}{given}".split())
 
 
 def _load_mixers() -> None:

@@ -88,6 +88,13 @@ def test_language_model_recipe() -> None:
     assert float(mixer.inputs.weight.detach().abs().max()) == pytest.approx(1 / math.sqrt(width), rel=0.01)
 
 
+@pytest.mark.parametrize("init", ["released", "language_model"])
+def test_gate_spread_sets_the_first_gates_biases(init: str) -> None:
+    bias = build_model(config("paralstm", init=init, gate_spread=-4), 50, 0).mixers[0].inputs.bias.detach()
+    torch.testing.assert_close(bias[0], torch.linspace(0, -4, 64))
+    assert not bias[1:].any()
+
+
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [

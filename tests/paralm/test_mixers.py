@@ -153,7 +153,7 @@ def test_attention_far_into_a_document() -> None:
         ({"name": "attention", "n_heads": 32}, ["even width"]),
         ({"name": "attention", "n_heads": 4, "n_kv_heads": 3}, ["n_kv_heads", "3", "4"]),
         ({"name": "paragru", "method": "magic"}, ["method", "'sequential'"]),
-        ({"name": "paragru", "clamp": -1.0}, ["clamp", "-1.0"]),
+        ({"name": "paragru", "clamp": -1.0}, ["model.mixer.clamp: ", "greater than 0", "'none'", "got -1.0"]),
         ({"name": "paragru", "d_conv": 1}, ["d_conv", "1"]),
         ({"name": "paralstm", "init": "xavier"}, ["init", "'xavier'"]),
     ],

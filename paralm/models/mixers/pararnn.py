@@ -9,7 +9,7 @@ makes a mixer of that name.
 
 Initial values, by ``init``: ``released`` has the recurrent vectors normal with std 2/√(5d), B Xavier-uniform, and
 −linspace(0, 1) as the first gate's bias; ``language_model`` has them normal with std 1/√d and kept within ±0.5, B
-Kaiming-uniform (bound 1/√fan_in), biases 0.
+Kaiming-uniform (bound 1/√fan_in), biases 0. ``gate_spread`` overrides how far the first gate's biases run.
 """
 
 from __future__ import annotations
