@@ -12,6 +12,7 @@ any truncation and any flipped bit is found before training starts. Nothing is p
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -276,18 +277,28 @@ def newest_whole(
             warn(f"damaged checkpoint passed over: {found}")
     if there:
         raise CheckpointError(f"every checkpoint is damaged ({newest}); move {checkpoints} away to start afresh")
+    if (checkpoints / LATEST).exists():
+        raise CheckpointError(
+            f"{checkpoints}: '{LATEST}' names a checkpoint, but no folder there has a {MANIFEST}; "
+            f"restore it, or move {checkpoints} away to start afresh"
+        )
     return None
 
 
 def remove(directory: Path) -> None:
     """Remove a checkpoint so that no reader ever sees half of it: the manifest goes first."""
-    (directory / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(directory, ignore_errors=True)
+    with contextlib.suppress(OSError):  # storage that refuses a removal refuses nothing that matters
+        (directory / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(directory, ignore_errors=True)
 
 
-def apply_retention(checkpoints: Path, keep_last: int, keep_every: int) -> list[int]:
-    """Remove all but the newest ``keep_last`` and multiples of ``keep_every``; return the removed steps."""
-    there = steps(checkpoints)
+def apply_retention(checkpoints: Path, keep_last: int, keep_every: int, step: int) -> list[int]:
+    """Of the checkpoints up to ``step``, remove all but the newest ``keep_last`` and multiples of ``keep_every``.
+
+    Later ones are what an earlier course of the run left, damaged perhaps; they never count against the good ones.
+    Returns the removed steps.
+    """
+    there = [s for s in steps(checkpoints) if s <= step]
     kept = set(there[-keep_last:]) | {s for s in there if keep_every and s % keep_every == 0}
     removed = [s for s in there if s not in kept]
     for step in removed:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from paralm.config import Config
-from paralm.errors import ConfigError
+from paralm.errors import ConfigError, RunError
 
 # Keys of DeepSpeed's configuration that paralm owns: overriding them would break accounting or exactness.
 _OWNED = (
@@ -33,6 +33,8 @@ _OWNED = (
     "bf16",
     "fp16",
     "zero_optimization.stage",
+    "zero_optimization.compute_grad_norm",  # without it nothing notices a NaN
+    "managed_gradient_accumulation",
 )
 
 
@@ -55,6 +57,8 @@ def start_distributed(timeout: float) -> None:
     """
     where = device()
     if where.type == "cuda":
+        if where.index >= torch.cuda.device_count():
+            raise RunError(f"LOCAL_RANK is {where.index}, but this node has {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(where)
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -70,7 +74,14 @@ def start_distributed(timeout: float) -> None:
     else:
         if os.environ.get("MASTER_ADDR") in ("127.0.0.1", "localhost"):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        dist.init_process_group(backend, rank=rank, world_size=world, timeout=limit)
+        try:
+            dist.init_process_group(backend, rank=rank, world_size=world, timeout=limit)
+        except (ValueError, RuntimeError) as error:
+            first = str(error).splitlines()[0]
+            raise RunError(
+                f"rank {rank} of {world} cannot join the others: {first}; "
+                "check RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+            ) from None
     atexit.register(_leave)
 
 
@@ -123,7 +134,9 @@ def _overlay(base: dict[str, Any], extra: dict[str, Any], prefix: str) -> None:
             raise ConfigError(
                 f"parallel.deepspeed.{path}: set by paralm; use its own key instead (training, optimizer)"
             )
-        if isinstance(value, dict) and isinstance(base.get(key), dict):
+        if isinstance(base.get(key), dict):
+            if not isinstance(value, dict):
+                raise ConfigError(f"parallel.deepspeed.{path}: a section with keys is expected, got {value!r}")
             _overlay(base[key], value, f"{path}.")
         else:
             base[key] = value
@@ -146,10 +159,16 @@ def build_engine(
     count = sum(p.numel() for p in model.parameters())
     # DeepSpeed's BF16_Optimizer prints the machine's memory six times; nothing else is printed here.
     with contextlib.redirect_stdout(io.StringIO()):
-        engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            config=deepspeed_config(config, world_size, count),
-            dist_init_required=False,
-        )
+        try:
+            engine, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=optimizer,
+                config=deepspeed_config(config, world_size, count),
+                dist_init_required=False,
+            )
+        except (ValueError, AssertionError, TypeError) as error:
+            if not config.parallel.deepspeed:
+                raise
+            first = str(error).splitlines()[0]
+            raise ConfigError(f"parallel.deepspeed: DeepSpeed refuses the configuration: {first}") from None
     return engine

@@ -74,24 +74,26 @@ def _run(session: Session, control: Control, profiler: Profiler, on_progress: Pr
         )
         last = session.step + 1 == training.max_steps
         logged = last or (session.step + 1) % training.log_every == 0
-        result = session.stepper.run(batch, lr, _stop_request(session, control), timed=logged)
+        result = session.stepper.run(batch, lr, lambda: _stop_request(session, control), timed=logged)
         session.step += 1
         session.loader.step = session.step
         loss = result.loss
         _count_bad(session, result)
         if logged or result.bad:
             recorder.step(result, lr, fetched, time.perf_counter() - start)
+        if result.stop_signal and not last:  # save first: whoever sent the signal may not wait for more
+            written = session.save()
+            _leave_if_superseded(session)
+            raise StoppedError(_stop_message(session, result.stop_signal, written))
         if last or (training.validate_every and session.step % training.validate_every == 0):
             recorder.validation()
-        if last or result.stop_signal or session.step % session.config.checkpoint.every == 0:
+        if last or session.step % session.config.checkpoint.every == 0:
             written = session.save()
             _leave_if_superseded(session)
             if last and not written:
                 raise RunError(
                     f"{session.folder.path}: the last checkpoint could not be written; see the warning above"
                 )
-            if result.stop_signal and not last:
-                raise StoppedError(_stop_message(session, result.stop_signal, written))
     return TrainResult(
         session.folder.path,
         session.step,

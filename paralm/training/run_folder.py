@@ -7,6 +7,7 @@ ranks/, stacks/        process ids and stack dumps of the ranks
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -100,7 +101,8 @@ class RunFolder:
         token_file = self.path / f".shared-{secrets.token_hex(4)}" if rank == 0 else None
         token = secrets.token_hex(16)
         if token_file is not None:
-            token_file.write_text(token, encoding="utf-8")
+            with contextlib.suppress(OSError):  # a token that was not written is one that no rank will see
+                token_file.write_text(token, encoding="utf-8")
         name, expected = broadcast((token_file.name, token) if token_file is not None else None)
         deadline = time.monotonic() + patience
         found = ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from paralm_data import Loader, Tokenizer, TokenStore
+from paralm_data import DataError, Loader, Tokenizer, TokenStore
 
 from paralm.config import Config
 from paralm.config_files import dump_yaml, frozen_differences
@@ -28,7 +29,9 @@ from paralm.training.step import Stepper
 
 def parse_run(text: str | Path, root: Path | None = None) -> tuple[Path, int | None]:
     """``RUN`` or ``RUN@STEP`` as (folder, step); a bare name is looked for under ``root`` too."""
-    name, _, step = str(text).partition("@")
+    name, at, step = str(text).rpartition("@")
+    if not at or "/" in step or Path(text).is_dir():
+        name, step = str(text), ""
     if step and not step.isdigit():
         raise RunError(f"{text}: what follows '@' must be a step number")
     path = Path(name)
@@ -79,15 +82,31 @@ class Session:
             session._claim_folder()
             session._find_checkpoint()
             session._set_threads()
-            session._open_data()
+            session._together(session._open_data)
+            session._together(session._open_metrics)
             session._build()
             session._restore()
-            if session.rank == 0:
-                session.metrics = MetricsWriter(session.folder.metrics, session.folder.tensorboard, session.step)
         except BaseException:
             session.close()
             raise
         return session
+
+    def _together(self, work: Callable[[], None]) -> None:
+        """Do ``work`` on every rank; if it fails on any, all of them end with its one line instead of waiting."""
+        problem: Exception | None = None
+        try:
+            work()
+        except (UserError, DataError, OSError) as error:
+            problem = error
+        found = [text for text in gather(str(problem) if problem else None) if text]
+        if problem is not None:
+            raise problem
+        if found:
+            raise RunError(found[0])
+
+    def _open_metrics(self) -> None:
+        if self.rank == 0:
+            self.metrics = MetricsWriter(self.folder.metrics, self.folder.tensorboard, self.step)
 
     def _check_before_anything(self) -> None:
         """What can be refused without writing a byte."""
@@ -144,6 +163,11 @@ class Session:
             self.checkpoint = ckpt.Checkpoint(choice)
             self.forked = choice.parent != self.folder.checkpoints
             self.step = self.checkpoint.step
+            if self.forked and self.step >= self.config.training.max_steps:
+                raise ConfigError(
+                    f"training.max_steps is {self.config.training.max_steps}, but training.fork_from starts at step "
+                    f"{self.step}; raise max_steps"
+                )
 
     def _warn(self, message: str) -> None:
         self.say(f"warning: {message}")
@@ -159,6 +183,7 @@ class Session:
         if recorded is not None and recorded != torch.get_num_threads():
             self._warn(f"{torch.get_num_threads()} threads, the checkpoint had {recorded}: last bits may differ")
         if self.config.run.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses on a GPU
             torch.use_deterministic_algorithms(True)
 
     def _open_data(self) -> None:
@@ -232,7 +257,9 @@ class Session:
             self.bad_steps, self.bad_in_row = manifest["bad_steps"], manifest["bad_in_row"]
         if source.world_size == self.world_size:
             rng.restore(source.rank_tensors(self.rank, "rng"))
-        if self.config.training.carry_state and manifest["carried"] and not self.forked:
+        theirs, mine = manifest["loader"], self.loader.state_dict()
+        same_order = all(theirs.get(key) == mine[key] for key in mine if key != "step")
+        if self.config.training.carry_state and manifest["carried"] and same_order:
             self._restore_carried(source)
 
     def _check_shapes(self, source: ckpt.Checkpoint) -> None:
@@ -300,8 +327,11 @@ class Session:
         if self.superseded():
             return False
         directory = self.folder.checkpoints / ckpt.step_name(self.step)
-        if self.rank == 0 and (directory / ckpt.MANIFEST).exists():
-            ckpt.remove(directory)  # of an earlier course of this run, found damaged when it was resumed
+        if self.rank == 0:
+            if (directory / ckpt.MANIFEST).exists():
+                ckpt.remove(directory)  # of an earlier course of this run, found damaged when it was resumed
+            if self.metrics is not None:
+                self.metrics.sync()
         dist.barrier()
         try:
             mine: Any = ckpt.write_rank_file(directory, self.rank, self._fragment_tensors(), self._own_tensors())
@@ -312,8 +342,6 @@ class Session:
         if self.rank == 0 and not problems:
             try:
                 ckpt.write_manifest(directory, files, self._manifest())
-                keep = self.config.checkpoint
-                ckpt.apply_retention(self.folder.checkpoints, keep.keep_last, keep.keep_every)
             except OSError as error:
                 problems = [f"{directory}: {error}"]
         problems = broadcast(problems)
@@ -321,6 +349,9 @@ class Session:
             if self.rank == 0:
                 ckpt.remove(directory)
             self._warn(f"checkpoint of step {self.step} not written, the previous one stays: {problems[0]}")
+        elif self.rank == 0:
+            keep = self.config.checkpoint
+            ckpt.apply_retention(self.folder.checkpoints, keep.keep_last, keep.keep_every, self.step)
         return not problems
 
     def _manifest(self) -> dict[str, Any]:

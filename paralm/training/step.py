@@ -8,6 +8,7 @@ ranks · micro-batches / tokens. A rank short of rows runs fully masked ones, wh
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,8 @@ from torch.utils import _pytree as pytree
 from paralm.training.engine import grad_accum_steps
 
 IGNORE = -100
+# A solve stops below about 1e-6 of 1 + |h|; a last update above this is a trajectory that was not found.
+UNSOLVED = 1e-3
 
 
 @dataclass
@@ -69,10 +72,11 @@ class Stepper:
         dist.all_reduce(vector)
         return vector
 
-    def run(self, batch: Batch, lr: float, stop_signal: int | None, timed: bool) -> StepResult:
+    def run(self, batch: Batch, lr: float, stop_signal: Callable[[], int], timed: bool) -> StepResult:
         """Forward, backward and update for this rank's part of a global batch.
 
-        ``timed`` waits for the device between the phases, so that their times mean something.
+        ``stop_signal`` is asked last of all; the ranks agree on the largest answer. ``timed`` waits for the device
+        between the phases, so that their times mean something.
         """
         start = time.perf_counter()
         pieces = self._micro_batches(batch)
@@ -88,9 +92,11 @@ class Stepper:
             if self.carry:
                 self.carried[index] = pytree.tree_map(torch.Tensor.detach, output.state)
             total = output.loss + output.aux
-            # A loss that is not finite makes the whole gradient NaN, on every rank after the reduction, and
-            # the engine then skips the update: one decision, taken without waiting for the device.
-            factor = torch.where(torch.isfinite(total.detach()), scale, torch.nan).to(total.dtype)
+            # A loss that is not finite, or a recurrence that was not solved, makes the whole gradient NaN, on every
+            # rank after the reduction, and the engine then skips the update: one decision, taken without waiting for
+            # the device.
+            good = torch.isfinite(total.detach()) & _solved(output.stats, self.device)
+            factor = torch.where(good, scale, torch.nan).to(total.dtype)
             self.engine.backward(total * factor)
             loss_sum += output.loss.detach()
             aux_sum += output.aux.detach()
@@ -102,21 +108,25 @@ class Stepper:
         self.engine.step()
         self._wait(timed)
         end = time.perf_counter()
-        stop = torch.tensor(float(stop_signal or 0))
         sums = self._sum([loss_sum, aux_sum]) / tokens.clamp(min=1)
-        dist.all_reduce(stop_vector := stop.to(self.device), op=dist.ReduceOp.MAX)
+        names = sorted(stats)  # the same on every rank: they come from the model's layers
+        largest = torch.tensor([float(stop_signal()), *(float(stats[name]) for name in names)], dtype=torch.float64)
+        dist.all_reduce(largest := largest.to(self.device), op=dist.ReduceOp.MAX)
+        stop, *values = largest.tolist()
         loss = float(sums[0])
         norm = self.engine.get_global_grad_norm()
         bad = bool(self.engine.optimizer.overflow)
+        if bad and self.carry:
+            self.carried = [None] * self.micros  # one bad state would make every later step a bad one
         return StepResult(
             loss=loss,
             aux=float(sums[1]),
             tokens=int(tokens),
             grad_norm=float(norm) if norm is not None else float("nan"),
             bad=bad,
-            stop_signal=int(stop_vector),
+            stop_signal=int(stop),
             seconds={"forward_backward": middle - start, "step": end - middle},
-            newton={key: float(value) for key, value in stats.items()},
+            newton=dict(zip(names, values, strict=True)),
         )
 
     def _wait(self, timed: bool) -> None:
@@ -138,6 +148,12 @@ class Stepper:
             rows = slice(index * self.micro, (index + 1) * self.micro)
             part = [leaf[rows].to(self.device) for leaf in leaves]
             self.carried[index] = pytree.tree_unflatten(part, spec) if len(part[0]) else None
+
+
+def _solved(stats: dict[str, Any], device: torch.device) -> torch.Tensor:
+    """Whether every layer's recurrence was solved, as a flag on the device (a NaN update counts as not)."""
+    updates = [torch.as_tensor(v, device=device).double() for k, v in stats.items() if k.endswith("newton_last_update")]
+    return torch.stack(updates).le(UNSOLVED).all() if updates else torch.ones((), dtype=torch.bool, device=device)
 
 
 def _merge(into: dict[str, Any], stats: dict[str, Any]) -> None:

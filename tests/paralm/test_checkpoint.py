@@ -115,7 +115,22 @@ def test_a_parameter_that_is_not_whole_is_found(tmp_path: Path) -> None:
 def test_retention_keeps_the_last_and_the_multiples(tmp_path: Path) -> None:
     for step in range(1, 9):
         write(tmp_path, step, 1)
-    removed = ckpt.apply_retention(tmp_path, keep_last=2, keep_every=3)
+    removed = ckpt.apply_retention(tmp_path, keep_last=2, keep_every=3, step=8)
     assert removed == [1, 2, 4, 5]
     assert ckpt.steps(tmp_path) == [3, 6, 7, 8]
     assert (tmp_path / ckpt.LATEST).read_text().strip() == ckpt.step_name(8)
+
+
+def test_retention_never_removes_the_newest_for_the_sake_of_later_ones_of_another_course(tmp_path: Path) -> None:
+    for step in (10, 20, 30, 40):  # 30 and 40 were found damaged; the run went on from 10 and has just saved 20
+        write(tmp_path, step, 1)
+    assert ckpt.apply_retention(tmp_path, keep_last=1, keep_every=0, step=20) == [10]
+    assert ckpt.steps(tmp_path) == [20, 30, 40]
+
+
+def test_lost_manifests_are_not_taken_for_a_new_run(tmp_path: Path) -> None:
+    directory = write(tmp_path, 5, 1)
+    (directory / ckpt.MANIFEST).unlink()
+    with pytest.raises(CheckpointError, match="names a checkpoint"):
+        ckpt.newest_whole(tmp_path, lambda _: None)
+    assert (directory / ckpt.rank_file(0)).exists()
