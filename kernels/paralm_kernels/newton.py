@@ -53,17 +53,18 @@ def solve_newton(problem: Problem, options: NewtonOptions) -> tuple[Tensors, Sol
     batch, time, channel = problem.shape
     length = options.tile or default_tile(problem)
     tol = options.tol if options.tol is not None else (1e-12 if problem.dtype == torch.float64 else 1e-6)
-    states = problem.empty(len(problem.state), batch, time, channel)
+    states = tuple(problem.empty(batch, time, channel) for _ in problem.state)
     entry = torch.stack(problem.state)
     iterations, updates = 0, []
     for start in range(0, time, length):
         tile = _Tile(problem, entry, start, min(start + length, time))
         solved, used, update = tile.solve(tol, options.max_iter)
-        states[:, :, start : tile.stop] = solved
+        for component, part in zip(states, solved, strict=True):
+            component[:, start : tile.stop] = part
         entry = solved[:, :, -1]
         iterations = max(iterations, used)
         updates.append(update)
-    return tuple(states), problem.info(iterations, torch.stack(updates).amax(), "newton")
+    return states, problem.info(iterations, torch.stack(updates).amax(), "newton")
 
 
 class _Tile:
