@@ -248,7 +248,7 @@ def test_stacks_of_a_live_run_and_a_clean_leave(
     data = done / "runs" / "tiny" / "data"
     changes = ["run.name=live", f"data.dir={data}", "training.max_steps=100000", "checkpoint.every=100000"]
     process = start(background, "train", done / "run.yaml", *changes)
-    while not (run / "metrics.jsonl").exists() and process.poll() is None:
+    while not list((run / "ranks").glob("rank_*.json")) and process.poll() is None:
         time.sleep(0.05)
     assert process.poll() is None, process.communicate()
     code, out, err = call(capsys, "dump-stacks", run, "--wait", 60)
