@@ -86,7 +86,7 @@ def test_a_finished_run_has_nothing_left_to_do(make: Any) -> None:
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, bad: set[int]) -> None:
-    """Make the loss of the given forward calls in training NaN."""
+    """Make the loss of the given forward calls in training NaN, but not its gradient: only the loss tells."""
     original, calls = LanguageModel.forward, [0]
 
     def forward(self: LanguageModel, *args: Any, **kwargs: Any) -> Any:
@@ -94,7 +94,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, bad: set[int]) -> None:
         if self.training:
             calls[0] += 1
             if calls[0] in bad:
-                output = output._replace(loss=output.loss * math.nan)
+                output = output._replace(loss=output.loss + math.nan)
         return output
 
     monkeypatch.setattr(LanguageModel, "forward", forward)
