@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from paralm_data.atomic import sync_folder, write_file
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -42,21 +43,7 @@ def sha256_file(path: Path) -> str:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write under a temporary name, flush to the disk, rename: readers see the old text or the new, whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _sync_directory(path.parent)
-
-
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    write_file(path, text.encode())
 
 
 def _dump(manifest: dict[str, Any]) -> str:
@@ -129,7 +116,7 @@ def write_manifest(directory: Path, files: list[RankFile], meta: dict[str, Any])
         "fragments": {key: sorted(value) for key, value in sorted(fragments.items())},
     }
     manifest["sha256"] = _digest(manifest)
-    _sync_directory(directory)
+    sync_folder(directory)
     write_atomically(directory / MANIFEST, _dump(manifest))
     write_atomically(directory.parent / LATEST, directory.name + "\n")
 

@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from paralm_data import Batch
+from paralm_data import IGNORE, Batch
 from torch.utils import _pytree as pytree
 
 from paralm.training.engine import grad_accum_steps
 
-IGNORE = -100
 # A solve stops below about 1e-6 of 1 + |h|; a last update above this is a trajectory that was not found.
 UNSOLVED = 1e-3
 

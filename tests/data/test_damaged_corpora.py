@@ -7,7 +7,6 @@ message must name.
 from __future__ import annotations
 
 import gzip
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,10 @@ import pytest
 import zstandard
 from paralm_data import SourceSpec, documents
 
-Case = Callable[[Any], tuple[Callable[[], object], str]]
+from tests.data.damage import RECORDS, Case, register
+
 CASES: dict[str, Case] = {}
-RECORDS = b"".join(json.dumps({"text": f"record {i} " * 30}).encode() + b"\n" for i in range(200))
-
-
-def case(function: Case) -> Case:
-    CASES[function.__name__.replace("_", " ")] = function
-    return function
+case = register(CASES)
 
 
 @case

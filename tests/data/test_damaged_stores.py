@@ -17,14 +17,10 @@ import numpy as np
 import pytest
 from paralm_data import Loader, Tokenizer, TokenizerSpec, TokenStore, inspect
 
-Case = Callable[[Any], tuple[Callable[[], object], str]]
+from tests.data.damage import RECORDS, Case, register
+
 CASES: dict[str, Case] = {}
-RECORDS = b"".join(json.dumps({"text": f"record {i} " * 30}).encode() + b"\n" for i in range(200))
-
-
-def case(function: Case) -> Case:
-    CASES[function.__name__.replace("_", " ")] = function
-    return function
+case = register(CASES)
 
 
 @case
