@@ -6,21 +6,25 @@
 
 from .affine import AffineMap, linear_scan, linear_scan_2x2
 from .cell import Cell, cells, get_cell, register
-from .cell_library import ParaGRU, ParaLSTM
+from .cell_library import MGU, SLSTM, FastSlow, ParaGRU, ParaLSTM, Tanh
 from .conv import causal_conv
 from .errors import ArgumentError, CellError, NotConverged
 from .problem import SolveInfo
 from .solve import Trajectory, solve, step
 
 __all__ = [
+    "MGU",
+    "SLSTM",
     "AffineMap",
     "ArgumentError",
     "Cell",
     "CellError",
+    "FastSlow",
     "NotConverged",
     "ParaGRU",
     "ParaLSTM",
     "SolveInfo",
+    "Tanh",
     "Trajectory",
     "causal_conv",
     "cells",

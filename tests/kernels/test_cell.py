@@ -54,7 +54,7 @@ def clean_registry():
 
 
 def test_registered_cells_are_found(clean_registry):
-    assert set(cells()) == {"paragru", "paralstm"}
+    assert {"paragru", "paralstm"} <= set(cells())
     made = register(make())
     assert isinstance(get_cell("made"), made)
     register(make())  # the same definition again, as in a notebook

@@ -1,6 +1,10 @@
 """The cells that come with the package; importing this module registers them."""
 
+from .fastslow import FastSlow
+from .mgu import MGU
 from .paragru import ParaGRU
 from .paralstm import ParaLSTM
+from .slstm import SLSTM
+from .tanh import Tanh
 
-__all__ = ["ParaGRU", "ParaLSTM"]
+__all__ = ["MGU", "SLSTM", "FastSlow", "ParaGRU", "ParaLSTM", "Tanh"]
