@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from paralm_kernels import AffineMap, ArgumentError, linear_scan, linear_scan_2x2
+from paralm_kernels import AffineMap, ArgumentError
 from paralm_kernels.affine import _WALK_WIDTH, Recurrence, scan, trajectory
 
 LENGTHS = (1, 2, 3, 5, 8, 31, 64, 127)
@@ -93,43 +93,3 @@ def test_the_trajectory_is_the_loop_both_ways_narrow_and_wide(size, full, time, 
 def test_a_recurrence_of_constant_maps_is_refused():
     with pytest.raises(ArgumentError, match="nothing to run"):
         Recurrence(AffineMap(None, torch.zeros(1, 1, 3, 2)))
-
-
-@pytest.mark.parametrize("time", [1, 6])
-def test_public_scans_have_their_gradients(time):
-    def random(*shape):
-        return torch.randn(shape, dtype=torch.float64, requires_grad=True)
-
-    assert torch.autograd.gradcheck(linear_scan, (random(2, time, 3), random(2, time, 3), random(2, 3)))
-    matrix, offset, initial = random(2, 2, 2, time, 3), random(2, 2, time, 3), random(2, 2, 3)
-    assert torch.autograd.gradcheck(linear_scan_2x2, (matrix, offset, initial))
-    expected = loop(AffineMap(matrix, offset), initial)
-    torch.testing.assert_close(linear_scan_2x2(matrix, offset, initial), expected, **CLOSE)
-    torch.testing.assert_close(linear_scan(matrix[0, 0], offset[0])[:, 0], offset[0, :, 0])
-
-
-def test_float32_scans_stay_float32():
-    a, b = torch.rand(1, 9, 4), torch.rand(1, 9, 4)
-    assert linear_scan(a, b).dtype == torch.float32
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        ((torch.rand(2, 3), torch.rand(2, 3)), "a must have (batch, time >= 1, channel) last, got (2, 3)"),
-        ((torch.rand(2, 0, 3), torch.rand(2, 0, 3)), "time >= 1"),
-        ((torch.rand(2, 4, 3), torch.rand(2, 5, 3)), "b is (2, 5, 3) but a is (2, 4, 3)"),
-        ((torch.rand(2, 4, 3), torch.rand(2, 4, 3), torch.rand(2, 2)), "initial is (2, 2), expected (2, 3)"),
-        ((torch.rand(2, 4, 3), torch.rand(2, 4, 3).double()), "b is torch.float64 but a is torch.float32"),
-        ((torch.rand(2, 4, 3), torch.rand(2, 4, 3, device="meta")), "b is on meta but a is on cpu"),
-    ],
-)
-def test_mismatches_name_both_sides(arguments, says):
-    with pytest.raises(ArgumentError) as caught:
-        linear_scan(*arguments)
-    assert says in str(caught.value)
-
-
-def test_a_matrix_that_is_not_2x2_is_named():
-    with pytest.raises(ArgumentError, match=r"a must be \(2, 2, batch, time, channel\), got \(3, 3, 1, 2, 4\)"):
-        linear_scan_2x2(torch.rand(3, 3, 1, 2, 4), torch.rand(3, 1, 2, 4))

@@ -9,7 +9,7 @@ Only c/n and the true normaliser N = n e^m matter; m is there to keep numbers sm
 of the normaliser, ℓ = log N, and the normalised cell y = c/n, and the same recurrence is a gated average:
 
     e = log σ(f̂) + ℓ_ − î       how much the past outweighs this step
-    ℓ = î + log(1 + eᵉ)          y = y_ + σ(−e) (tanh ẑ − y_)          h = σ(ô) y
+    ℓ = î + log(1 + eᵉ)          y = σ(e) y_ + σ(−e) tanh ẑ          h = σ(ô) y
 
 Nothing overflows (ℓ is of the size of î), y and h have a box, and the Jacobian is 3×3 instead of 4×4. At the start
 N = 0, that is ℓ = −∞, but a state starts, and is reset, at zero. The component `s` is therefore ℓ in a coordinate in
@@ -39,7 +39,8 @@ class SLSTM(Cell):
         (s, y, h), (x_i, x_f, x_z, x_o), (r_i, r_f, r_z, r_o) = state, inputs, params
         i = x_i + r_i * h
         e = F.logsigmoid(x_f + r_f * h) + log_normaliser(s) - i
-        y = y + torch.sigmoid(-e) * (torch.tanh(x_z + r_z * h) - y)
+        # both gates, not one and its complement: near a fresh start 1 − σ(−e) would lose all digits of a small σ(e)
+        y = torch.sigmoid(e) * y + torch.sigmoid(-e) * torch.tanh(x_z + r_z * h)
         return coordinate(i - F.logsigmoid(-e)), y, torch.sigmoid(x_o + r_o * h) * y
 
     def box(self, state: Tensors) -> tuple[torch.Tensor | None, ...]:
