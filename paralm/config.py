@@ -136,6 +136,27 @@ class ScheduleConfig(Section):
     min_ratio: float = Field(default=0.0, ge=0, le=1, description="final learning rate over the peak")
 
 
+class MuonConfig(Section):
+    """Of the matrices under ``optimizer.name: muon``; everything else is AdamW's."""
+
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    steps: PositiveInt = Field(default=5, description="Newton–Schulz steps")
+
+
+class GradientNoiseConfig(Section):
+    """Gaussian noise of variance eta / (1 + step)^gamma on every gradient element (arXiv 1511.06807)."""
+
+    eta: NonNegativeFloat = Field(default=0.0, description="0: none; the paper tries 0.01, 0.3 and 1")
+    gamma: float = Field(default=0.55, ge=0)
+
+
+class SpikeConfig(Section):
+    """Updates whose loss stands out from the last ones are skipped, and counted in the metrics."""
+
+    sigmas: NonNegativeFloat = Field(default=0.0, description="standard deviations above the mean; 0: never; usual: 6")
+    window: int = Field(default=128, ge=8, description="steps the mean and the deviation are taken over")
+
+
 class OptimizerConfig(Section):
     name: str = Field(default="adamw", description="a registered optimizer")
     lr: PositiveFloat = 3e-3
@@ -144,17 +165,58 @@ class OptimizerConfig(Section):
     weight_decay: NonNegativeFloat = 0.1
     clip_grad_norm: NonNegativeFloat = Field(default=1.0, description="0: no clipping")
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    muon: MuonConfig = Field(default_factory=MuonConfig)
+    gradient_noise: GradientNoiseConfig = Field(default_factory=GradientNoiseConfig)
+    skip_spikes: SpikeConfig = Field(default_factory=SpikeConfig)
 
 
 class CheckpointConfig(Section):
+    """When checkpoints are written, how, and which are kept.
+
+    Synchronous by default: that takes no memory beside the training's, a step that was saved is saved, and what
+    the storage refuses is known at once. With asynchronous writes the loop stalls for a memory copy only.
+    """
+
     every: PositiveInt = Field(default=100, description="steps")
     keep_last: PositiveInt = 2
     keep_every: int = Field(default=0, ge=0, description="steps whose multiples are never removed; 0: none")
+    asynchronous: bool = Field(
+        default=False, description="write while training goes on; costs host memory of the size of a rank's file"
+    )
+    on_failure: Literal["continue", "stop"] = Field(
+        default="continue", description="when the storage refuses a checkpoint; the last of a run must be written"
+    )
 
 
 class ParallelConfig(Section):
-    zero_stage: int = Field(default=1, ge=1, le=2, description="DeepSpeed ZeRO stage")
+    """How the model is spread over the ranks."""
+
+    zero_stage: int = Field(
+        default=1, ge=0, le=3, description="DeepSpeed ZeRO: 0 nothing is cut, 1 optimizer, 2 gradients, 3 weights too"
+    )
+    offload_optimizer: Literal["none", "cpu", "nvme"] = Field(default="none", description="stages 1 to 3; nvme: 3 only")
+    offload_parameters: Literal["none", "cpu", "nvme"] = Field(default="none", description="stage 3 only")
+    nvme_path: Path | None = Field(default=None, description="a folder on a local disk of every node")
+    overlap_comm: bool | None = Field(
+        default=None, description="reduce gradients while the backward runs; default: on a GPU"
+    )
+    bucket_size: PositiveInt = Field(default=500_000_000, description="elements reduced or gathered at a time, at most")
+    collective_timeout: PositiveFloat = Field(
+        default=1800.0, description="seconds a rank may keep the others waiting before the attempt is ended"
+    )
     deepspeed: dict[str, Any] = Field(default_factory=dict, description="raw keys laid over the generated config")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ParallelConfig:
+        if self.offload_optimizer != "none" and self.zero_stage == 0:
+            raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
+        if self.offload_optimizer == "nvme" and self.zero_stage != 3:
+            raise ValueError("offload_optimizer: nvme needs zero_stage 3")
+        if self.offload_parameters != "none" and self.zero_stage != 3:
+            raise ValueError("offload_parameters needs zero_stage 3")
+        if "nvme" in (self.offload_optimizer, self.offload_parameters) and self.nvme_path is None:
+            raise ValueError("offloading to nvme needs nvme_path, a folder on a local disk")
+        return self
 
 
 class LauncherConfig(Section):

@@ -48,8 +48,8 @@ def score(
     tokens of a document (see :func:`paralm.evaluation.stream.pieces`). ``on_progress(done, total)`` in tokens.
 
     The sums do not depend on ``rows`` and ``chunk`` beyond rounding. Memory does not depend on the documents'
-    lengths, for mixers whose state is bounded. How often the model is called depends on the documents, so ranks that
-    score different ones must not need each other in a forward (ZeRO-1 and -2 do not).
+    lengths, for mixers whose state is bounded. How often the model is called depends on the documents: where ranks
+    need each other in a forward (ZeRO-3), ``model`` is a :class:`paralm.training.lockstep.Lockstep`.
     """
     check_sizes(rows=rows, chunk=chunk, reset_every=reset_every)
     where = device if device is not None else next(model.parameters()).device

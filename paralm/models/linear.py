@@ -14,6 +14,7 @@ class Linear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, std: float | None = None) -> None:
         super().__init__()
+        self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         declare(self, "weight", normal(linear_std(in_features) if std is None else std), decay=True)
 
@@ -22,5 +23,4 @@ class Linear(nn.Module):
         return F.linear(x, self.weight)
 
     def extra_repr(self) -> str:
-        out_features, in_features = self.weight.shape
-        return f"{in_features}, {out_features}"
+        return f"{self.in_features}, {self.out_features}"  # the weight may be elsewhere (ZeRO-3)

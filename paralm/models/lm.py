@@ -81,7 +81,7 @@ class Head(nn.Module):
         self.cap = config.logit_cap
         self.weight = None if config.tie_embeddings else nn.Parameter(torch.empty(vocab_size, config.d_model))
         if self.weight is not None:
-            declare(self, "weight", normal(embedding_std(config.d_model)), decay=True)
+            declare(self, "weight", normal(embedding_std(config.d_model)), decay=True, matrix=False)
 
     def forward(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """(batch, time, d_model) → (batch, time, vocab), at least float32."""
@@ -101,7 +101,7 @@ class LanguageModel(nn.Module):
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = Head(config, vocab_size)
         self.activation_checkpointing = False
-        declare(self.embedding, "weight", normal(embedding_std(config.d_model)), decay=True)
+        declare(self.embedding, "weight", normal(embedding_std(config.d_model)), decay=True, matrix=False)
 
     @property
     def layers(self) -> list[Block]:
@@ -205,7 +205,7 @@ class LanguageModel(nn.Module):
         initialize(self, seed)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """``{"params", "names", "weight_decay": bool, "clamp": float | None}``; every parameter in exactly one."""
+        """As :func:`paralm.models.parameters.parameter_groups`; every parameter is in exactly one."""
         return parameter_groups(self)
 
 
@@ -221,6 +221,14 @@ def build_mixer(spec: dict[str, Any], config: ModelConfig, layer: int) -> Mixer:
     return entry.value(keys, context)
 
 
+def construct_model(config: ModelConfig, vocab_size: int) -> LanguageModel:
+    """A model whose parameters are where torch (or DeepSpeed's ``zero.Init``) puts new tensors, uninitialised."""
+    padded = config.vocab_size or vocab_size
+    if padded < vocab_size:
+        raise ConfigError(f"model.vocab_size: {padded} is less than the tokenizer's {vocab_size}; leave it out or pad")
+    return LanguageModel(config, padded)
+
+
 def build_model(
     config: ModelConfig,
     vocab_size: int,
@@ -234,11 +242,8 @@ def build_model(
     of shapes without values. ``dtype``: of the parameters, default float32. Raises ConfigError, one line, for
     keys that cannot work, before anything is allocated.
     """
-    padded = config.vocab_size or vocab_size
-    if padded < vocab_size:
-        raise ConfigError(f"model.vocab_size: {padded} is less than the tokenizer's {vocab_size}; leave it out or pad")
     with torch.device("meta"):
-        model = LanguageModel(config, padded).to(dtype or torch.float32)
+        model = construct_model(config, vocab_size).to(dtype or torch.float32)
     where = torch.device(device or "cpu")
     if where.type != "meta":
         model.to_empty(device=where)

@@ -17,7 +17,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
-        self.eps = eps
+        self.size, self.eps = size, eps
         self.weight = nn.Parameter(torch.empty(size))
         declare(self, "weight", constant(1.0), decay=False)
 
@@ -26,7 +26,7 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
     def extra_repr(self) -> str:
-        return f"{self.weight.shape[0]}, eps={self.eps}"
+        return f"{self.size}, eps={self.eps}"
 
 
 class GatedRMSNorm(RMSNorm):

@@ -27,11 +27,13 @@ Init = Callable[[Tensor, torch.Generator], Any]
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """One parameter's initial value, whether it decays, and its elementwise bound (None: none)."""
+    """One parameter's initial value, whether it decays, its elementwise bound (None: none), and whether its last two
+    dimensions are a linear map between hidden vectors (which Muon treats as a whole)."""
 
     init: Init
     decay: bool
     clamp: float | None = None
+    matrix: bool = False
 
 
 def _normal(tensor: Tensor, generator: torch.Generator, std: float) -> None:
@@ -64,14 +66,30 @@ def constant(value: float) -> Init:
     return partial(_constant, value=value)
 
 
-def declare(module: nn.Module, name: str, init: Init, *, decay: bool, clamp: float | None = None) -> None:
+def declare(
+    module: nn.Module,
+    name: str,
+    init: Init,
+    *,
+    decay: bool,
+    clamp: float | None = None,
+    matrix: bool | None = None,
+) -> None:
     """State how ``module.NAME`` (a parameter of the module itself) starts and is optimized.
 
-    A bound holds from the start: the initial values are clamped to it too.
+    A bound holds from the start: the initial values are clamped to it too. ``matrix``: see :class:`ParameterSpec`;
+    default: whether it decays and has two dimensions or more. Embeddings and heads say False.
     """
-    if not isinstance(getattr(module, name, None), nn.Parameter):
+    parameter = getattr(module, name, None)
+    if not isinstance(parameter, nn.Parameter):
         raise AttributeError(f"{type(module).__name__} has no parameter '{name}' to declare")
-    module.__dict__.setdefault("parameter_specs", {})[name] = ParameterSpec(init, decay, clamp)
+    whole = decay and len(_shape(parameter)) >= 2 if matrix is None else matrix
+    module.__dict__.setdefault("parameter_specs", {})[name] = ParameterSpec(init, decay, clamp, whole)
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    """Of the whole parameter, though DeepSpeed may have partitioned it already (ZeRO-3)."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _default_spec(module: nn.Module, name: str) -> ParameterSpec | None:
@@ -84,7 +102,7 @@ def _default_spec(module: nn.Module, name: str) -> ParameterSpec | None:
         if isinstance(module, nn.Conv1d):
             fan_in = module.in_channels // module.groups * module.kernel_size[0]
             return ParameterSpec(uniform(fan_in**-0.5), decay=module.groups == 1)
-        return ParameterSpec(normal(linear_std(module.in_features)), decay=True)
+        return ParameterSpec(normal(linear_std(module.in_features)), decay=True, matrix=True)
     if isinstance(module, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm):
         return ParameterSpec(constant(1.0 if name == "weight" else 0.0), decay=False)
     return None
@@ -137,32 +155,43 @@ def generator_for(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
+def initial_value(name: str, shape: tuple[int, ...], spec: ParameterSpec, seed: int) -> Tensor:
+    """What a parameter starts as: float32 on the CPU, a pure function of (seed, name)."""
+    value = torch.empty(shape, dtype=torch.float32)
+    spec.init(value, generator_for(seed, name))
+    if spec.clamp is not None:
+        value.clamp_(-spec.clamp, spec.clamp)
+    return value
+
+
 @torch.no_grad()
 def initialize(model: nn.Module, seed: int) -> None:
     """Fill every parameter from (seed, name), on whatever device and in whatever floating dtype it is."""
     for name, parameter, spec in specs(model):
-        value = torch.empty(parameter.shape, dtype=torch.float32)
-        spec.init(value, generator_for(seed, name))
-        if spec.clamp is not None:
-            value.clamp_(-spec.clamp, spec.clamp)
-        parameter.copy_(value)
+        parameter.copy_(initial_value(name, tuple(parameter.shape), spec, seed))
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Optimizer groups ``{"params", "names", "weight_decay": bool, "clamp": float | None}``.
+    """Optimizer groups ``{"params", "names", "weight_decay": bool, "clamp": float | None, "matrix": bool}``.
 
-    One group for each (weight_decay, clamp) that occurs, in a fixed order; every trainable parameter is in
+    One group for each (weight_decay, clamp, matrix) that occurs, in a fixed order; every trainable parameter is in
     exactly one.
     """
-    groups: dict[tuple[bool, float | None], dict[str, Any]] = {}
+    groups: dict[tuple[bool, float | None, bool], dict[str, Any]] = {}
     for name, parameter, spec in specs(model):
         if not parameter.requires_grad:
             continue
         group = groups.setdefault(
-            (spec.decay, spec.clamp),
-            {"params": [], "names": [], "weight_decay": spec.decay, "clamp": spec.clamp},
+            (spec.decay, spec.clamp, spec.matrix),
+            {
+                "params": [],
+                "names": [],
+                "weight_decay": spec.decay,
+                "clamp": spec.clamp,
+                "matrix": spec.matrix,
+            },
         )
         group["params"].append(parameter)
         group["names"].append(name)
-    order = sorted(groups, key=lambda key: (not key[0], key[1] is not None, key[1] or 0.0))
+    order = sorted(groups, key=lambda key: (not key[2], not key[0], key[1] is not None, key[1] or 0.0))
     return [groups[key] for key in order]

@@ -3,6 +3,7 @@
     checkpoints/latest                         the name of the newest folder
     checkpoints/step_00001000/rank_00000.safetensors
     checkpoints/step_00001000/manifest.json    written last, by rename: without it the folder is no checkpoint
+    checkpoints/.step_00001000.writing-…       one that is being written, or was when an attempt ended: ignored
 
 A tensor's key is ``kind|parameter|offset``: ``master`` (fp32 weights) or the name of an optimizer state, and
 where its elements lie in the flattened parameter. ``rank|…`` holds what belongs to a rank (RNG, carried
@@ -15,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -24,21 +24,14 @@ from typing import Any
 
 import torch
 from paralm_data.atomic import sync_folder, write_file
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from paralm.errors import CheckpointError
 from paralm.training.fragments import MASTER
+from paralm.training.tensor_file import TensorFile, TensorFileWriter, TensorSpec, by_alignment, sha256_file
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 LATEST = "latest"
-
-
-def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -79,32 +72,35 @@ def write_rank_file(
     fragments: Iterable[tuple[str, str, int, torch.Tensor]],
     own: dict[str, torch.Tensor],
 ) -> RankFile:
-    """Write one rank's file.
+    """Write one rank's file in one pass: streamed, hashed, put on the disk, renamed.
 
-    ``fragments``: (kind, parameter, offset, 1-D tensor); ``own``: what belongs to the rank alone. Raises
-    OSError when the storage refuses; what was written so far is not a checkpoint.
+    ``fragments``: (kind, parameter, offset, 1-D tensor), iterated twice: for the header, which has every size, and
+    for the data, so that a tensor need not outlive its turn. ``own``: what belongs to the rank alone. Raises OSError
+    when the storage refuses; what was written so far is not a checkpoint.
     """
-    tensors: dict[str, torch.Tensor] = {f"rank|{key}": value.detach().cpu().contiguous() for key, value in own.items()}
-    listed = []
+    listed: list[tuple[str, str, int, int]] = []
+    middle: list[TensorSpec] = []
     for kind, name, offset, tensor in fragments:
-        tensors[f"{kind}|{name}|{offset}"] = tensor.detach().to("cpu", copy=True).contiguous()
         listed.append((kind, name, offset, tensor.numel()))
+        middle.append(TensorSpec(f"{kind}|{name}|{offset}", tensor.dtype, (tensor.numel(),)))
+    others = by_alignment(TensorSpec(f"rank|{key}", value.dtype, tuple(value.shape)) for key, value in own.items())
+    # The fragments are in fp32: after wider elements and before narrower ones they are aligned.
+    first = [spec for spec in others if spec.dtype.itemsize > 4]
+    last = others[len(first) :]
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / rank_file(rank)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        save_file(tensors, temporary)
-    except SafetensorError as error:  # how safetensors reports a full disk
-        raise OSError(f"{temporary}: {error}") from error
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    digest, size = sha256_file(temporary), temporary.stat().st_size
-    temporary.replace(path)
-    return RankFile(path.name, size, digest, listed)
+    with TensorFileWriter(directory / rank_file(rank), [*first, *middle, *last]) as writer:
+        for spec in first:
+            writer.append(own[spec.key.removeprefix("rank|")])
+        for _, _, _, tensor in fragments:
+            writer.append(tensor)
+        for spec in last:
+            writer.append(own[spec.key.removeprefix("rank|")])
+        digest = writer.finish()
+    return RankFile(rank_file(rank), writer.size, digest, listed)
 
 
 def write_manifest(directory: Path, files: list[RankFile], meta: dict[str, Any]) -> None:
-    """Make the folder a checkpoint. ``meta`` must be JSON and hold ``step`` and ``parameters``."""
+    """Make the folder a checkpoint. ``meta`` must be JSON and hold ``step`` and ``parameters``. Raises OSError."""
     fragments: dict[str, list[list[Any]]] = {}
     for index, file in enumerate(files):
         for kind, name, offset, numel in file.fragments:
@@ -118,7 +114,21 @@ def write_manifest(directory: Path, files: list[RankFile], meta: dict[str, Any])
     manifest["sha256"] = _digest(manifest)
     sync_folder(directory)
     write_atomically(directory / MANIFEST, _dump(manifest))
-    write_atomically(directory.parent / LATEST, directory.name + "\n")
+
+
+def writing_folder(checkpoints: Path, step: int, attempt: int, count: int) -> Path:
+    """Where a checkpoint is written before it has its name; no two writes ever share one."""
+    return checkpoints / f".{step_name(step)}.writing-{attempt:06d}-{count:06d}"
+
+
+def install(folder: Path, checkpoints: Path, step: int) -> None:
+    """Give a whole checkpoint its name, then let ``latest`` name it. Raises OSError."""
+    final = checkpoints / step_name(step)
+    if final.exists():
+        remove(final)  # of an earlier course of this run, found damaged when it was resumed
+    folder.replace(final)
+    sync_folder(checkpoints)
+    write_atomically(checkpoints / LATEST, final.name + "\n")
 
 
 class Checkpoint:
@@ -145,7 +155,7 @@ class Checkpoint:
         if self.manifest.get("sha256") != _digest(self.manifest) or text != _dump(self.manifest):
             raise CheckpointError(f"{path}: its SHA-256 does not match; the manifest is damaged")
         self.step: int = self.manifest["step"]
-        self._open: dict[int, Any] = {}
+        self._open: dict[int, TensorFile] = {}
 
     @property
     def world_size(self) -> int:
@@ -155,6 +165,11 @@ class Checkpoint:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Parameter name → shape."""
         return {name: tuple(entry["shape"]) for name, entry in self.manifest["parameters"].items()}
+
+    def optimizer_kinds(self, name: str) -> list[str]:
+        """The elementwise optimizer states there are of a parameter."""
+        keys = (key.rpartition("|") for key in self.manifest["fragments"])
+        return [kind for kind, _, parameter in keys if parameter == name and kind != MASTER]
 
     def damage(self, share: int = 0, shares: int = 1) -> str | None:
         """The first damage found, or None. ``share`` of ``shares`` splits the files over ranks."""
@@ -172,9 +187,12 @@ class Checkpoint:
                 return f"{path}: {error.strerror or error}"
         return self._uncovered()
 
-    def verify(self) -> Checkpoint:
-        """Raise CheckpointError when a file is missing, truncated or altered, or a parameter is not whole."""
-        found = self.damage()
+    def verify(self, find_damage: Callable[[Checkpoint], str | None] | None = None) -> Checkpoint:
+        """Raise CheckpointError when a file is missing, truncated or altered, or a parameter is not whole.
+
+        ``find_damage``: default :meth:`damage`; the ranks of a group share the work.
+        """
+        found = (find_damage or Checkpoint.damage)(self)
         if found:
             raise CheckpointError(f"damaged checkpoint: {found}")
         return self
@@ -190,14 +208,21 @@ class Checkpoint:
                 return f"{self.directory / MANIFEST}: fragments of {name} end at element {end} of {list(shape)}"
         return None
 
-    def _file(self, index: int) -> Any:
+    def _file(self, index: int) -> TensorFile:
         if index not in self._open:
             path = self.directory / self.manifest["files"][index]["name"]
             try:
-                self._open[index] = safe_open(path, framework="pt")
-            except (OSError, SafetensorError) as error:
+                self._open[index] = TensorFile(path)
+            except (OSError, ValueError) as error:
                 raise CheckpointError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
         return self._open[index]
+
+    def _read(self, index: int, key: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        file = self._file(index)
+        try:
+            return file.read(key, start, stop)
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{file.path}: cannot be read: {str(error).splitlines()[0]}") from None
 
     def read(self, kind: str, name: str, offset: int, numel: int) -> torch.Tensor:
         """Elements ``[offset, offset + numel)`` of the flattened parameter, 1-D, in the dtype written."""
@@ -206,8 +231,7 @@ class Checkpoint:
             low, high = max(want, start), min(offset + numel, start + length)
             if low >= high:
                 continue
-            part = self._file(index).get_slice(f"{kind}|{name}|{start}")
-            pieces.append(part[low - start : high - start])
+            pieces.append(self._read(index, f"{kind}|{name}|{start}", low - start, high - start))
             want = high
         if want != offset + numel:
             raise CheckpointError(f"{self.directory}: {kind} of {name} lacks elements {want} to {offset + numel}")
@@ -221,7 +245,8 @@ class Checkpoint:
     def rank_tensors(self, rank: int, prefix: str) -> dict[str, torch.Tensor]:
         """What rank ``rank`` stored for itself under ``prefix/``."""
         file, head = self._file(rank), f"rank|{prefix}/"
-        return {key.removeprefix(head): file.get_tensor(key) for key in file.keys() if key.startswith(head)}  # noqa: SIM118
+        found = [spec for key, spec in file.specs.items() if key.startswith(head)]
+        return {spec.key.removeprefix(head): self._read(rank, spec.key).view(spec.shape) for spec in found}
 
 
 def steps(checkpoints: Path) -> list[int]:
@@ -293,8 +318,13 @@ def apply_retention(checkpoints: Path, keep_last: int, keep_every: int, step: in
     return removed
 
 
-def remove_unfinished(checkpoints: Path) -> None:
-    """Remove folders without a manifest: writes that an earlier attempt did not finish."""
-    for directory in checkpoints.glob("step_*"):
-        if directory.is_dir() and not (directory / MANIFEST).exists():
-            shutil.rmtree(directory, ignore_errors=True)
+def remove_unfinished(checkpoints: Path, but: Path | None = None) -> None:
+    """Remove what writes left that did not finish: their folders, and folders that lack a manifest.
+
+    ``but``: the folder that is being written. Never while another write is going on that is to succeed.
+    """
+    for directory in [*checkpoints.glob(".step_*"), *checkpoints.glob("step_*")]:
+        if directory.is_dir() and directory != but:
+            hidden = directory.name.startswith(".")
+            if hidden or not (directory / MANIFEST).exists():
+                shutil.rmtree(directory, ignore_errors=True)

@@ -1,8 +1,6 @@
 """The one engine: DeepSpeed, at world size 1 as at 256, and the configuration generated for it.
 
-ZeRO-1 is the least stage offered: at stage 0 DeepSpeed reports a gradient norm of 0 in fp32 and lets a NaN
-step into the weights (measured, 0.19.8). DeepSpeed is imported here, inside functions, because importing it
-settles the accelerator for the process.
+DeepSpeed is imported here, inside functions, because importing it settles the accelerator for the process.
 """
 
 from __future__ import annotations
@@ -13,6 +11,7 @@ import io
 import logging
 import os
 import warnings
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -21,6 +20,9 @@ import torch.distributed as dist
 
 from paralm.config import Config
 from paralm.errors import ConfigError, RunError
+from paralm.models import build_model, construct_model
+from paralm.training.optimizers import Partitioned, build_optimizer
+from paralm.training.replicated import Replicated
 
 # Keys of DeepSpeed's configuration that paralm owns: overriding them would break accounting or exactness.
 _OWNED = (
@@ -101,30 +103,58 @@ def deepspeed_config(config: Config, world_size: int, parameters: int) -> dict[s
 
     ``parameters``: element count of the model; buckets need never be larger (DeepSpeed allocates them whole).
     """
+    parallel = config.parallel
     steps = grad_accum_steps(config, world_size)
     micro = config.training.micro_batch_size
-    bucket = int(min(5e8, max(2**20, 2 * parameters)))
     generated: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": steps,
         "train_batch_size": micro * steps * world_size,
-        "gradient_clipping": config.optimizer.clip_grad_norm,
+        # At stage 0 our own optimizer clips, and keeps the fp32 masters of bf16 weights (paralm.training.replicated).
+        "gradient_clipping": config.optimizer.clip_grad_norm if parallel.zero_stage else 0.0,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {
-            "stage": config.parallel.zero_stage,
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": bucket,
-            "contiguous_gradients": True,
-            # The reduction runs on its own stream; on a CPU there is none to overlap with.
-            "overlap_comm": torch.cuda.is_available(),
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": parallel.zero_stage},
+        "bf16": {
+            "enabled": config.training.precision == "bf16" and parallel.zero_stage > 0,
+            "check_grad_overflow": True,
         },
-        "bf16": {"enabled": config.training.precision == "bf16", "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": None,
         "wall_clock_breakdown": False,
     }
-    _overlay(generated, config.parallel.deepspeed, "")
+    if parallel.zero_stage:
+        generated["zero_optimization"] |= _zero_options(config, parameters)
+    _overlay(generated, parallel.deepspeed, "")
     return generated
+
+
+def _zero_options(config: Config, parameters: int) -> dict[str, Any]:
+    parallel = config.parallel
+    bucket = min(parallel.bucket_size, max(2**20, 2 * parameters))
+    options: dict[str, Any] = {
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+        "contiguous_gradients": True,
+        # The reduction runs on its own stream; on a CPU there is none to overlap with.
+        "overlap_comm": torch.cuda.is_available() if parallel.overlap_comm is None else parallel.overlap_comm,
+    }
+    if parallel.zero_stage == 3:
+        options |= {
+            "stage3_prefetch_bucket_size": min(bucket, 50_000_000),
+            # Its replacement of F.linear outlives the model and the run (a global patch).
+            "memory_efficient_linear": False,
+        }
+    for key, where in (
+        ("offload_optimizer", parallel.offload_optimizer),
+        ("offload_param", parallel.offload_parameters),
+    ):
+        if where == "none":
+            continue
+        options[key] = {"device": where, "pin_memory": torch.cuda.is_available()}
+        if where == "nvme":
+            options[key]["nvme_path"] = str(parallel.nvme_path)
+    return options
 
 
 def _overlay(base: dict[str, Any], extra: dict[str, Any], prefix: str) -> None:
@@ -142,10 +172,8 @@ def _overlay(base: dict[str, Any], extra: dict[str, Any], prefix: str) -> None:
             base[key] = value
 
 
-def build_engine(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: Config, world_size: int
-) -> Any:  # deepspeed.DeepSpeedEngine, which has no types
-    """A DeepSpeed engine around the model. The process group must exist."""
+def _deepspeed() -> Any:
+    """DeepSpeed, imported so that it is quiet and compiles nothing that training does not call."""
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, in a lone process too
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
@@ -156,19 +184,64 @@ def build_engine(
         # DeepSpeed would compile a shared-memory op for CPU ranks here, which training never calls; a process
         # killed meanwhile leaves a lock file that hangs every later run (measured, 0.19.8).
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    count = sum(p.numel() for p in model.parameters())
-    # DeepSpeed's BF16_Optimizer prints the machine's memory six times; nothing else is printed here.
-    with contextlib.redirect_stdout(io.StringIO()):
-        try:
-            engine, *_ = deepspeed.initialize(
-                model=model,
-                optimizer=optimizer,
-                config=deepspeed_config(config, world_size, count),
-                dist_init_required=False,
-            )
-        except (ValueError, AssertionError, TypeError) as error:
-            if not config.parallel.deepspeed:
-                raise
-            first = str(error).splitlines()[0]
-            raise ConfigError(f"parallel.deepspeed: DeepSpeed refuses the configuration: {first}") from None
-    return engine
+    return deepspeed
+
+
+def build_engine(config: Config, vocab_size: int, world_size: int) -> tuple[Any, Partitioned]:
+    """A DeepSpeed engine (which has no types) around the configured model, and the optimizer inside it.
+
+    The weights are zero: fill them through :class:`~paralm.training.fragments.EngineFragments`. At stage 3 each module
+    is cut as soon as it is constructed, so the model never exists whole on a rank. The process group must exist.
+    """
+    deepspeed = _deepspeed()
+    blueprint = build_model(config.model, vocab_size, seed=0, device="meta")
+    generated = deepspeed_config(config, world_size, sum(p.numel() for p in blueprint.parameters()))
+    _check_nvme(config)
+    stage = config.parallel.zero_stage
+    bf16 = config.training.precision == "bf16"
+    with _refusals(config), contextlib.redirect_stdout(io.StringIO()):  # it prints the machine's memory six times
+        if stage == 3:
+            # Without its dtype argument, which on a CPU means bf16 whatever it says (0.19.8).
+            with deepspeed.zero.Init(config_dict_or_path=generated):
+                model = construct_model(config.model, vocab_size)
+        else:
+            model = blueprint.to_empty(device=device())
+            for parameter in model.parameters():
+                parameter.detach().zero_()
+            if bf16 and stage:
+                model.to(torch.bfloat16)
+        model.set_activation_checkpointing(config.training.activation_checkpointing)
+        on_cpu = config.parallel.offload_optimizer != "none"
+        optimizer = build_optimizer(model.parameter_groups(), config.optimizer, config.run.seed, on_cpu)
+        outer = Replicated(optimizer, config.optimizer.clip_grad_norm) if stage == 0 else optimizer
+        engine, *_ = deepspeed.initialize(model=model, optimizer=outer, config=generated, dist_init_required=False)
+        if isinstance(outer, Replicated) and bf16:
+            outer.to_bf16()
+    return engine, optimizer
+
+
+@contextlib.contextmanager
+def _refusals(config: Config) -> Iterator[None]:
+    """What DeepSpeed does not like of the raw keys a user gave, as one line."""
+    try:
+        yield
+    except (ValueError, AssertionError, TypeError) as error:
+        if not config.parallel.deepspeed:
+            raise
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"parallel.deepspeed: DeepSpeed refuses the configuration: {first}") from None
+
+
+def _check_nvme(config: Config) -> None:
+    parallel = config.parallel
+    if "nvme" not in (parallel.offload_optimizer, parallel.offload_parameters):
+        return
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise ConfigError(
+            "parallel.offload_…: nvme needs DeepSpeed's async_io, which needs libaio (Debian: apt install libaio-dev)"
+        )
+    assert parallel.nvme_path is not None
+    if not parallel.nvme_path.is_dir():
+        raise ConfigError(f"parallel.nvme_path: {parallel.nvme_path} is no folder on this node")

@@ -22,6 +22,7 @@ from paralm.errors import DivergedError, RunError, StoppedError
 from paralm.evaluation.perplexity import validate
 from paralm.models import flops_per_token
 from paralm.training.control import Control
+from paralm.training.lockstep import Lockstep
 from paralm.training.metrics import memory_bytes, peak_flops
 from paralm.training.schedule import lr_factor
 from paralm.training.session import Session
@@ -74,12 +75,12 @@ def _run(session: Session, control: Control, profiler: Profiler, on_progress: Pr
         )
         last = session.step + 1 == training.max_steps
         logged = last or (session.step + 1) % training.log_every == 0
-        result = session.stepper.run(batch, lr, lambda: _stop_request(session, control), timed=logged)
+        result = session.stepper.run(batch, session.step, lr, lambda: _stop_request(session, control), timed=logged)
         session.step += 1
         session.loader.step = session.step
         loss = result.loss
         _count_bad(session, result)
-        if logged or result.bad:
+        if logged or result.bad or result.spike:
             recorder.step(result, lr, fetched, time.perf_counter() - start)
         if result.stop_signal and not last:  # save first: whoever sent the signal may not wait for more
             written = session.save()
@@ -88,7 +89,7 @@ def _run(session: Session, control: Control, profiler: Profiler, on_progress: Pr
         if last or (training.validate_every and session.step % training.validate_every == 0):
             recorder.validation()
         if last or session.step % session.config.checkpoint.every == 0:
-            written = session.save()
+            written = session.save(wait=last)
             _leave_if_superseded(session)
             if last and not written:
                 raise RunError(
@@ -120,7 +121,8 @@ def _stop_message(session: Session, number: int, written: bool) -> str:
 
 
 def _count_bad(session: Session, result: StepResult) -> None:
-    """Count skipped updates; after several in a row leave with the last good checkpoint in place."""
+    """Count skipped updates; after several bad ones in a row leave with the last good checkpoint in place."""
+    session.spikes += result.spike
     if not result.bad:
         session.bad_in_row = 0
         return
@@ -146,7 +148,7 @@ class Recorder:
         self.session, self.on_progress = session, on_progress
         config = session.config.training
         self.tokens_per_step = config.global_batch_size * config.seq_len
-        self.flops_per_step = flops_per_token(session.model, config.seq_len) * self.tokens_per_step
+        self.flops_per_step = flops_per_token(session.blueprint, config.seq_len) * self.tokens_per_step
         peak = peak_flops(session.device)
         self.peak = peak * session.world_size if peak else None
         self.first = session.step
@@ -179,7 +181,8 @@ class Recorder:
                 "eta": left * pace,
                 "memory_bytes": memory_bytes(session.device),
                 "bad_steps": session.bad_steps,
-                "skipped": result.bad,
+                "skipped": result.bad or result.spike,
+                "spikes": session.spikes,
                 "mfu": self.flops_per_step / seconds / self.peak if self.peak else None,
                 "newton": result.newton,
                 "max_steps": session.config.training.max_steps,
@@ -192,9 +195,10 @@ class Recorder:
         session.engine.eval()
         # A state that grows is scored in windows, as it was trained; a bounded one over whole documents.
         reset_every = config.eval.reset_every or (None if session.model.bounded_state else config.training.seq_len)
+        lockstep = Lockstep(session.engine, session.device) if config.parallel.zero_stage == 3 else None
         for name, store in session.validation.items():
             sums = validate(
-                session.engine,
+                lockstep or session.engine,
                 store,
                 max_tokens=config.training.validate_tokens,
                 rows=config.eval.rows,
@@ -204,6 +208,8 @@ class Recorder:
                 world_size=session.world_size,
                 reset_every=reset_every,
             )
+            if lockstep is not None:
+                lockstep.finish()
             total = torch.tensor([sums.loss_sum, sums.tokens, sums.n_bytes], dtype=torch.float64, device=session.device)
             dist.all_reduce(total)
             loss_sum, tokens, n_bytes = total.tolist()

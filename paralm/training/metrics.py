@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +98,6 @@ class MetricsWriter:
                 self._scalars(f"{prefix}/{key}", value, step)
             elif isinstance(value, int | float) and not isinstance(value, bool):
                 self._board.add_scalar(f"{prefix}/{key}", value, step)
-
-    def sync(self) -> None:
-        """Put what was written on the disk, so that no checkpoint is newer than its metrics."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._board.flush()
 
     def close(self) -> None:
         self._file.close()

@@ -10,21 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from paralm_data import DataError, Loader, Tokenizer, TokenStore
 
 from paralm.config import Config
 from paralm.config_files import dump_yaml, frozen_differences
 from paralm.errors import CheckpointError, ConfigError, RunError, UserError
 from paralm.models import build_model
+from paralm.models.parameters import initial_value, specs
 from paralm.training import checkpoint as ckpt
 from paralm.training import rng
 from paralm.training.engine import build_engine, device, rank_and_world, start_distributed
-from paralm.training.fragments import MASTER, EngineFragments
+from paralm.training.fragments import EngineFragments
 from paralm.training.metrics import MetricsWriter
-from paralm.training.optimizers import build_optimizer
 from paralm.training.run_folder import RunFolder
+from paralm.training.saving import Saver
 from paralm.training.step import Stepper
+from paralm.training.together import broadcast, gather
+from paralm.training.verification import FindDamage, choose_together
 
 
 def parse_run(text: str | Path, root: Path | None = None) -> tuple[Path, int | None]:
@@ -42,20 +44,6 @@ def parse_run(text: str | Path, root: Path | None = None) -> tuple[Path, int | N
     return path, int(step) if step else None
 
 
-def broadcast(value: Any) -> Any:
-    """Rank 0's value, on every rank."""
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def gather(value: Any) -> list[Any]:
-    """Every rank's value, in rank order, on every rank."""
-    box: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(box, value)
-    return box
-
-
 class Session:
     """One attempt at a run. Built by :meth:`open`; :meth:`close` must be called."""
 
@@ -67,8 +55,10 @@ class Session:
         self.step = 0
         self.bad_steps = 0
         self.bad_in_row = 0
+        self.spikes = 0
         self.started = time.monotonic()
         self.metrics: MetricsWriter | None = None
+        self.saver = Saver(self)
 
     # -- setting up ------------------------------------------------------------------------------------------
 
@@ -86,6 +76,7 @@ class Session:
             session._together(session._open_metrics)
             session._build()
             session._restore()
+            session.saver.prepare()
         except BaseException:
             session.close()
             raise
@@ -143,25 +134,19 @@ class Session:
 
     def _find_checkpoint(self) -> None:
         """The checkpoint to continue from: this run's newest whole one, or the one it is forked from."""
-        self.checkpoint: ckpt.Checkpoint | None = None
+
+        def choose(find_damage: FindDamage) -> ckpt.Checkpoint | None:
+            found = ckpt.newest_whole(self.folder.checkpoints, self.warn, find_damage)
+            ckpt.remove_unfinished(self.folder.checkpoints)
+            if found is None and self.config.training.fork_from:
+                path, step = parse_run(self.config.training.fork_from, self.config.run.root)
+                found = open_checkpoint(path, step, self.warn, find_damage)
+            return found
+
+        self.checkpoint = choose_together(self.rank, self.world_size, choose)
         self.forked = False
-        choice: Any = None
-        if self.rank == 0:
-            try:
-                found = ckpt.newest_whole(self.folder.checkpoints, self._warn)
-                ckpt.remove_unfinished(self.folder.checkpoints)
-                if found is None and self.config.training.fork_from:
-                    path, step = parse_run(self.config.training.fork_from, self.config.run.root)
-                    found = open_checkpoint(path, step, self._warn)
-                choice = found.directory if found else None
-            except UserError as error:
-                choice = str(error)
-        choice = broadcast(choice)
-        if isinstance(choice, str):
-            raise CheckpointError(choice)
-        if choice is not None:
-            self.checkpoint = ckpt.Checkpoint(choice)
-            self.forked = choice.parent != self.folder.checkpoints
+        if self.checkpoint is not None:
+            self.forked = self.checkpoint.directory.parent != self.folder.checkpoints
             self.step = self.checkpoint.step
             if self.forked and self.step >= self.config.training.max_steps:
                 raise ConfigError(
@@ -169,7 +154,7 @@ class Session:
                     f"{self.step}; raise max_steps"
                 )
 
-    def _warn(self, message: str) -> None:
+    def warn(self, message: str) -> None:
         self.say(f"warning: {message}")
 
     def _set_threads(self) -> None:
@@ -181,7 +166,7 @@ class Session:
         if wanted is not None:
             torch.set_num_threads(wanted)
         if recorded is not None and recorded != torch.get_num_threads():
-            self._warn(f"{torch.get_num_threads()} threads, the checkpoint had {recorded}: last bits may differ")
+            self.warn(f"{torch.get_num_threads()} threads, the checkpoint had {recorded}: last bits may differ")
         if self.config.run.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses on a GPU
             torch.use_deterministic_algorithms(True)
@@ -208,30 +193,22 @@ class Session:
         )
 
     def _build(self) -> None:
+        """The engine, its weights still zero, and what is known of the model from its shapes alone."""
         config = self.config
         rng.seed_all(config.run.seed, "build")
-        model = build_model(config.model, self.tokenizer.vocab_size, seed=config.run.seed)
-        model.set_activation_checkpointing(config.training.activation_checkpointing)
-        if config.training.carry_state and not model.bounded_state:
+        self.blueprint = build_model(config.model, self.tokenizer.vocab_size, seed=config.run.seed, device="meta")
+        if config.training.carry_state and not self.blueprint.bounded_state:
             raise ConfigError(
                 f"training.carry_state: the state of mixer '{config.model.mixer['name']}' grows with the "
                 "sequence; use a recurrent mixer"
             )
-        self.parameters = sum(p.numel() for p in model.parameters())
-        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        bf16 = config.training.precision == "bf16"
-        # The masters keep the initial values in fp32; the engine would clone them from the rounded weights.
-        initial = {n: p.detach().clone() for n, p in model.named_parameters()} if bf16 else None
-        if bf16:
-            model.to(torch.bfloat16)
-        model.to(self.device)
-        optimizer = build_optimizer(model.parameter_groups(), config.optimizer)
-        self.engine = build_engine(model, optimizer, config, self.world_size)
+        self.parameters = sum(p.numel() for p in self.blueprint.parameters())
+        self.shapes = {name: tuple(p.shape) for name, p in self.blueprint.named_parameters()}
+        self.engine, self.optimizer = build_engine(config, self.tokenizer.vocab_size, self.world_size)
         self.model = self.engine.module
-        self.fragments = EngineFragments(self.engine)
-        self.stepper = Stepper(self.engine, config, self.device, self.rank, self.world_size)
-        if initial is not None:
-            self.fragments.load(lambda _, name, at, count: initial[name].flatten()[at : at + count], [], {})
+        self.fragments = EngineFragments(self.engine, self.rank, self.world_size)
+        self.optimizer.bind(self.fragments, self.shapes, self.device)
+        self.stepper = Stepper(self.engine, self.optimizer, config, self.device, self.rank, self.world_size)
 
     # -- restoring -------------------------------------------------------------------------------------------
 
@@ -241,6 +218,8 @@ class Session:
         if self.checkpoint is None:
             if self.config.training.init_from:
                 self._start_from(*parse_run(self.config.training.init_from, self.config.run.root))
+            else:
+                self._start_afresh()
             return
         source, manifest = self.checkpoint, self.checkpoint.manifest
         self._check_shapes(source)
@@ -249,12 +228,14 @@ class Session:
                 f"{source.directory}: made with optimizer '{manifest['optimizer']['name']}', "
                 f"not '{self.config.optimizer.name}'; use training.init_from to take its weights only"
             )
-        self.fragments.load(source.read, manifest["optimizer"]["tensor_keys"], manifest["optimizer"]["scalars"])
+        self.fragments.load(source.read, source.optimizer_kinds, manifest["optimizer"]["scalars"])
         if self.forked:
             self.loader.step = self.step
         else:
             self.loader.load_state_dict(manifest["loader"])
             self.bad_steps, self.bad_in_row = manifest["bad_steps"], manifest["bad_in_row"]
+            self.spikes = manifest.get("spikes", 0)
+            self.stepper.spikes.load(manifest.get("losses", []))
         if source.world_size == self.world_size:
             rng.restore(source.rank_tensors(self.rank, "rng"))
         theirs, mine = manifest["loader"], self.loader.state_dict()
@@ -273,29 +254,33 @@ class Session:
 
     def _start_from(self, path: Path, step: int | None) -> None:
         """Weights of another run, nothing else of it."""
-        choice: Any = None
-        if self.rank == 0:
-            try:
-                choice = open_checkpoint(path, step, self._warn).directory
-            except UserError as error:
-                choice = str(error)
-        choice = broadcast(choice)
-        if isinstance(choice, str):
-            raise CheckpointError(choice)
-        source = ckpt.Checkpoint(choice)
+        source = choose_together(
+            self.rank, self.world_size, lambda find_damage: open_checkpoint(path, step, self.warn, find_damage)
+        )
+        assert source is not None  # open_checkpoint finds one or raises
         self._check_shapes(source)
-        self.fragments.load(source.read, [], {})
+        self.fragments.load(source.read, lambda name: (), {})
 
-    def _rows(self, rank: int, world_size: int) -> range:
+    def _start_afresh(self) -> None:
+        """Initial values: each rank makes whole only the parameters it has a part of, one at a time."""
+        known = {name: spec for name, _, spec in specs(self.blueprint)}
+
+        def read(kind: str, name: str, offset: int, numel: int) -> torch.Tensor:
+            value = initial_value(name, self.shapes[name], known[name], self.config.run.seed)
+            return value.view(-1)[offset : offset + numel]
+
+        self.fragments.load(read, lambda name: (), {})
+
+    def rows(self, rank: int, world_size: int) -> range:
         rows = self.config.training.global_batch_size
         return range(rows * rank // world_size, rows * (rank + 1) // world_size)
 
     def _restore_carried(self, source: ckpt.Checkpoint) -> None:
         """Carried states belong to global rows: this rank takes its rows from whichever rank wrote them."""
-        mine = self._rows(self.rank, self.world_size)
+        mine = self.rows(self.rank, self.world_size)
         parts: dict[str, list[torch.Tensor]] = {}
         for rank in range(source.world_size):
-            theirs = self._rows(rank, source.world_size)
+            theirs = self.rows(rank, source.world_size)
             low, high = max(mine.start, theirs.start), min(mine.stop, theirs.stop)
             if low < high:
                 for key, value in source.rank_tensors(rank, "carried").items():
@@ -306,76 +291,9 @@ class Session:
 
     # -- saving ----------------------------------------------------------------------------------------------
 
-    def _own_tensors(self) -> dict[str, torch.Tensor]:
-        own = {f"rng/{key}": value for key, value in rng.capture().items()}
-        carried = self.stepper.carried_rows(len(self._rows(self.rank, self.world_size)))
-        for index, leaf in enumerate(carried or []):
-            own[f"carried/{index:05d}"] = leaf
-        return own
-
-    def _fragment_tensors(self) -> Any:
-        for fragment in self.fragments:
-            yield MASTER, fragment.name, fragment.offset, fragment.view(fragment.flat)
-            for key, tensor in self.fragments.tensor_state(fragment.flat).items():
-                yield key, fragment.name, fragment.offset, fragment.view(tensor)
-
-    def save(self) -> bool:
-        """Write a checkpoint of ``step`` finished steps; returns whether it was written.
-
-        When the storage refuses, the previous checkpoints stay and training goes on; the reason is said.
-        """
-        if self.superseded():
-            return False
-        directory = self.folder.checkpoints / ckpt.step_name(self.step)
-        if self.rank == 0:
-            if (directory / ckpt.MANIFEST).exists():
-                ckpt.remove(directory)  # of an earlier course of this run, found damaged when it was resumed
-            if self.metrics is not None:
-                self.metrics.sync()
-        dist.barrier()
-        try:
-            mine: Any = ckpt.write_rank_file(directory, self.rank, self._fragment_tensors(), self._own_tensors())
-        except OSError as error:
-            mine = f"rank {self.rank}: {error}"
-        files = gather(mine)
-        problems = [f for f in files if isinstance(f, str)]
-        if self.rank == 0 and not problems:
-            try:
-                ckpt.write_manifest(directory, files, self._manifest())
-            except OSError as error:
-                problems = [f"{directory}: {error}"]
-        problems = broadcast(problems)
-        if problems:
-            if self.rank == 0:
-                ckpt.remove(directory)
-            self._warn(f"checkpoint of step {self.step} not written, the previous one stays: {problems[0]}")
-        elif self.rank == 0:
-            keep = self.config.checkpoint
-            ckpt.apply_retention(self.folder.checkpoints, keep.keep_last, keep.keep_every, self.step)
-        return not problems
-
-    def _manifest(self) -> dict[str, Any]:
-        keys = sorted({k for flat in self.fragments.flats for k in self.fragments.tensor_state(flat)})
-        training = self.config.training
-        return {
-            "step": self.step,
-            "tokens": self.step * training.global_batch_size * training.seq_len,
-            "world_size": self.world_size,
-            "zero_stage": self.config.parallel.zero_stage,
-            "threads": torch.get_num_threads(),
-            "bad_steps": self.bad_steps,
-            "bad_in_row": self.bad_in_row,
-            "carried": training.carry_state,
-            "optimizer": {
-                "name": self.config.optimizer.name,
-                "tensor_keys": keys,
-                "scalars": self.fragments.scalar_state(),
-            },
-            "parameters": {name: {"shape": list(shape)} for name, shape in self.shapes.items()},
-            "loader": self.loader.state_dict(),
-            "tokenizer_sha256": self.tokenizer.sha256,
-            "vocab_size": self.tokenizer.vocab_size,
-        }
+    def save(self, wait: bool = True) -> bool:
+        """Write a checkpoint of ``step`` finished steps; see :meth:`paralm.training.saving.Saver.save`."""
+        return self.saver.save(wait)
 
     # -- the rest --------------------------------------------------------------------------------------------
 
@@ -384,12 +302,14 @@ class Session:
         return bool(broadcast(self.folder.superseded(self.attempt) if self.rank == 0 else None))
 
     def write(self, row: dict[str, Any]) -> None:
-        """Metrics, on rank 0."""
+        """Metrics, on rank 0, and what a checkpoint written meanwhile has come to."""
+        self.saver.report()
         if self.metrics is not None:
             self.metrics.write(row)
 
     def close(self) -> None:
-        """Take the engine down; nothing is written."""
+        """Take the engine down; nothing is begun, but a checkpoint that is being written is finished."""
+        self.saver.close()
         if self.metrics is not None:
             self.metrics.close()
         engine = getattr(self, "engine", None)
@@ -398,12 +318,17 @@ class Session:
                 engine.destroy()
 
 
-def open_checkpoint(run: Path, step: int | None, warn: Callable[[str], None]) -> ckpt.Checkpoint:
+def open_checkpoint(
+    run: Path,
+    step: int | None,
+    warn: Callable[[str], None],
+    find_damage: FindDamage = ckpt.Checkpoint.damage,
+) -> ckpt.Checkpoint:
     """A run's checkpoint, verified: of a step, or the newest whole one."""
     checkpoints = run / "checkpoints"
     if step is not None:
-        return ckpt.open_step(checkpoints, step).verify()
-    found = ckpt.newest_whole(checkpoints, warn)
+        return ckpt.open_step(checkpoints, step).verify(find_damage)
+    found = ckpt.newest_whole(checkpoints, warn, find_damage)
     if found is None:
         raise CheckpointError(f"{run}: no checkpoint yet; train the run first")
     return found

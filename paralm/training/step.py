@@ -7,7 +7,9 @@ ranks · micro-batches / tokens. A rank short of rows runs fully masked ones, wh
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +19,9 @@ import torch.distributed as dist
 from paralm_data import IGNORE, Batch
 from torch.utils import _pytree as pytree
 
+from paralm.config import Config
 from paralm.training.engine import grad_accum_steps
+from paralm.training.optimizers import Partitioned
 
 # A solve stops below about 1e-6 of 1 + |h|; a last update above this is a trajectory that was not found.
 UNSOLVED = 1e-3
@@ -32,16 +36,48 @@ class StepResult:
     tokens: int  # unmasked tokens
     grad_norm: float
     bad: bool  # the update was skipped: a non-finite loss or gradient, or a solve out of bounds
+    spike: bool  # the update was skipped: the loss stood out (optimizer.skip_spikes)
     stop_signal: int  # a signal some rank received, 0 for none
     seconds: dict[str, float]
     newton: dict[str, float] = field(default_factory=dict)
 
 
+class SpikeGuard:
+    """Finds losses that lie more than ``sigmas`` standard deviations above the mean of the last ``window``.
+
+    A spike enters the window too, so that a lasting rise is soon no spike any more. With fewer losses than half the
+    window nothing is one. Every rank sees the same losses, so every rank decides alike.
+    """
+
+    def __init__(self, sigmas: float, window: int) -> None:
+        self.sigmas, self.losses = sigmas, deque[float](maxlen=window)
+
+    def found(self, loss: torch.Tensor) -> bool:
+        """Whether ``loss`` (a scalar, waited for only when the guard is on) is a spike."""
+        if not self.sigmas or 2 * len(self.losses) < (self.losses.maxlen or 0):
+            return False
+        mean, deviation = statistics.fmean(self.losses), statistics.stdev(self.losses)
+        return float(loss) > mean + self.sigmas * deviation
+
+    def note(self, loss: float) -> None:
+        if self.sigmas:
+            self.losses.append(loss)
+
+    def state(self) -> list[float]:
+        return list(self.losses)
+
+    def load(self, losses: list[float]) -> None:
+        self.losses.extend(losses)
+
+
 class Stepper:
     """Takes optimizer steps with a DeepSpeed engine."""
 
-    def __init__(self, engine: Any, config: Any, device: torch.device, rank: int, world_size: int) -> None:
-        self.engine, self.device, self.world_size = engine, device, world_size
+    def __init__(
+        self, engine: Any, optimizer: Partitioned, config: Config, device: torch.device, rank: int, world_size: int
+    ) -> None:
+        self.engine, self.optimizer, self.device, self.world_size = engine, optimizer, device, world_size
+        self.spikes = SpikeGuard(config.optimizer.skip_spikes.sigmas, config.optimizer.skip_spikes.window)
         self.micro = config.training.micro_batch_size
         self.micros = grad_accum_steps(config, world_size)
         self.carry = config.training.carry_state
@@ -71,8 +107,8 @@ class Stepper:
         dist.all_reduce(vector)
         return vector
 
-    def run(self, batch: Batch, lr: float, stop_signal: Callable[[], int], timed: bool) -> StepResult:
-        """Forward, backward and update for this rank's part of a global batch.
+    def run(self, batch: Batch, step: int, lr: float, stop_signal: Callable[[], int], timed: bool) -> StepResult:
+        """Forward, backward and update for this rank's part of a global batch; ``step`` steps were finished before.
 
         ``stop_signal`` is asked last of all; the ranks agree on the largest answer. ``timed`` waits for the device
         between the phases, so that their times mean something.
@@ -104,10 +140,12 @@ class Stepper:
                 self.engine.step()
         self._wait(timed)
         middle = time.perf_counter()
+        sums = self._sum([loss_sum, aux_sum]) / tokens.clamp(min=1)
+        spike = self.spikes.found(sums[0])
+        self.optimizer.skip, self.optimizer.steps_taken = spike, step
         self.engine.step()
         self._wait(timed)
         end = time.perf_counter()
-        sums = self._sum([loss_sum, aux_sum]) / tokens.clamp(min=1)
         names = sorted(stats)  # the same on every rank: they come from the model's layers
         largest = torch.tensor([float(stop_signal()), *(float(stats[name]) for name in names)], dtype=torch.float64)
         dist.all_reduce(largest := largest.to(self.device), op=dist.ReduceOp.MAX)
@@ -115,6 +153,8 @@ class Stepper:
         loss = float(sums[0])
         norm = self.engine.get_global_grad_norm()
         bad = bool(self.engine.optimizer.overflow)
+        if not bad:
+            self.spikes.note(loss)
         if bad and self.carry:
             self.carried = [None] * self.micros  # one bad state would make every later step a bad one
         return StepResult(
@@ -123,6 +163,7 @@ class Stepper:
             tokens=int(tokens),
             grad_norm=float(norm) if norm is not None else float("nan"),
             bad=bad,
+            spike=spike and not bad,
             stop_signal=int(stop),
             seconds={"forward_backward": middle - start, "step": end - middle},
             newton=dict(zip(names, values, strict=True)),
