@@ -104,7 +104,7 @@ class TensorFileWriter:
         step = max(1, PIECE // flat.dtype.itemsize)
         for low in range(0, flat.numel(), step):
             part = flat[low : low + step].to("cpu").contiguous()
-            self._write(memoryview(part.view(torch.uint8).numpy()))
+            self._write(part.view(torch.uint8).numpy().data)
 
     def _write(self, data: memoryview) -> None:
         self._hash.update(data)
@@ -170,7 +170,7 @@ class TensorFile:
         out = torch.empty(stop - start, dtype=spec.dtype)
         if stop == start:
             return out
-        left = memoryview(out.view(torch.uint8).numpy())
+        left = out.view(torch.uint8).numpy().data
         with self.path.open("rb", buffering=0) as file:
             file.seek(self._data + self._begin[key] + start * spec.dtype.itemsize)
             while len(left):

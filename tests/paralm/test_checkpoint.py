@@ -21,7 +21,7 @@ def values(kind: str, name: str) -> torch.Tensor:
 
 def write(checkpoints: Path, step: int, world_size: int) -> Path:
     """A checkpoint whose fragments are cut at ``world_size`` equal parts of the flattened whole, as ZeRO does."""
-    directory = checkpoints / ckpt.step_name(step)
+    directory = ckpt.writing_folder(checkpoints, step, 1, 1)
     total = sum(torch.Size(s).numel() for s in SHAPES.values())
     bounds = [total * r // world_size for r in range(world_size + 1)]
     files = []
@@ -39,7 +39,8 @@ def write(checkpoints: Path, step: int, world_size: int) -> Path:
         files.append(ckpt.write_rank_file(directory, rank, fragments, own))
     meta = {"step": step, "parameters": {n: {"shape": list(s)} for n, s in SHAPES.items()}}
     ckpt.write_manifest(directory, files, meta)
-    return directory
+    ckpt.install(directory, checkpoints, step)
+    return checkpoints / ckpt.step_name(step)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5, 8])
