@@ -54,8 +54,8 @@ def diagonal_scan(
     """
     if a.ndim != 3 or a.shape != b.shape or 0 in a.shape:
         raise ArgumentError(
-            f"diagonal_scan: a is {tuple(a.shape)} and b is {tuple(b.shape)}; expected the same (batch, time, channel), "
-            "none of them 0"
+            f"diagonal_scan: a is {tuple(a.shape)} and b is {tuple(b.shape)}; "
+            "expected the same (batch, time, channel), none of them 0"
         )
     whole = None if state is None else state.unsqueeze(0)
     result = _scan("diagonal_scan", a.unsqueeze(0), b.unsqueeze(0), whole, reset, reverse, method)

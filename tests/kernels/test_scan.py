@@ -52,13 +52,13 @@ def values_and_gradients(run, a, b, state):
 @pytest.mark.parametrize("resets", [False, True])
 @pytest.mark.parametrize("time", [1, 2, 7, 64, 97])
 @pytest.mark.parametrize("size", SIZES)
-def test_every_face_is_the_definition_in_values_and_gradients(size, time, resets, reverse):
+@pytest.mark.parametrize("method", ["loop", "torch", "auto"])
+def test_every_face_is_the_definition_in_values_and_gradients(method, size, time, resets, reverse):
     a, b, state, reset = arguments(size, time, resets=resets, state=time != 7)
     expected = values_and_gradients(lambda a, b, s: by_hand(size, a, b, s, reset, reverse), a, b, state)
-    for method in ("loop", "torch", "auto"):
-        got = values_and_gradients(lambda a, b, s: scan(size)(a, b, s, reset, reverse, method=method), a, b, state)
-        for x, y in zip(got, expected, strict=True):
-            torch.testing.assert_close(x, y, **CLOSE)
+    got = values_and_gradients(lambda a, b, s: scan(size)(a, b, s, reset, reverse, method=method), a, b, state)
+    for x, y in zip(got, expected, strict=True):
+        torch.testing.assert_close(x, y, **CLOSE)
 
 
 @pytest.mark.parametrize("size", [0, 2])
