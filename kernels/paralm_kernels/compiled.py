@@ -1,0 +1,171 @@
+"""Compiles every kernel of every registered cell for the GPUs they are meant for; needs none of them.
+
+    python -m paralm_kernels.compiled [--target sm_90 ...] [--cell paragru ...] [--jobs 2]
+
+Prints what each kernel takes of registers and shared memory, and what it spills: registers kept in memory instead, the
+quiet way for a kernel to be slow. Whatever spills, or does not compile, is named and the exit code is 1.
+
+NVIDIA: `cuobjdump --dump-resource-usage` (it comes with Triton) of the cubin; STACK and LOCAL are bytes per thread in
+memory, and these kernels have no other use for it than spills. AMD: the counts that the assembler leaves in the code
+object's metadata.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from .cell import Cell, cells
+from .cell_library.linear import DiagonalScan, matrix_scan_cell
+from .errors import ArgumentError
+
+TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
+"""Triton's (backend, architecture, threads of a warp)."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one kernel takes of one target. registers: per thread. spills: bytes per thread on NVIDIA, registers on AMD.
+    shared: bytes per block. error: why it did not compile, or empty."""
+
+    cell: str
+    kernel: str
+    target: str
+    warps: int
+    registers: int = 0
+    spills: int = 0
+    shared: int = 0
+    seconds: float = 0.0
+    error: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return not self.error and self.spills == 0
+
+
+def checked_cells() -> dict[str, Cell]:
+    """The registered cells and the public scans, by name."""
+    scans = (DiagonalScan(), matrix_scan_cell(2))
+    return {**cells(), **{cell.name: cell for cell in scans}}
+
+
+def compile_launch(cell: str, launch: Any, target: str) -> Usage:
+    """Compiles one launch (see `triton_solver.Launch`) for a target; a failure to compile is in the result."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    where = {"cell": cell, "kernel": launch.name, "target": target, "warps": launch.num_warps}
+    start = time.perf_counter()
+    try:
+        source = ASTSource(launch.function, dict(launch.signature), dict(launch.constexprs))
+        options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+        built = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+        read = _amd if "amdgcn" in built.asm else _nvidia
+        usage = read(built.asm)
+    except Exception as error:  # any failure is a row of the table, and the exit code
+        return Usage(**where, error=f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[-1]}")
+    seconds = time.perf_counter() - start
+    return Usage(**where, **usage, shared=int(built.metadata.shared), seconds=seconds)
+
+
+def _nvidia(asm: dict[str, Any]) -> dict[str, int]:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return read_resource_usage(text)
+
+
+def read_resource_usage(text: str) -> dict[str, int]:
+    """Registers and spills in what cuobjdump prints of one kernel."""
+    found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    if len(found) != 3:
+        raise ArgumentError(f"cuobjdump's resource usage has no REG, STACK and LOCAL: {text.strip()[:200]!r}")
+    return {"registers": found["REG"], "spills": max(found["STACK"], found["LOCAL"])}
+
+
+def _amd(asm: dict[str, Any]) -> dict[str, int]:
+    return read_metadata(asm["amdgcn"])
+
+
+def read_metadata(text: str) -> dict[str, int]:
+    """Registers and spills in the metadata of one AMD code object. Scratch memory of a kernel that spills no vector
+    register is counted in registers of four bytes."""
+    pattern = r"^\s*\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size):\s+(\d+)"
+    found = {key: int(value) for key, value in re.findall(pattern, text, re.MULTILINE)}
+    if len(found) != 3:
+        raise ArgumentError("the AMD code object's metadata has no vgpr_count, vgpr_spill_count and scratch size")
+    spills = max(found["vgpr_spill_count"], -(-found["private_segment_fixed_size"] // 4))
+    return {"registers": found["vgpr_count"], "spills": spills}
+
+
+def compile_cell(name: str, target: str) -> list[Usage]:
+    """Every kernel of a cell in its default configurations."""
+    from .triton_solver import default_launches
+
+    return [compile_launch(name, launch, target) for launch in default_launches(checked_cells()[name])]
+
+
+def compile_all(names: Sequence[str], targets: Sequence[str], jobs: int = 1) -> list[Usage]:
+    """Every cell for every target, in that many processes."""
+    tasks = [(name, target) for name in names for target in targets]
+    if jobs == 1:
+        return [usage for task in tasks for usage in compile_cell(*task)]
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        return [usage for done in pool.map(compile_cell, *zip(*tasks, strict=True)) for usage in done]
+
+
+def table(usages: Iterable[Usage]) -> str:
+    """Readable rows, one per kernel and target."""
+    head = ("cell", "kernel", "target", "warps", "registers", "spills", "shared", "seconds")
+    rows = [head]
+    for usage in usages:
+        start = (usage.cell, usage.kernel, usage.target, str(usage.warps))
+        numbers = (str(usage.registers), str(usage.spills), str(usage.shared), f"{usage.seconds:.2f}")
+        rows.append((*start, *(numbers if not usage.error else ("–", "–", "–", usage.error))))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head) - 1)]
+    return "\n".join("  ".join([*(x.ljust(w) for x, w in zip(row, widths, strict=False)), row[-1]]) for row in rows)
+
+
+def report(usages: Sequence[Usage]) -> int:
+    """Prints the table and what is wrong; the exit code."""
+    print(table(usages))
+    bad = [usage for usage in usages if not usage.ok]
+    for usage in bad:
+        why = usage.error or f"spills {usage.spills}"
+        print(f"{usage.cell}: {usage.kernel} for {usage.target}: {why}", file=sys.stderr)
+    print(f"{len(usages)} kernels compiled, {len(bad)} of them not as they should be")
+    return 1 if bad or not usages else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser("paralm_kernels.compiled", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--target", action="append", choices=list(TARGETS), help="default: all")
+    parser.add_argument("--cell", action="append", choices=list(checked_cells()), help="default: all")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 is set: Triton would interpret instead of compiling; unset it")
+    names, targets = options.cell or list(checked_cells()), options.target or list(TARGETS)
+    return report(compile_all(names, targets, max(1, options.jobs)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""Every kernel compiles for every target without a GPU and without spills; and what spills is found and named."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from paralm_kernels import ArgumentError, cells
+from paralm_kernels.compiled import TARGETS, Usage, main, read_metadata, read_resource_usage, report, table
+
+
+def run(*command):
+    """A process of its own: Triton decides at import whether it compiles or interprets."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_kernel_of_every_cell_compiles_without_spills(target):
+    done = run("-m", "paralm_kernels.compiled", "--target", target, "--jobs", "1")
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()[1:-1]]
+    names = {row[0] for row in rows}
+    assert {*cells(), "diagonal_scan", "matrix_scan_2x2"} <= names
+    for name in names:
+        kernels = " ".join(row[1] for row in rows if row[0] == name)
+        for kind in ("forward", "backward", "decode"):
+            assert kind in kernels, (name, kind)
+
+
+SCRIPT = """
+import sys
+from types import SimpleNamespace
+import triton
+import triton.language as tl
+from paralm_kernels.compiled import compile_launch, report
+
+
+@triton.jit
+def greedy(x, y, SIZE: tl.constexpr, STEPS: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    a, b, c = tl.load(x + at), tl.load(x + at + SIZE), tl.load(x + at + 2 * SIZE)
+    for _ in range(STEPS):
+        a, b, c = b * c, c + a, a - b
+    tl.store(y + at, a + b + c)
+
+
+@triton.jit
+def broken(x, y, SIZE: tl.constexpr, STEPS: tl.constexpr):
+    tl.store(x, no_such_name)
+
+
+def launch(function, size):
+    signature = {"x": "*fp32", "y": "*fp32", "SIZE": "constexpr", "STEPS": "constexpr"}
+    constexprs = {"SIZE": size, "STEPS": 2000}
+    return SimpleNamespace(
+        name=function.__name__, function=function, signature=signature, constexprs=constexprs, num_warps=1, num_stages=1
+    )
+
+
+target, large = sys.argv[1], int(sys.argv[2])
+for function, size in ((greedy, 64), (greedy, large), (broken, 64)):
+    print("exit", report([compile_launch("test", launch(function, size), target)]), flush=True)
+"""
+
+
+@pytest.mark.parametrize(("target", "large"), [("sm_90", 4096), ("gfx942", 16384)])
+def test_what_spills_or_does_not_compile_is_named_and_fails(tmp_path, target, large):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = run(str(tmp_path / "script.py"), target, str(large))
+    assert [line for line in done.stdout.splitlines() if line.startswith("exit")] == ["exit 0", "exit 1", "exit 1"]
+    spills, failure = done.stderr.splitlines()
+    assert spills.startswith(f"test: greedy for {target}: spills ")
+    assert failure.startswith(f"test: broken for {target}: ")
+    assert "no_such_name" in failure
+
+
+def test_the_readers_take_the_numbers_that_count():
+    text = "Function k:\n  REG:40 STACK:16 SHARED:0 LOCAL:0 CONSTANT[0]:392 TEXTURE:0 SURFACE:0 SAMPLER:0\n"
+    assert read_resource_usage(text) == {"registers": 40, "spills": 16}
+    metadata = ".private_segment_fixed_size: 0\n .vgpr_count:     10\n .vgpr_spill_count: 3\n"
+    assert read_metadata(metadata) == {"registers": 10, "spills": 3}
+    assert read_metadata(metadata.replace("size: 0", "size: 20"))["spills"] == 5
+    for read in (read_resource_usage, read_metadata):
+        with pytest.raises(ArgumentError):
+            read("nothing of use")
+
+
+def test_nothing_compiled_is_not_a_success(capsys):
+    fine = Usage("cell", "kernel", "sm_90", 4, registers=32)
+    assert report([fine]) == 0
+    assert report([fine, Usage("cell", "other", "sm_90", 4, spills=8)]) == 1
+    assert "cell: other for sm_90: spills 8" in capsys.readouterr().err
+    assert report([]) == 1
+    assert "registers" in table([])
+
+
+def test_interpreting_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(SystemExit) as caught:
+        main(["--cell", "paragru"])
+    assert caught.value.code == 2
+    assert "TRITON_INTERPRET=1 is set" in capsys.readouterr().err
