@@ -184,6 +184,8 @@ def _deepspeed() -> Any:
         # DeepSpeed would compile a shared-memory op for CPU ranks here, which training never calls; a process
         # killed meanwhile leaves a lock file that hangs every later run (measured, 0.19.8).
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # It takes over the group there is; without this zero.Init believes that it is alone.
+    deepspeed.init_distributed(dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     return deepspeed
 
 
