@@ -15,7 +15,7 @@ import typer
 
 import paralm
 from paralm_launch import errors
-from paralm_launch.commands import config, data, results, runs, tools
+from paralm_launch.commands import config, data, export, results, runs, tools
 
 app = typer.Typer(
     name="paralm",
@@ -31,6 +31,7 @@ app = typer.Typer(
 runs.add_to(app)
 data.add_to(app)
 results.add_to(app)
+export.add_to(app)
 config.add_to(app)
 tools.add_to(app)
 

@@ -39,12 +39,39 @@ def write_atomically(path: Path, text: str) -> None:
     write_file(path, text.encode())
 
 
-def _dump(manifest: dict[str, Any]) -> str:
-    return json.dumps(manifest, indent=1, sort_keys=True)
+def seal(content: dict[str, Any]) -> str:
+    """JSON text that carries a SHA-256 of itself, for :func:`read_sealed`."""
+    return _dump({**content, "sha256": _digest(content)})
 
 
-def _digest(manifest: dict[str, Any]) -> str:
-    body = {key: value for key, value in manifest.items() if key != "sha256"}
+def read_sealed(path: Path, form: int | str) -> dict[str, Any]:
+    """What :func:`seal` made of a dictionary whose ``format`` is ``form``.
+
+    Raises CheckpointError, one line that names the file, for every byte that is not as it was written;
+    FileNotFoundError.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        content: Any = json.loads(text)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
+    if not isinstance(content, dict) or content.get("format") != form:
+        found = content.get("format") if isinstance(content, dict) else None
+        raise CheckpointError(f"{path}: format {found!r}, this version of paralm reads {form}")
+    # Compared as text too: a flipped blank changes no value, but it is a damaged disk all the same.
+    if content.get("sha256") != _digest(content) or text != _dump(content):
+        raise CheckpointError(f"{path}: its SHA-256 does not match; the file is damaged")
+    return content
+
+
+def _dump(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=1, sort_keys=True)
+
+
+def _digest(content: dict[str, Any]) -> str:
+    body = {key: value for key, value in content.items() if key != "sha256"}
     return hashlib.sha256(_dump(body).encode()).hexdigest()
 
 
@@ -111,9 +138,8 @@ def write_manifest(directory: Path, files: list[RankFile], meta: dict[str, Any])
         "files": [{"name": f.name, "bytes": f.size, "sha256": f.sha256} for f in files],
         "fragments": {key: sorted(value) for key, value in sorted(fragments.items())},
     }
-    manifest["sha256"] = _digest(manifest)
     sync_folder(directory)
-    write_atomically(directory / MANIFEST, _dump(manifest))
+    write_atomically(directory / MANIFEST, seal(manifest))
 
 
 def writing_folder(checkpoints: Path, step: int, attempt: int, count: int) -> Path:
@@ -131,6 +157,19 @@ def install(folder: Path, checkpoints: Path, step: int) -> None:
     write_atomically(checkpoints / LATEST, final.name + "\n")
 
 
+def file_damage(path: Path, size: int, sha256: str) -> str | None:
+    """How a file differs from what was recorded of it, or None."""
+    try:
+        found = path.stat().st_size
+        if found != size:
+            return f"{path}: {found} bytes, the manifest says {size}"
+        if sha256_file(path) != sha256:
+            return f"{path}: its SHA-256 does not match the manifest"
+    except OSError as error:
+        return f"{path}: {error.strerror or error}"
+    return None
+
+
 class Checkpoint:
     """One checkpoint, read by slices: any part of any parameter, whatever grid wrote it."""
 
@@ -142,18 +181,9 @@ class Checkpoint:
         self.directory = directory
         path = directory / MANIFEST
         try:
-            text = path.read_text(encoding="utf-8")
-            self.manifest: dict[str, Any] = json.loads(text)
+            self.manifest = read_sealed(path, FORMAT)
         except FileNotFoundError:
             raise CheckpointError(f"{path}: missing, so {directory.name} is no (whole) checkpoint") from None
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
-        if not isinstance(self.manifest, dict) or self.manifest.get("format") != FORMAT:
-            found = self.manifest.get("format") if isinstance(self.manifest, dict) else None
-            raise CheckpointError(f"{path}: format {found!r}, this version of paralm reads {FORMAT}")
-        # Compared as text too: a flipped blank changes no value, but it is a damaged disk all the same.
-        if self.manifest.get("sha256") != _digest(self.manifest) or text != _dump(self.manifest):
-            raise CheckpointError(f"{path}: its SHA-256 does not match; the manifest is damaged")
         self.step: int = self.manifest["step"]
         self._open: dict[int, TensorFile] = {}
 
@@ -176,15 +206,9 @@ class Checkpoint:
         for index, file in enumerate(self.manifest["files"]):
             if index % shares != share:
                 continue
-            path = self.directory / file["name"]
-            try:
-                size = path.stat().st_size
-                if size != file["bytes"]:
-                    return f"{path}: {size} bytes, the manifest says {file['bytes']}"
-                if sha256_file(path) != file["sha256"]:
-                    return f"{path}: its SHA-256 does not match the manifest"
-            except OSError as error:
-                return f"{path}: {error.strerror or error}"
+            found = file_damage(self.directory / file["name"], file["bytes"], file["sha256"])
+            if found:
+                return found
         return self._uncovered()
 
     def verify(self, find_damage: Callable[[Checkpoint], str | None] | None = None) -> Checkpoint:
@@ -225,7 +249,10 @@ class Checkpoint:
             raise CheckpointError(f"{file.path}: cannot be read: {str(error).splitlines()[0]}") from None
 
     def read(self, kind: str, name: str, offset: int, numel: int) -> torch.Tensor:
-        """Elements ``[offset, offset + numel)`` of the flattened parameter, 1-D, in the dtype written."""
+        """Elements ``[offset, offset + numel)`` of the flattened parameter, 1-D, in the dtype written.
+
+        Raises CheckpointError, one line.
+        """
         pieces, want = [], offset
         for start, length, index in self.manifest["fragments"].get(f"{kind}|{name}", []):
             low, high = max(want, start), min(offset + numel, start + length)

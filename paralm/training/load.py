@@ -1,8 +1,9 @@
-"""A trained model out of a run folder, for evaluation, generation and export: weights only, no engine."""
+"""A trained model out of a run folder or an export, for evaluation and generation: weights only, no engine."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from paralm_data import Tokenizer
 
 from paralm.config import Config
 from paralm.errors import CheckpointError, RunError
+from paralm.export import TOKENIZER, Exported, is_export
 from paralm.models import LanguageModel, build_model
 from paralm.training.checkpoint import Checkpoint
 from paralm.training.run_folder import RunFolder
@@ -27,8 +29,52 @@ class LoadedModel:
     config: Config
     step: int
     tokens: int  # trained on
-    run_dir: Path
+    run_dir: Path  # or the export's folder
     data_dir: Path
+
+
+@dataclass(frozen=True)
+class RunModel:
+    """A checkpoint of a run, verified, and what a model is made from; no weights are read yet."""
+
+    path: Path
+    config: Config
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer
+    data_dir: Path
+
+    @property
+    def tokenizer_file(self) -> Path:
+        return self.data_dir / "tokenizer.model"
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Parameter name → shape, in the model's order. Raises CheckpointError when the checkpoint is of another."""
+        model = build_model(self.config.model, self.tokenizer.vocab_size, seed=0, device="meta")
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        for name, shape in shapes.items():
+            if self.checkpoint.shapes.get(name) != shape:
+                raise CheckpointError(
+                    f"{self.checkpoint.directory}: parameter {name} is {self.checkpoint.shapes.get(name, 'absent')} "
+                    f"there, {shape} in the model of {RunFolder(self.path).config_file}"
+                )
+        return shapes
+
+
+def open_run_model(run: str | Path, step: int | None, warn: Callable[[str], None]) -> RunModel:
+    """``RUN`` or ``RUN@STEP`` (default: the newest whole checkpoint). Raises RunError or CheckpointError, one line."""
+    path, named = parse_run(run)
+    config = RunFolder(path).saved_config()
+    if config is None:
+        raise RunError(f"{path}: no config.yaml, so this is not a run folder")
+    load_modules(config.imports)
+    # The run may have been moved since: what the folder holds is found relative to it.
+    data_dir = config.data.dir if config.data.dir is not None else path / "data"
+    source = open_checkpoint(path, step if step is not None else named, warn)
+    tokenizer = Tokenizer.load(data_dir / "tokenizer.model")
+    if tokenizer.sha256 != source.manifest["tokenizer_sha256"]:
+        raise RunError(f"{data_dir / 'tokenizer.model'}: not the tokenizer that {source.directory} was trained with")
+    return RunModel(path, config, source, tokenizer, data_dir)
 
 
 def load_model(
@@ -37,32 +83,42 @@ def load_model(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> LoadedModel:
-    """Load ``RUN`` or ``RUN@STEP`` (default: the newest whole checkpoint) from its fragments.
+    """Load ``RUN`` or ``RUN@STEP`` (default: the newest whole checkpoint) from its fragments, or an export's folder.
 
     ``dtype``: of the weights; default: the run's precision. Raises RunError or CheckpointError, one line.
     """
     path, named = parse_run(run)
-    folder = RunFolder(path)
-    config = folder.saved_config()
-    if config is None:
-        raise RunError(f"{path}: no config.yaml, so this is not a run folder")
-    load_modules(config.imports)
-    # The run may have been moved since: what the folder holds is found relative to it.
-    data_dir = config.data.dir if config.data.dir is not None else path / "data"
-    source: Checkpoint = open_checkpoint(path, step if step is not None else named, warnings.warn)
-    tokenizer = Tokenizer.load(data_dir / "tokenizer.model")
-    if tokenizer.sha256 != source.manifest["tokenizer_sha256"]:
-        raise RunError(f"{data_dir / 'tokenizer.model'}: not the tokenizer that {source.directory} was trained with")
-    model = build_model(config.model, tokenizer.vocab_size, seed=config.run.seed)
+    if is_export(path):
+        return _load_export(path, step if step is not None else named, device, dtype)
+    source = open_run_model(run, step, warnings.warn)
+    config = source.config
+    model = _empty(config, source.tokenizer, device, dtype)
     with torch.no_grad():
+        shapes = source.shapes
         for name, parameter in model.named_parameters():
-            if source.shapes.get(name) != tuple(parameter.shape):
-                raise CheckpointError(
-                    f"{source.directory}: parameter {name} is {source.shapes.get(name, 'absent')} there, "
-                    f"{tuple(parameter.shape)} in the model of {folder.config_file}"
-                )
-            parameter.copy_(source.tensor(name))
+            parameter.copy_(source.checkpoint.tensor(name).view(shapes[name]))
+    tokens = source.checkpoint.manifest["tokens"]
+    return LoadedModel(model, source.tokenizer, config, source.checkpoint.step, tokens, path, source.data_dir)
+
+
+def _load_export(
+    path: Path, step: int | None, device: torch.device | str | None, dtype: torch.dtype | None
+) -> LoadedModel:
+    source = Exported(path).verify()
+    if step is not None and step != source.step:
+        raise RunError(f"{path}: an export of step {source.step}, there is no step {step} in it")
+    load_modules(source.config.imports)
+    tokenizer = Tokenizer.load(path / TOKENIZER)
+    model = _empty(source.config, tokenizer, device, dtype)
+    source.fill(model)
+    return LoadedModel(model, tokenizer, source.config, source.step, source.content["tokens"], path, path)
+
+
+def _empty(
+    config: Config, tokenizer: Tokenizer, device: torch.device | str | None, dtype: torch.dtype | None
+) -> LanguageModel:
+    """The model in eval mode, without values yet."""
     default = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device=where, dtype=dtype or default).eval()
-    return LoadedModel(model, tokenizer, config, source.step, source.manifest["tokens"], path, data_dir)
+    model = build_model(config.model, tokenizer.vocab_size, seed=0, device="meta", dtype=dtype or default)
+    model.to_empty(device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return model.eval()

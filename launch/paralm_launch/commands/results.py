@@ -58,10 +58,8 @@ def generate(
     """Stream text from a run's newest checkpoint (RUN@STEP: from another), at constant memory."""
     from paralm.generation import check_options, stream_text
     from paralm.training.load import load_model
-    from paralm_launch import pipeline
 
     check_options(max_tokens, temperature, top_k, top_p)
-    pipeline.open_run(run)  # loads the user's own cells and mixers
     loaded = load_model(run)
     pieces = stream_text(
         loaded.model,
