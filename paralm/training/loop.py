@@ -108,6 +108,8 @@ def _run(session: Session, control: Control, profiler: Profiler, on_progress: Pr
 
 def _stop_request(session: Session, control: Control) -> int:
     """A signal's number, −1 for a spent time allowance, 0 for neither; the ranks agree on the largest."""
+    if session.saver.must_stop:
+        return int(signal.SIGABRT)  # the save that follows says why, on every rank
     limit = session.config.training.stop_after_seconds
     if control.stop_signal is None and limit is not None and time.monotonic() - session.started > limit:
         return int(signal.SIGALRM)

@@ -215,15 +215,15 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_previous_one(
     make: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make("a", training={"max_steps": 3}, checkpoint={"every": 1})
-    original, calls = ckpt.save_file, [0]
+    original, calls = ckpt.write_rank_file, [0]
 
-    def full_disk(*args: Any, **kwargs: Any) -> None:
+    def full_disk(*args: Any, **kwargs: Any) -> ckpt.RankFile:
         calls[0] += 1
         if calls[0] == 2:
             raise OSError(28, "No space left on device")
-        original(*args, **kwargs)
+        return original(*args, **kwargs)
 
-    monkeypatch.setattr(ckpt, "save_file", full_disk)
+    monkeypatch.setattr(ckpt, "write_rank_file", full_disk)
     said: list[str] = []
     train(config, say=said.append)
     assert [line for line in said if "No space left" in line and "step 2" in line]
