@@ -220,7 +220,34 @@ class ParallelConfig(Section):
 
 
 class LauncherConfig(Section):
-    kind: str = Field(default="local", description="a registered launcher")
+    """What starts the ranks, and what happens when they are lost."""
+
+    kind: str = Field(default="local", description="local, torchrun, ray or mpi, or one registered by a module")
+    ranks: PositiveInt | None = Field(default=None, description="processes in all; default: one a GPU, otherwise one")
+    max_failures: int = Field(default=3, ge=0, description="starts after ranks were lost; the run continues each time")
+    preemption: Literal["leave", "restart"] = Field(
+        default="leave", description="a rank got SIGTERM, SIGINT or SIGUSR1: save, then exit code 75 or another start"
+    )
+    stop_grace: PositiveFloat = Field(default=600.0, description="seconds to save after a signal; then ranks are ended")
+    nodes: PositiveInt = Field(default=1, description="torchrun: machines that each start this command")
+    rendezvous: str | None = Field(default=None, description="torchrun: HOST:PORT of one node, where nodes meet")
+    hosts: str | None = Field(default=None, description="mpi: HOST:SLOTS,...; default: this machine")
+    mpirun: list[str] = Field(default_factory=list, description="mpi: further arguments of mpirun")
+    address: str | None = Field(default=None, description="ray: an existing cluster; default: one for this run")
+    cpus_per_rank: PositiveFloat = Field(default=1.0, description="ray: reserved for each rank")
+    gpus_per_rank: NonNegativeFloat | None = Field(default=None, description="ray: default: 1 where there are GPUs")
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    storage: Path | None = Field(default=None, description="ray: its own notes, shared by nodes; default: in the run")
+    dashboard: bool = Field(default=False, description="ray: its dashboard, on 127.0.0.1")
+    usage_stats: bool = Field(default=False, description="ray: may report usage to its makers")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> LauncherConfig:
+        if self.nodes > 1 and self.rendezvous is None:
+            raise ValueError("nodes > 1 needs rendezvous, HOST:PORT of one of them")
+        if self.ranks is not None and self.ranks % self.nodes:
+            raise ValueError(f"ranks {self.ranks} cannot be spread evenly over {self.nodes} nodes")
+        return self
 
 
 class EvalConfig(Section):

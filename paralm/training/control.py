@@ -1,12 +1,15 @@
 """What reaches a running rank from outside: requests to stop, requests for a stack dump, and silence.
 
 SIGTERM, SIGINT and SIGUSR1 ask the run to save and leave after the step in hand; a second SIGINT ends it at
-once. SIGUSR2, or a new ``stacks/request`` file (which reaches ranks on other nodes), writes every thread's
-stack to ``stacks/rank_00000.txt``; so does a step that takes longer than ``training.hang_timeout``.
+once. So does a stop file, which a launcher writes where its ranks have another parent or another machine;
+SIGINT is then the launcher's alone. SIGUSR2, or a new ``stacks/request`` file (which reaches ranks on other
+nodes), writes every thread's stack to ``stacks/rank_00000.txt``; so does a step that takes longer than
+``training.hang_timeout``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -19,7 +22,9 @@ from typing import Any, TextIO
 
 from paralm.training.checkpoint import write_atomically
 
-_POLL_SECONDS = 2.0
+_POLL_SECONDS = 0.5
+
+stop_file: Path | None = None  # a launcher's worker sets it: a file that holds a signal's number asks for a stop
 
 
 class Control:
@@ -41,7 +46,9 @@ class Control:
     def __enter__(self) -> Control:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-                self._previous[number] = signal.signal(number, self._on_stop)
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._on_stop)
+        self._read_stop_file()  # a request from before this rank was so far
         faulthandler.register(signal.SIGUSR2, file=self._file, all_threads=True)
         self._watcher.start()
         return self
@@ -70,6 +77,11 @@ class Control:
         """
         faulthandler.dump_traceback_later(self._hang_timeout, repeat=True, file=self._file)
 
+    def _read_stop_file(self) -> None:
+        if stop_file is not None and self.stop_signal is None:
+            with contextlib.suppress(OSError, ValueError):  # not there, or not yet whole
+                self.stop_signal = int(stop_file.read_text(encoding="utf-8"))
+
     def _modified(self) -> float:
         try:
             return self._request.stat().st_mtime
@@ -79,6 +91,7 @@ class Control:
     def _watch(self) -> None:
         seen = self._modified()
         while not self._done.wait(_POLL_SECONDS):
+            self._read_stop_file()
             now = self._modified()
             if now > seen:
                 seen = now

@@ -5,23 +5,21 @@ DeepSpeed is imported here, inside functions, because importing it settles the a
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import io
 import logging
 import os
 import warnings
 from collections.abc import Iterator
-from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from paralm.config import Config
-from paralm.errors import ConfigError, RunError
+from paralm.errors import ConfigError
 from paralm.models import build_model, construct_model
 from paralm.training.optimizers import Partitioned, build_optimizer
+from paralm.training.rendezvous import device
 from paralm.training.replicated import Replicated
 
 # Keys of DeepSpeed's configuration that paralm owns: overriding them would break accounting or exactness.
@@ -38,58 +36,6 @@ _OWNED = (
     "zero_optimization.compute_grad_norm",  # without it nothing notices a NaN
     "managed_gradient_accumulation",
 )
-
-
-def device() -> torch.device:
-    """This rank's device."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
-
-
-def rank_and_world() -> tuple[int, int]:
-    """From the environment a launcher set (torchrun's names); a lone process is rank 0 of 1."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def start_distributed(timeout: float) -> None:
-    """Join the process group, once in a process's life; it is left again when the process exits.
-
-    DeepSpeed caches groups, so a second group in one process would be used through stale handles.
-    """
-    where = device()
-    if where.type == "cuda":
-        if where.index >= torch.cuda.device_count():
-            raise RunError(f"LOCAL_RANK is {where.index}, but this node has {torch.cuda.device_count()} GPUs")
-        torch.cuda.set_device(where)
-    else:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if dist.is_initialized():
-        return
-    rank, world = rank_and_world()
-    backend = "nccl" if where.type == "cuda" else "gloo"
-    limit = timedelta(seconds=timeout)
-    if world == 1:
-        # A store in memory: a lone process opens no port, so any number of them can share a machine.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
-    else:
-        if os.environ.get("MASTER_ADDR") in ("127.0.0.1", "localhost"):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        try:
-            dist.init_process_group(backend, rank=rank, world_size=world, timeout=limit)
-        except (ValueError, RuntimeError) as error:
-            first = str(error).splitlines()[0]
-            raise RunError(
-                f"rank {rank} of {world} cannot join the others: {first}; "
-                "check RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
-            ) from None
-    atexit.register(_leave)
-
-
-def _leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def grad_accum_steps(config: Config, world_size: int) -> int:

@@ -24,9 +24,11 @@ from paralm.models import flops_per_token
 from paralm.training.control import Control
 from paralm.training.lockstep import Lockstep
 from paralm.training.metrics import memory_bytes, peak_flops
+from paralm.training.rendezvous import rank_and_world
 from paralm.training.schedule import lr_factor
 from paralm.training.session import Session
 from paralm.training.step import StepResult
+from paralm.training.watch import note, watching
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -51,13 +53,14 @@ def train(config: Config, on_progress: Progress | None = None, say: Callable[[st
     ``training.stop_after_seconds`` (all is saved), DivergedError after too many bad steps, UserError for what
     cannot work.
     """
-    session = Session.open(config, say)
-    try:
-        control = Control(session.folder.stacks, session.folder.ranks, session.rank, config.training.hang_timeout)
-        with control, Profiler(session) as profiler:
-            return _run(session, control, profiler, on_progress or (lambda row: None))
-    finally:
-        session.close()
+    with watching(config.run_dir, *rank_and_world(), config.parallel.collective_timeout):
+        session = Session.open(config, say)
+        try:
+            control = Control(session.folder.stacks, session.folder.ranks, session.rank, config.training.hang_timeout)
+            with control, Profiler(session) as profiler:
+                return _run(session, control, profiler, on_progress or (lambda row: None))
+        finally:
+            session.close()
 
 
 def _run(session: Session, control: Control, profiler: Profiler, on_progress: Progress) -> TrainResult:
@@ -66,6 +69,7 @@ def _run(session: Session, control: Control, profiler: Profiler, on_progress: Pr
     loss = None
     while session.step < training.max_steps:
         control.alive()
+        note("step", session.step + 1)
         profiler.before(session.step)
         start = time.perf_counter()
         batch = session.loader.batch(session.step)
@@ -83,12 +87,15 @@ def _run(session: Session, control: Control, profiler: Profiler, on_progress: Pr
         if logged or result.bad or result.spike:
             recorder.step(result, lr, fetched, time.perf_counter() - start)
         if result.stop_signal and not last:  # save first: whoever sent the signal may not wait for more
+            note("save", session.step)
             written = session.save()
             _leave_if_superseded(session)
             raise StoppedError(_stop_message(session, result.stop_signal, written))
         if last or (training.validate_every and session.step % training.validate_every == 0):
+            note("validation", session.step)
             recorder.validation()
         if last or session.step % session.config.checkpoint.every == 0:
+            note("save", session.step)
             written = session.save(wait=last)
             _leave_if_superseded(session)
             if last and not written:

@@ -19,14 +19,16 @@ from paralm.models import build_model
 from paralm.models.parameters import initial_value, specs
 from paralm.training import checkpoint as ckpt
 from paralm.training import rng
-from paralm.training.engine import build_engine, device, rank_and_world, start_distributed
+from paralm.training.engine import build_engine
 from paralm.training.fragments import EngineFragments
 from paralm.training.metrics import MetricsWriter
+from paralm.training.rendezvous import device, rank_and_world, start_distributed
 from paralm.training.run_folder import RunFolder
 from paralm.training.saving import Saver
 from paralm.training.step import Stepper
 from paralm.training.together import broadcast, gather
 from paralm.training.verification import FindDamage, choose_together
+from paralm.training.watch import note
 
 
 def parse_run(text: str | Path, root: Path | None = None) -> tuple[Path, int | None]:
@@ -67,14 +69,17 @@ class Session:
         """Join the group, claim the run folder, build model and engine, and restore the newest checkpoint."""
         session = cls(config, say)
         session._check_before_anything()
-        start_distributed(timeout=config.training.hang_timeout)
+        start_distributed(timeout=config.parallel.collective_timeout)
         try:
             session._claim_folder()
+            note("load")
             session._find_checkpoint()
             session._set_threads()
             session._together(session._open_data)
             session._together(session._open_metrics)
+            note("start")
             session._build()
+            note("load")
             session._restore()
             session.saver.prepare()
         except BaseException:

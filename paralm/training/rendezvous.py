@@ -1,0 +1,143 @@
+"""Where the ranks meet: who this process is, and how the process group comes about.
+
+The environment says who a process is, in torchrun's names (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``,
+``MASTER_ADDR``, ``MASTER_PORT``); launchers put it there. The ranks sign a list in a store before the group is
+made, so that the ones that never come can be named.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import socket
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from paralm.errors import RunError
+from paralm.training import watch
+
+_MARGIN = 60.0  # seconds that the group's own limit lies above ours, so that ours, which names ranks, comes first
+
+
+class LostRanksError(RunError):
+    """Ranks that never came, or came no further. Another start may go well, so launchers try again."""
+
+    exit_code = watch.EXIT_LOST
+
+
+def device() -> torch.device:
+    """This rank's device."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def rank_and_world() -> tuple[int, int]:
+    """From the environment a launcher set; a lone process is rank 0 of 1."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def group_timeout(limit: float) -> timedelta:
+    """What a process group gets as its own limit of a collective, in place of ``limit`` seconds."""
+    return timedelta(seconds=1.25 * limit + _MARGIN)
+
+
+def start_distributed(timeout: float) -> None:
+    """Join the process group, once in a process's life; it is left again when the process exits.
+
+    ``timeout``: seconds that ranks wait for each other, here and in every collective. Raises LostRanksError,
+    naming the ranks that did not come, and RunError for an environment that cannot be right.
+
+    DeepSpeed caches groups, so a second group in one process would be used through stale handles.
+    """
+    where = device()
+    if where.type == "cuda":
+        if where.index >= torch.cuda.device_count():
+            raise RunError(f"LOCAL_RANK is {where.index}, but this node has {torch.cuda.device_count()} GPUs")
+        torch.cuda.set_device(where)
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    watch.note("start")
+    if dist.is_initialized():  # by an earlier run in this process, or by Ray
+        return
+    rank, world = rank_and_world()
+    backend = "nccl" if where.type == "cuda" else "gloo"
+    if world == 1:
+        # A store in memory: a lone process opens no port, so any number of them can share a machine.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=group_timeout(timeout))
+    else:
+        if os.environ.get("MASTER_ADDR") in ("127.0.0.1", "localhost"):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        store = _store(rank, world, timeout)
+        meet(store, rank, world, timeout)
+        try:
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=group_timeout(timeout))
+        except (ValueError, RuntimeError) as error:
+            raise LostRanksError(_cannot_join(rank, world, error)) from None
+    atexit.register(leave)
+
+
+def _cannot_join(rank: int, world: int, error: Exception) -> str:
+    first = str(error).splitlines()[0]
+    return (
+        f"rank {rank} of {world} cannot join the others: {first}; check RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+    )
+
+
+def _store(rank: int, world: int, timeout: float) -> dist.Store:
+    """The store of this attempt: rank 0's own, or the elastic agent's, which outlives attempts."""
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
+    if not address or not port.isdigit():
+        raise RunError(
+            f"WORLD_SIZE is {world}, but MASTER_ADDR is {address or 'not set'} and MASTER_PORT is "
+            f"{port or 'not set'}; all ranks need rank 0's host and a free port there"
+        )
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    try:
+        store = dist.TCPStore(
+            address,
+            int(port),
+            is_master=rank == 0 and not agent,
+            timeout=timedelta(seconds=timeout),
+            wait_for_workers=False,
+        )
+    except (ValueError, RuntimeError) as error:
+        if rank == 0:
+            raise LostRanksError(_cannot_join(rank, world, error)) from None
+        raise LostRanksError(
+            f"rank 0 has not opened MASTER_ADDR:MASTER_PORT ({address}:{port}) after {timeout:g} s, says rank {rank} "
+            f"of {world}; check that it runs, and RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+        ) from None
+    return dist.PrefixStore(f"paralm/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def meet(store: dist.Store, rank: int, world: int, timeout: float) -> None:
+    """Wait until every rank has signed; raises LostRanksError, naming those that have not after ``timeout`` seconds."""
+    deadline = time.monotonic() + timeout
+    absent = list(range(world))
+    pause = 0.01
+    try:
+        store.set(f"here/{rank}", socket.gethostname())
+        while absent := [other for other in absent if not store.check([f"here/{other}"])]:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(pause)
+            pause = min(0.5, 1.5 * pause)
+        hosts = sorted({store.get(f"here/{other}").decode() for other in range(world) if other not in absent})
+    except RuntimeError as error:
+        raise LostRanksError(_cannot_join(rank, world, error)) from None
+    if absent:
+        raise LostRanksError(
+            f"{watch.ranks_text(absent)} of {world} did not come to the rendezvous within {timeout:g} s; "
+            f"the others are on {', '.join(hosts)}"
+        )
+
+
+def leave() -> None:
+    """Leave the process group, where there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
