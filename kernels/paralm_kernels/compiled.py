@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ def compile_launch(cell: str, launch: Any, target: str) -> Usage:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    where = {"cell": cell, "kernel": launch.name, "target": target, "warps": launch.num_warps}
+    blank = Usage(cell, launch.name, target, launch.num_warps)
     start = time.perf_counter()
     try:
         source = ASTSource(launch.function, dict(launch.signature), dict(launch.constexprs))
@@ -75,12 +75,19 @@ def compile_launch(cell: str, launch: Any, target: str) -> Usage:
         read = _amd if "amdgcn" in built.asm else _nvidia
         usage = read(built.asm)
     except Exception as error:  # any failure is a row of the table, and the exit code
-        return Usage(**where, error=f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[-1]}")
-    seconds = time.perf_counter() - start
-    return Usage(**where, **usage, shared=int(built.metadata.shared), seconds=seconds)
+        last = (str(error).strip() or "no message").splitlines()[-1]
+        return replace(blank, error=f"{type(error).__name__}: {last}")
+    registers, spills = usage
+    return replace(
+        blank,
+        registers=registers,
+        spills=spills,
+        shared=int(built.metadata.shared),
+        seconds=time.perf_counter() - start,
+    )
 
 
-def _nvidia(asm: dict[str, Any]) -> dict[str, int]:
+def _nvidia(asm: dict[str, Any]) -> tuple[int, int]:
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -92,19 +99,19 @@ def _nvidia(asm: dict[str, Any]) -> dict[str, int]:
     return read_resource_usage(text)
 
 
-def read_resource_usage(text: str) -> dict[str, int]:
+def read_resource_usage(text: str) -> tuple[int, int]:
     """Registers and spills in what cuobjdump prints of one kernel."""
     found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
     if len(found) != 3:
         raise ArgumentError(f"cuobjdump's resource usage has no REG, STACK and LOCAL: {text.strip()[:200]!r}")
-    return {"registers": found["REG"], "spills": max(found["STACK"], found["LOCAL"])}
+    return found["REG"], max(found["STACK"], found["LOCAL"])
 
 
-def _amd(asm: dict[str, Any]) -> dict[str, int]:
+def _amd(asm: dict[str, Any]) -> tuple[int, int]:
     return read_metadata(asm["amdgcn"])
 
 
-def read_metadata(text: str) -> dict[str, int]:
+def read_metadata(text: str) -> tuple[int, int]:
     """Registers and spills in the metadata of one AMD code object. Scratch memory of a kernel that spills no vector
     register is counted in registers of four bytes."""
     pattern = r"^\s*\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size):\s+(\d+)"
@@ -112,7 +119,7 @@ def read_metadata(text: str) -> dict[str, int]:
     if len(found) != 3:
         raise ArgumentError("the AMD code object's metadata has no vgpr_count, vgpr_spill_count and scratch size")
     spills = max(found["vgpr_spill_count"], -(-found["private_segment_fixed_size"] // 4))
-    return {"registers": found["vgpr_count"], "spills": spills}
+    return found["vgpr_count"], spills
 
 
 def compile_cell(name: str, target: str) -> list[Usage]:

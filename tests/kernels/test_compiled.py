@@ -81,10 +81,10 @@ def test_what_spills_or_does_not_compile_is_named_and_fails(tmp_path, target, la
 
 def test_the_readers_take_the_numbers_that_count():
     text = "Function k:\n  REG:40 STACK:16 SHARED:0 LOCAL:0 CONSTANT[0]:392 TEXTURE:0 SURFACE:0 SAMPLER:0\n"
-    assert read_resource_usage(text) == {"registers": 40, "spills": 16}
+    assert read_resource_usage(text) == (40, 16)
     metadata = ".private_segment_fixed_size: 0\n .vgpr_count:     10\n .vgpr_spill_count: 3\n"
-    assert read_metadata(metadata) == {"registers": 10, "spills": 3}
-    assert read_metadata(metadata.replace("size: 0", "size: 20"))["spills"] == 5
+    assert read_metadata(metadata) == (10, 3)
+    assert read_metadata(metadata.replace("size: 0", "size: 20")) == (10, 5)
     for read in (read_resource_usage, read_metadata):
         with pytest.raises(ArgumentError):
             read("nothing of use")

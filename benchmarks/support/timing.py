@@ -1,0 +1,113 @@
+"""Timing one call after another on a GPU or a CPU: warmed, on inputs that take turns, every sample kept."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+CLOCKS = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.draw,power.limit,temperature.gpu"
+
+
+def synchronise(device: str) -> None:
+    """Waits for the device."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def sample(run: Callable[[], Any], device: str) -> float:
+    """Seconds of one call; on a GPU between two events, so that launching is counted only where it is the slower."""
+    if device != "cuda":
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    before.record()
+    run()
+    after.record()
+    after.synchronize()
+    return before.elapsed_time(after) / 1e3
+
+
+def samples(
+    prepare: Callable[[int], Callable[[], Any]], device: str, *, warm: int, runs: int, seconds: float
+) -> list[float]:
+    """Seconds of up to `runs` calls, at least three, within about `seconds`, after `warm` that are not counted.
+
+    prepare(i) makes the i-th call ready, outside the clock.
+    """
+    result: list[float] = []
+    for i in range(warm):
+        sample(prepare(i), device)
+    start = time.perf_counter()
+    for i in range(runs):
+        if len(result) >= 3 and time.perf_counter() - start > seconds:
+            break
+        result.append(sample(prepare(warm + i), device))
+    return result
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """Median, 10 % and 90 % quantiles and the smallest, in seconds."""
+    ordered = sorted(values)
+
+    def at(q: float) -> float:
+        return ordered[min(len(ordered) - 1, round(q * (len(ordered) - 1)))]
+
+    return {"median": statistics.median(ordered), "q10": at(0.1), "q90": at(0.9), "min": ordered[0]}
+
+
+def copy_bandwidth(device: str, numbers: int) -> tuple[float, list[float]]:
+    """Bytes per second of copying a tensor, read and write counted, from the median; and the samples."""
+    source = torch.ones(numbers, dtype=torch.bfloat16, device=device)
+    target = torch.empty_like(source)
+    values = samples(lambda _: lambda: target.copy_(source), device, warm=3, runs=20, seconds=2.0)
+    return 4 * numbers / statistics.median(values), values
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Commit, device, clocks and versions."""
+    try:
+        import triton
+
+        with_triton = triton.__version__
+    except ImportError as error:
+        with_triton = f"absent: {error}"
+    return {
+        "commit": _output("git", "-C", str(ROOT), "rev-parse", "HEAD"),
+        "uncommitted": _output("git", "-C", str(ROOT), "status", "--short", "--", "kernels", "benchmarks"),
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
+        "clocks": _output("nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader") if device == "cuda" else "",
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": with_triton,
+        "python": platform.python_version(),
+    }
+
+
+def _output(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"unknown: {error}"
+    return done.stdout.strip() if done.returncode == 0 else f"unknown: {done.stderr.strip()[:200]}"
+
+
+def failure(error: BaseException) -> str:
+    """One line of an error."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300]
+
+
+def emit(row: dict[str, Any]) -> None:
+    """A result as one line that the parent process reads; a crash later loses nothing."""
+    print("ROW " + json.dumps(row), flush=True)

@@ -1,0 +1,141 @@
+"""Every fused kernel of every registered cell on a real GPU, against float64 on the CPU; `make gpu-check` runs this.
+
+float32 states element by element within 8·2⁻²⁴·κ, gradients relative to their largest element, float64 to 1e-10.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from paralm_kernels import cells, diagonal_scan, matrix_scan, solve, step
+from paralm_kernels.laws import (
+    FLOAT32_GRADIENTS,
+    TOLERANCE,
+    ULPS,
+    Outcome,
+    amplification,
+    by,
+    deviation,
+    outcome,
+    random_case,
+    reference,
+)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+METHODS = ("auto", "triton-walk", "triton-tile", "triton-segments")
+CELLS = list(cells().values())
+every_cell = pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
+every_method = pytest.mark.parametrize("method", METHODS)
+
+
+def moved(value, device):
+    """Tensors in a value, tuples included, on another device."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    return tuple(moved(x, device) for x in value) if isinstance(value, tuple) else value
+
+
+def on_gpu(case):
+    return replace(case, **{f.name: moved(getattr(case, f.name), "cuda") for f in fields(case) if f.name != "cell"})
+
+
+def fetched(result):
+    return Outcome(*({name: x.cpu() for name, x in group.items()} for group in (result.values, result.grads)))
+
+
+@every_cell
+@every_method
+@pytest.mark.parametrize("time", [1, 2, 31, 97, 1024])
+def test_float64_to_ten_digits_in_values_and_gradients(cell, method, time):
+    case = random_case(cell, batch=3, time=time, channel=70, weights=2.0, resets=0.05, seed=time)
+    got = fetched(outcome(on_gpu(case), by(method)))
+    worst, where = deviation(got, outcome(case, by("sequential")), TOLERANCE)
+    assert worst <= 1, f"{where}: {worst:.2g} times what is allowed"
+
+
+@every_cell
+@every_method
+@pytest.mark.parametrize(("time", "weights"), [(33, 4.0), (513, 1.0), (2048, 0.5)])
+def test_float32_within_rounding_of_float64(cell, method, time, weights):
+    single = random_case(cell, batch=2, time=time, channel=130, weights=weights, resets=0.01).to(torch.float32)
+    exact = single.to(torch.float64)
+    got, expected = fetched(outcome(on_gpu(single), by(method))), outcome(exact, by("sequential"))
+    bound = ULPS * amplification(exact)
+    for name in cell.state:
+        value = expected.values[f"states[{name}]"]
+        error = (got.values[f"states[{name}]"] - value).abs() / (bound * value.abs().max().clamp(min=1))
+        assert float(error.max()) <= 1, name
+    if weights <= 1:
+        worst, where = deviation(replace(got, values={}), replace(expected, values={}), FLOAT32_GRADIENTS)
+        assert worst <= 1, where
+
+
+@every_cell
+@every_method
+def test_bfloat16_is_rounded_once(cell, method):
+    case = random_case(cell, batch=2, time=300, channel=64, weights=0.5, resets=0.01)
+    inputs = tuple(x.bfloat16() for x in case.inputs)
+    exact = solve(cell, [x.double() for x in inputs], case.params, case.state, case.reset, "sequential")
+    got = solve(
+        cell, moved(inputs, "cuda"), *(tuple(x.float().cuda() for x in part) for part in (case.params, case.state)),
+        case.reset.cuda(), method,
+    )  # fmt: skip
+    for h, value in zip(got.states, exact.states, strict=True):
+        assert h.dtype == torch.bfloat16
+        bound = torch.finfo(torch.bfloat16).eps * (1 + value.abs()) + 1e-4
+        assert bool(((h.cpu().double() - value).abs() <= bound).all())
+    for h in got.final:
+        assert h.dtype == torch.float32
+
+
+@every_cell
+def test_the_decode_step(cell):
+    case = random_case(cell, batch=5, time=2, channel=130).to(torch.float32)
+    x = tuple(x[:, 0] for x in case.inputs)
+    expected = cell.step(case.state, x, case.params)
+    got = step(cell, moved(case.state, "cuda"), moved(x, "cuda"), moved(case.params, "cuda"))
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-5, atol=1e-5)
+
+
+@every_cell
+@every_method
+def test_the_same_call_gives_the_same_bits(cell, method):
+    case = on_gpu(random_case(cell, batch=4, time=257, channel=96, weights=1.0).to(torch.float32))
+    first, second = outcome(case, by(method)), outcome(case, by(method))
+    for name, value in (first.values | first.grads).items():
+        assert torch.equal(value, (second.values | second.grads)[name]), name
+
+
+@pytest.mark.parametrize("method", ["torch", "triton"])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("size", [0, 2])
+def test_the_linear_scans(size, reverse, method):
+    generator = torch.Generator().manual_seed(0)
+    rows = (size,) if size else ()
+    scan = matrix_scan if size else diagonal_scan
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    a, b, state = random(*rows, *rows, 2, 515, 70) / 3, random(*rows, 2, 515, 70), random(*rows, 2, 70)
+    reset = torch.rand((2, 515), generator=generator) < 0.02
+    results = []
+    for device, chosen in (("cpu", "loop"), ("cuda", method)):
+        leaves = [x.to(device).requires_grad_() for x in (a, b, state)]
+        states, final = scan(*leaves, reset.to(device), reverse, method=chosen)
+        gradients = torch.autograd.grad((states.sin().sum() + final.sum()), leaves)
+        results.append([x.detach().cpu() for x in (states, final, *gradients)])
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(y, x, rtol=1e-10, atol=1e-10)
+
+
+def test_the_reference_itself_agrees():
+    """What the others are compared with is the plain loop."""
+    case = random_case(CELLS[0], time=31)
+    assert deviation(outcome(case, by("sequential")), outcome(case, reference), TOLERANCE)[0] <= 1
