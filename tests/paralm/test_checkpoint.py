@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import random
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from paralm.config import Config
 from paralm.errors import CheckpointError
 from paralm.training import checkpoint as ckpt
+from paralm.training.loop import train
+from tests.conftest import settings
 
 SHAPES = {"a.weight": (7, 5), "b": (11,), "scalar": ()}
 
@@ -135,3 +141,82 @@ def test_lost_manifests_are_not_taken_for_a_new_run(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="names a checkpoint"):
         ckpt.newest_whole(tmp_path, lambda _: None)
     assert (directory / ckpt.rank_file(0)).exists()
+
+
+@pytest.fixture(scope="module")
+def trained(corpus: Path, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """A configuration and the folder of its run, cut short: it has checkpoints of steps 2 and 4 and one step to do."""
+    root = tmp_path_factory.mktemp("trained")
+    made = settings(corpus, prepared, root, training={"max_steps": 5}, checkpoint={"every": 2})
+
+    def cut_short(row: dict[str, Any]) -> None:
+        if row["step"] == 5:
+            raise EOFError
+
+    with pytest.raises(EOFError):
+        train(Config.model_validate(made), cut_short, lambda line: None)
+    return made, root / "tiny"
+
+
+def damaged(path: Path, rng: random.Random) -> str:
+    """Flip one random bit of a file, or truncate it, in place; says what was done."""
+    whole = path.read_bytes()
+    at = rng.randrange(len(whole))
+    if rng.random() < 0.5:
+        path.write_bytes(whole[:at])
+        return f"{path.name} truncated to {at} bytes"
+    path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << rng.randrange(8))]) + whole[at + 1 :])
+    return f"{path.name} altered at byte {at}"
+
+
+def test_two_hundred_random_damages_are_each_found_before_training(
+    trained: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    """By the function that training calls, which passes the damaged one over and takes the one before."""
+    seed = int.from_bytes(os.urandom(4), "little")
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    _, run = trained
+    checkpoints = tmp_path / "checkpoints"
+    shutil.copytree(run / "checkpoints", checkpoints)
+    files = sorted((checkpoints / ckpt.step_name(4)).iterdir())
+    assert len(files) == 2  # the manifest and the rank's file
+    for trial in range(200):
+        path = files[trial % 2]
+        whole = path.read_bytes()
+        what = damaged(path, rng)
+        said: list[str] = []
+        found = ckpt.newest_whole(checkpoints, said.append)
+        assert found is not None
+        assert found.step == 2, what
+        assert len(said) == 1, what
+        assert path.name in said[0]
+        path.write_bytes(whole)
+    whole_again = ckpt.newest_whole(checkpoints, lambda line: None)
+    assert whole_again is not None
+    assert whole_again.step == 4
+
+
+def test_training_goes_on_from_the_newest_whole_one_and_says_what_is_damaged(
+    trained: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    made, run = trained
+    rng = random.Random(2)
+    reference: list[Any] = []
+    for trial in range(4):
+        root = tmp_path / str(trial)
+        shutil.copytree(run.parent, root)
+        config = Config.model_validate({**made, "run": {**made["run"], "root": str(root)}})
+        if trial:  # the first is not damaged: what the others must come to
+            files = sorted((root / "tiny" / "checkpoints" / ckpt.step_name(4)).iterdir())
+            damaged(files[trial % 2], rng)
+        said: list[str] = []
+        rows: list[dict[str, Any]] = []
+        train(config, rows.append, said.append)
+        assert [row["step"] for row in rows if row["kind"] == "train"] == ([3, 4, 5] if trial else [5])
+        assert [line for line in said if "damaged checkpoint passed over" in line] == said[: int(trial > 0)]
+        # Step 4 was saved again over the damaged one; retention has kept two whole ones.
+        there = {step: ckpt.open_step(root / "tiny" / "checkpoints", step).verify() for step in (4, 5)}
+        files_of_5 = there[5].manifest["files"]
+        reference = reference or files_of_5
+        assert files_of_5 == reference  # bit for bit what the undamaged run came to
