@@ -208,9 +208,12 @@ def group_rows(group: str, options: argparse.Namespace) -> Iterator[dict]:
                 release(options)
     elif kind == "peer":
         for shape in shapes:
+            dtype = dtype_of(options.device)
             label = {"kind": "peer", "name": rest, "shape": shape}
-            make = PEERS[rest]
-            yield from built(label, lambda shape=shape: make(shape, dtype_of(options.device), options.device), options)
+            if rest in LINEAR_SCANS:  # a, b in and h out; a, h and the cotangent in, two gradients out
+                size = shape[0] * shape[1] * shape[2] * dtype.itemsize
+                label["moves"] = {"forward": 3 * size, "backward": 5 * size}
+            yield from built(label, partial(PEERS[rest], shape, dtype, options.device), options)
             release(options)
 
 
@@ -260,7 +263,7 @@ def groups(options: argparse.Namespace) -> list[str]:
 
 
 def report(rows: list[dict[str, Any]], bandwidth: float, targets: bool) -> str:
-    """The table: median, quantiles, GB/s and the fraction of copy bandwidth, or the error; and which targets are met."""
+    """The table: median, quantiles, GB/s and the fraction of copy bandwidth, or the error; and the targets."""
     lines = [f"copy bandwidth {bandwidth / 1e9:.0f} GB/s", ""]
     head = f"{'what':<58}{'shape':<20}{'pass':<10}{'median ms':>10}{'q10':>9}{'q90':>9}{'GB/s':>8}{'of copy':>9}"
     lines.append(head)
