@@ -31,7 +31,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "kernels")]
 
 import torch  # noqa: E402
 from support import timing  # noqa: E402
-from support.peers import PEERS, Built, Shape, projected  # noqa: E402
+from support.peers import LINEAR_SCANS, PEERS, Built, Shape, projected  # noqa: E402
 
 SHAPES: list[Shape] = [(8, 2048, 4096), (32, 512, 2048), (1, 65536, 4096), (1, 1048576, 1024)]
 TINY: list[Shape] = [(2, 64, 16), (1, 256, 8)]
