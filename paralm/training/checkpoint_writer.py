@@ -46,10 +46,11 @@ class HostBuffer:
     def reserve(self, sizes: Iterable[int]) -> None:
         """Make room for tensors of these sizes in bytes, in this order, and touch it. Forgets what is in it."""
         sizes = list(sizes)
-        least = min(_CHUNK, sum(-(-size // _ALIGNED) * _ALIGNED for size in sizes))
+        left = sum(-(-size // _ALIGNED) * _ALIGNED for size in sizes)
         self.clear()
         for size in sizes:
-            self._place(size, least)
+            self._place(size, min(_CHUNK, left))
+            left -= -(-size // _ALIGNED) * _ALIGNED
         self.clear()
 
     def clear(self) -> None:

@@ -94,11 +94,16 @@ class Saver:
 
     def prepare(self) -> None:
         """Allocate the buffer of asynchronous saves, when the session is set up."""
-        if self.session.config.checkpoint.asynchronous:
-            self.buffer = HostBuffer(pin=self.session.device.type == "cuda")
-            tensors = [tensor for _, _, _, tensor in FragmentTensors(self.session)]
-            tensors += own_tensors(self.session).values()
-            self.buffer.reserve(tensor.numel() * tensor.dtype.itemsize for tensor in tensors)
+        session = self.session
+        if session.config.checkpoint.asynchronous:
+            self.buffer = HostBuffer(pin=session.device.type == "cuda")
+            sizes = []
+            for fragment in session.fragments:
+                # An optimizer that has not taken a step yet has no state: AdamW's is assumed, the largest there is.
+                states = len(session.fragments.tensor_state(fragment.flat)) or 2
+                sizes += [fragment.numel * fragment.flat.dtype.itemsize] * (1 + states)
+            sizes += [tensor.numel() * tensor.dtype.itemsize for tensor in own_tensors(session).values()]
+            self.buffer.reserve(sizes)
 
     def save(self, wait: bool = True) -> bool:
         """Write a checkpoint of the session's finished steps; a collective.
