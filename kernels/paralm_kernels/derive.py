@@ -38,6 +38,8 @@ class Derived:
     """state, inputs, params → ∂next_i/∂state_j."""
     gradient: Graph
     """state, inputs, params, cotangents of the next state → cotangents of inputs and params."""
+    pullback: Graph
+    """The same with the cotangents of the state before them."""
 
     @property
     def n_state(self) -> int:
@@ -110,7 +112,8 @@ def _derive(cell: Cell) -> Derived:
         columns = build.substitute({name: grads[cotangent_name(name)] for name in cell.state}, unit)
         jacobian.update({jacobian_name(row, name): columns[name] for name in cell.state})
     kept = {name: grads[name] for name in map(cotangent_name, (*cell.inputs, *cell.params))}
-    return Derived(cell, Graph(names, step), Graph(names, jacobian), Graph((*names, *cotangents), kept))
+    given = (*names, *cotangents)
+    return Derived(cell, Graph(names, step), Graph(names, jacobian), Graph(given, kept), Graph(given, grads))
 
 
 def _trace(cell: Cell, count: int) -> GraphModule:

@@ -18,12 +18,14 @@ class SolveInfo:
     """How a solve went. Plain numbers on a CPU, 0-dimensional tensors on a device (nothing waits for it).
 
     iterations: Newton iterations of the tile that took most, 0 for the sequential loop. last_update: the largest
-    |update| / (1 + |state|) of the last iteration. method: the method that gave the states.
+    |update| / (1 + |state|) of the last iteration. method: the method that gave the states. rewalked: the fraction of
+    all steps that segments of time were walked beyond once (ρ); 0 for every other method.
     """
 
     iterations: int | Tensor
     last_update: float | Tensor
     method: str
+    rewalked: float | Tensor = 0.0
 
 
 @dataclass(frozen=True, eq=False)

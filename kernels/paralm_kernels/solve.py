@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -19,7 +21,7 @@ from .problem import Problem, SolveInfo
 from .sequential import solve_sequential
 from .torch_code import torch_code
 
-METHODS = ("auto", "sequential", "newton")
+METHODS = ("auto", "sequential", "newton", "triton", "triton-walk", "triton-tile", "triton-segments")
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,10 @@ def solve(
     at least float32; float64 does not mix with other dtypes.
 
     method: "sequential", "newton" (tiles of `tile` steps, at most `max_iter` iterations each until the largest
-    |update| / (1 + |state|) is at most `tol`: default 1e-6, 1e-12 in float64), or "auto", the fastest for device
-    and shape, which never fails to converge. on_failure: what to do on a CPU when Newton does not converge: "raise"
+    |update| / (1 + |state|) is at most `tol`: default 1e-6, 1e-12 in float64), "triton" (fused kernels, on a GPU; the
+    algorithm chosen by shape, or by name: "triton-walk", "triton-tile" with `tile` a power of two, "triton-segments"
+    with `tile` the steps of a segment and `max_iter` the rounds before what is left is walked in order), or "auto", the
+    fastest for device and shape, which never fails to converge. on_failure: what to do on a CPU when Newton does not converge: "raise"
     NotConverged, or solve sequentially. check_finite: look at all arguments first and report the first that is not
     finite.
 
@@ -94,6 +98,9 @@ def solve(
         batch, _, channel = given_inputs[0].shape
         zeros = torch.zeros((batch, channel), dtype=dtype, device=given_inputs[0].device)
         given_state = tuple(zeros for _ in cell.state)
+    if method.startswith("triton"):
+        _triton().check_device(given_inputs[0].device)
+        _triton().check_tile(method, tile)
     if method == "auto":
         method, max_iter, on_failure = choose_method(given_inputs[0]), max_iter or _AUTO_ITERATIONS, "sequential"
     call = _Call(cell, method, NewtonOptions(tile, tol, max_iter), on_failure, dtype)
@@ -115,6 +122,8 @@ def choose_method(x: Tensor) -> str:
     from 256 on and for short sequences.
     """
     batch, time, channel = x.shape
+    if x.device.type == "cuda" and _triton_is_there():
+        return "triton"
     return "newton" if x.device.type == "cpu" and batch * channel <= 16 and time >= 1024 else "sequential"
 
 
@@ -125,11 +134,42 @@ def step(cell: Cell, state: Sequence[Tensor], inputs: Sequence[Tensor], params: 
     """
     derived = derive(cell)
     state, inputs, params, dtype = checks.step_arguments(cell, state, inputs, params)
+    tensors = (*state, *inputs, *params)
+    if state[0].device.type == "cuda" and _triton_is_there() and not _wants_gradient(tensors):
+        converted = tuple(tuple(value.to(dtype) for value in group) for group in (state, params))
+        return _triton().decode(derived, converted[0], inputs, converted[1], dtype)
     result = torch_code(derived).step(*(value.to(dtype) for value in (*state, *inputs, *params)))
     return tuple(result)
 
 
-def _run(call: _Call, problem: Problem) -> tuple[Tensors, SolveInfo]:
+def _wants_gradient(tensors: Sequence[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _triton() -> Any:
+    """The solver with fused kernels; imported where it is used, as Triton is not on every platform."""
+    try:
+        from . import triton_solver
+    except ImportError as error:
+        raise ArgumentError(f"method 'triton' needs the package triton ({error}); use method='auto'") from None
+    return triton_solver
+
+
+@cache
+def _triton_is_there() -> bool:
+    return find_spec("triton") is not None
+
+
+def _run(call: _Call, problem: Problem) -> tuple[Tensors, Tensors, SolveInfo]:
+    """States, final state in the compute dtype, and how it went. Triton's states are in the dtype of the inputs."""
+    if call.method.startswith("triton"):
+        solved: tuple[Tensors, Tensors, SolveInfo] = _triton().solve_triton(problem, call.method, call.options)
+        return solved
+    states, info = _run_torch(call, problem)
+    return states, tuple(h[:, -1].clone() for h in states), info
+
+
+def _run_torch(call: _Call, problem: Problem) -> tuple[Tensors, SolveInfo]:
     if call.method == "sequential":
         return solve_sequential(problem)
     try:
@@ -146,8 +186,7 @@ class _Solve(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, reset: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
         problem = _problem(call, reset, tensors)
-        states, call.info = _run(call, problem)
-        final = tuple(h[:, -1].clone() for h in states)
+        states, final, call.info = _run(call, problem)
         given = tensors[0].dtype
         outputs = tuple(h.to(given) for h in states)
         ctx.call, ctx.given = call, [tensor.dtype for tensor in tensors]
@@ -162,7 +201,10 @@ class _Solve(torch.autograd.Function):
         count = len(ctx.given)
         problem = _problem(ctx.call, reset, saved[:count])
         size = len(problem.state)
-        result = gradients(problem, tuple(saved[count:]), grads[:size], grads[size:])
+        by_triton = ctx.call.method.startswith("triton")
+        pull_back = _triton().gradients_triton if by_triton else gradients
+        options = (ctx.call.method, ctx.call.options) if by_triton else ()
+        result = pull_back(problem, tuple(saved[count:]), grads[:size], grads[size:], *options)
         every = (*result.inputs, *result.params, *result.state)
         return (None, None, *(grad.to(dtype) for grad, dtype in zip(every, ctx.given, strict=True)))
 

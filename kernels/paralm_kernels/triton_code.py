@@ -1,0 +1,168 @@
+"""A cell's graphs as lines of Triton: the second emitter over the graphs that torch_code.py runs with PyTorch.
+
+A value used once is written where it is used, any other gets a name, so the generated text reads like the cell.
+Elementwise functions come from triton_math.py, which is the same on every device.
+"""
+
+from __future__ import annotations
+
+import builtins
+import keyword
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+
+from .derive import Derived
+from .errors import CellError
+from .graph import Node, ancestors
+
+_INFIX = {
+    "add": ("+", 5),
+    "sub": ("-", 5),
+    "mul": ("*", 6),
+    "div": ("/", 6),
+    "gt": (">", 3),
+    "ge": (">=", 3),
+    "lt": ("<", 3),
+    "le": ("<=", 3),
+    "eq": ("==", 3),
+    "ne": ("!=", 3),
+    "logical_and": ("&", 2),
+    "logical_or": ("|", 2),
+}
+"""Operators with their precedence: arithmetic as in Python; operands of comparisons at least sums, of & and | in
+parentheses."""
+_FUNCTIONS = (
+    *("exp", "log", "log1p", "expm1", "sqrt", "rsqrt", "sin", "cos", "tanh", "sigmoid", "erf", "sign"),
+    *("maximum", "minimum"),
+)
+_OTHER = ("neg", "abs", "reciprocal", "pow", "where", "logical_not", "sigmoid_backward", "tanh_backward")
+LOWERED = frozenset((*_INFIX, *_FUNCTIONS, *_OTHER))
+"""The operations that have a form in Triton."""
+_ATOM = 9
+_WIDTH = 80
+
+_USED = frozenset(
+    ["triton", "tl", "step", "linearised", "jacobian", "pullback", "compose", "advance", "load_inputs", "load_params", "walk_piece", "carry", "cut", "mask", "time", "t", "stop", "start", "batch", "channel", "channels", "channel_blocks", "piece", "pieces", "program", "rows", "tile", "first", "last", "row", "moved", "met", "limit", "worst", "sweeps", "iterations", "tol", "tolerance", "new", "old", "used", "update", "offset", "grid", "reset", "at", "here", "there", "total", "lost", "inside", "valid", "steps", "entry", "reset_row", "block", "blocks", "length", "kept", "ahead", "constant", "spread", "power", "rounds", "walked"]
+)
+
+
+def identifiers(derived: Derived) -> dict[str, str]:
+    """The cell's names as they stand in generated Triton: themselves, or with _ where the text needs the name."""
+    cell = derived.cell
+    given = [*cell.state, *cell.inputs, *cell.params]
+    taken = _USED | set(_FUNCTIONS) | set(keyword.kwlist) | set(dir(builtins))
+    result: dict[str, str] = {}
+    for name in given:
+        text = name
+        while text in taken or text.isupper() or (text != name and text in given) or text in result.values():
+            text += "_"
+        result[name] = text
+    return result
+
+
+def statements(
+    derived: Derived, outputs: Sequence[tuple[str, Node]], names: Mapping[str, str], like: str
+) -> list[str]:
+    """Assignments that compute each (name, node) of `outputs`; `names` maps the graph's inputs to identifiers.
+
+    like: an identifier that has the full shape; an output that does not depend on state or inputs is spread to it.
+    Raises CellError for an operation without a form in Triton.
+    """
+    roots = [node for _, node in outputs]
+    every = ancestors(roots)
+    for node in every:
+        if node.op not in ("input", "const") and node.op not in LOWERED:
+            raise CellError(
+                f"cell {derived.cell.name!r}: {node.op} has no form in Triton; allowed are: {', '.join(sorted(LOWERED))}"
+            )
+    writer = _Writer(every, roots, names, like)
+    lines = list(writer.lines)
+    full = _depends(every, {*derived.cell.state, *derived.cell.inputs, *_cotangents(derived)})
+    for name, node in outputs:
+        text = writer.expression(node)
+        lines.append(f"{name} = {text if node.index in full else f'spread({text}, {like})'}")
+    return lines
+
+
+def _cotangents(derived: Derived) -> list[str]:
+    return [f"grad_{name}" for name in derived.cell.state]
+
+
+def _depends(every: Iterable[Node], names: set[str]) -> set[int]:
+    found: set[int] = set()
+    for node in every:
+        if (node.op == "input" and node.name in names) or any(arg.index in found for arg in node.args):
+            found.add(node.index)
+    return found
+
+
+class _Writer:
+    """Turns nodes into expressions; `lines` names the values that are used more than once."""
+
+    def __init__(self, every: Sequence[Node], roots: Sequence[Node], names: Mapping[str, str], like: str) -> None:
+        self.lines: list[str] = []
+        self._names, self._like = names, like
+        self._text: dict[int, tuple[str, int]] = {}
+        uses: dict[int, int] = {}
+        for node in every:
+            for arg in node.args:
+                uses[arg.index] = uses.get(arg.index, 0) + 1
+            if node.op in ("sigmoid_backward", "tanh_backward"):
+                uses[node.args[1].index] += 1  # their text has it twice
+        for root in roots:
+            uses[root.index] = uses.get(root.index, 0) + 1
+        count = 0
+        for node in every:
+            text, level = self._write(node)
+            simple = node.op in ("input", "const")
+            if not simple and (uses[node.index] > 1 or len(text) > _WIDTH):
+                self.lines.append(f"v{count} = {text}")
+                text, level, count = f"v{count}", _ATOM, count + 1
+            self._text[node.index] = (text, level)
+
+    def expression(self, node: Node) -> str:
+        return self._text[node.index][0]
+
+    def _arg(self, node: Node, level: int) -> str:
+        text, own = self._text[node.index]
+        return f"({text})" if own < level else text
+
+    def _full(self, node: Node, beside: Node | None = None) -> str:
+        """An argument of a function: a number there has no dtype of its own, which does no harm `beside` a tensor if
+        float32 holds it exactly."""
+        if not node.is_const:
+            return self._text[node.index][0]
+        exact = struct.unpack("f", struct.pack("f", node.value))[0] == node.value
+        plain = exact and beside is not None and not beside.is_const
+        return repr(node.value) if plain else f"constant({node.value!r}, {self._like})"
+
+    def _write(self, node: Node) -> tuple[str, int]:
+        op, args = node.op, node.args
+        if op == "input":
+            return self._names[node.name], _ATOM
+        if op == "const":
+            return repr(node.value), _ATOM if node.value >= 0 else 7
+        if op in _INFIX:
+            sign, level = _INFIX[op]
+            least = {2: 7, 3: 5}.get(level, level)
+            left = self._full(args[0]) if args[0].is_const and args[1].is_const else self._arg(args[0], least)
+            return f"{left} {sign} {self._arg(args[1], max(least, level + 1))}", level
+        if op == "neg":
+            return f"-{self._arg(args[0], 7)}", 7
+        if op == "abs":
+            return f"tl.abs({self._full(args[0])})", _ATOM
+        if op == "reciprocal":
+            return f"1.0 / {self._arg(args[0], 7)}", 6
+        if op == "pow":
+            return f"power({self._full(args[0])}, {args[1].value!r})", _ATOM
+        if op == "where":
+            return f"tl.where({self._text[args[0].index][0]}, {self._full(args[1], args[2])}, {self._full(args[2], args[1])})", _ATOM
+        if op == "logical_not":
+            return f"~{self._arg(args[0], 8)}", 8
+        if op == "sigmoid_backward":
+            y = self._arg(args[1], 7)
+            return f"{self._arg(args[0], 6)} * ({y} * (1.0 - {y}))", 6
+        if op == "tanh_backward":
+            y = self._arg(args[1], 7)
+            return f"{self._arg(args[0], 6)} * (1.0 - {y} * {y})", 6
+        return f"{op}({', '.join(self._full(arg) for arg in args)})", _ATOM

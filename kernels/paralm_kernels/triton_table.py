@@ -1,0 +1,65 @@
+"""Which of the exact algorithms to launch, and into how many pieces to cut time: measurements, and a model where there
+are none.
+
+MEASURED maps (cell, batch, time, channels) of a device to the fastest method; `python benchmarks/solver.py` prints the
+times. It is empty: no GPU was at hand. The model is arithmetic on figures of an H100 (its constants below). A walk costs
+its latency a step as long as its warps are fewer than the device holds, so it is bound by time × latency or by bytes,
+whichever is more. Segments make warps out of time; they carry the Jacobian, walk about a tenth again, and launch a few
+kernels. A tile costs some iterations of a scan, which is slower than walking its steps unless a step is very slow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MEASURED: dict[tuple[str, int, int, int], str] = {}
+STEP = 80e-9
+"""Seconds a step of a walk takes from state to state: 120 to 150 cycles at 1.75 GHz."""
+WARPS = 132 * 16
+"""Warps that the device runs side by side before they slow each other down."""
+LANES = 32
+BANDWIDTH = 3e12
+"""Bytes a second."""
+LAUNCH = 4e-6
+"""Seconds a further kernel costs."""
+JACOBIAN = 1.6
+"""How much longer a step takes that carries the product of Jacobians."""
+AGAIN = 0.1
+"""The fraction of steps walked again, for cells that forget."""
+ROUNDS = 3
+"""Rounds of joining and walking again before what is left is walked in order."""
+SHORTEST = 256
+"""Steps of the shortest piece: shorter ones are walked again as a whole."""
+LARGEST = 256
+"""Pieces at most: joining goes through them one by one."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """method: walk, tile or segments. pieces: of time; 1 unless segments."""
+
+    method: str
+    pieces: int = 1
+
+
+def pieces_for(batch: int, time: int, channels: int) -> int:
+    """As many pieces as fill the device, none shorter than SHORTEST."""
+    warps = max(1, batch * -(-channels // LANES))
+    return max(1, min(-(-WARPS // warps), time // SHORTEST, LARGEST))
+
+
+def choose(cell: str, batch: int, time: int, channels: int, bytes_per_step: int) -> Choice:
+    """The algorithm for a shape; bytes_per_step: read and written for one step of one channel."""
+    pieces = pieces_for(batch, time, channels)
+    measured = MEASURED.get((cell, batch, time, channels))
+    if measured is not None:
+        return Choice(measured, pieces if measured == "segments" else 1)
+    warps = batch * -(-channels // LANES)
+    transfer = batch * time * channels * bytes_per_step / BANDWIDTH
+    walk = max(time * STEP * max(1.0, warps / WARPS), transfer)
+    if pieces < 2:
+        return Choice("walk")
+    spread = max(1.0, warps * pieces / WARPS)
+    again = (1 + AGAIN) * max(time / pieces * STEP * JACOBIAN * spread, transfer)
+    segments = again + 2 * (ROUNDS + 1) * LAUNCH
+    return Choice("segments", pieces) if segments < walk else Choice("walk")
