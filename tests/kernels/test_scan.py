@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from paralm_kernels import ArgumentError, diagonal_scan, matrix_scan
@@ -59,6 +63,45 @@ def test_every_face_is_the_definition_in_values_and_gradients(method, size, time
     got = values_and_gradients(lambda a, b, s: scan(size)(a, b, s, reset, reverse, method=method), a, b, state)
     for x, y in zip(got, expected, strict=True):
         torch.testing.assert_close(x, y, **CLOSE)
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs in a process with TRITON_INTERPRET=1, see below")
+@pytest.mark.parametrize(
+    ("size", "time", "reverse"), [(0, 1, False), (0, 37, False), (0, 16, True), (2, 1, True), (2, 17, False)]
+)
+def test_the_fused_kernels_are_the_definition(size, time, reverse):
+    a, b, state, reset = arguments(size, time, resets=time > 1)
+    expected = values_and_gradients(lambda a, b, s: by_hand(size, a, b, s, reset, reverse), a, b, state)
+    got = values_and_gradients(lambda a, b, s: scan(size)(a, b, s, reset, reverse, method="triton"), a, b, state)
+    for x, y in zip(got, expected, strict=True):
+        torch.testing.assert_close(x, y, **CLOSE)
+    narrow = [x.bfloat16() for x in (a, b, state)]
+    exact, _ = by_hand(size, *(x.double() for x in narrow), reset, reverse)
+    rounded = scan(size)(*narrow, reset, reverse, method="triton")
+    assert rounded.final.dtype == torch.float32
+    bound = torch.finfo(torch.bfloat16).eps * (1 + exact.abs())
+    assert bool(((rounded.states.double() - exact).abs() <= bound).all())
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this process interprets already")
+def test_the_fused_kernels_under_the_interpreter():
+    """Triton decides at import whether it interprets, hence a process of its own."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
+    chosen = ["-k", "test_the_fused_kernels_are_the_definition"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([*command, *chosen], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "5 passed" in done.stdout
+
+
+def test_the_fused_face_needs_a_gpu_and_says_so():
+    if INTERPRETED:
+        pytest.skip("this process interprets")
+    with pytest.raises(ArgumentError, match="method 'triton' needs a GPU"):
+        diagonal_scan(torch.rand(1, 2, 3), torch.rand(1, 2, 3), method="triton")
 
 
 @pytest.mark.parametrize("size", [0, 2])
