@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from itertools import pairwise
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from .cell import Cell, Tensors
 from .derive import derive
 from .errors import ArgumentError, CellError, NotConverged
+from .generate import generate
 from .solve import Trajectory, solve, step
 from .torch_code import torch_code
 
@@ -230,7 +232,8 @@ def amplification(case: Case) -> Tensor:
 
 
 def check_cell(cell: Cell, weights: float = 1.0, seed: int = 0) -> list[LawResult]:
-    """Runs every law on a cell; takes about a second. Nothing is raised: what fails is in the results.
+    """Runs every law on a cell; takes about a second. Nothing is raised: what fails is in the results. The fused
+    kernels are run where there is a GPU, or Triton's interpreter (TRITON_INTERPRET=1); elsewhere only generated.
 
     weights: parameters are drawn uniformly from ±weights. seed: of everything random.
     """
@@ -248,15 +251,45 @@ def check_cell(cell: Cell, weights: float = 1.0, seed: int = 0) -> list[LawResul
         ("gradients = finite differences", _finite_differences),
         ("float32 = float64 within rounding", lambda case: _float32(case, with_gradients=weights <= 1)),
         ("states stay in the box", _stays_in_box),
+        ("fused kernels are generated", _generated),
     ]
+    if kernels_run():
+        laws.append(("fused kernels = sequential", lambda case: _same(case, fused, by("sequential"))))
     case = random_case(cell, weights=weights, seed=seed)
     for name, law in laws:
         try:
             worst, detail = law(case)
-        except (ArgumentError, NotConverged, RuntimeError) as error:
+        except (ArgumentError, CellError, NotConverged, RuntimeError) as error:
             worst, detail = float("inf"), str(error).splitlines()[0]
         results.append(LawResult(name, worst <= 1.0, worst, detail))
     return results
+
+
+def kernels_run() -> bool:
+    """Whether fused kernels run in this process: on a GPU, or interpreted."""
+    if find_spec("triton") is None:
+        return False
+    from .triton_solver import interpreted  # Triton is loaded where it is used only
+
+    return interpreted() or torch.cuda.is_available()
+
+
+def fused(case: Case, inputs: Tensors, params: Tensors, state: Tensors) -> tuple[Tensors, Tensors]:
+    """Runs a case on the CPU through the fused kernels, where they run."""
+    from .triton_solver import interpreted
+
+    device = "cpu" if interpreted() else "cuda"
+    inputs, params, state = (tuple(x.to(device) for x in group) for group in (inputs, params, state))
+    reset = None if case.reset is None else case.reset.to(device)
+    result = solve(case.cell, inputs, params, state, reset, "triton")
+    return tuple(h.cpu() for h in result.states), tuple(h.cpu() for h in result.final)
+
+
+def _generated(case: Case) -> tuple[float, str]:
+    """CellError where an operation has no form in Triton."""
+    text = generate(case.cell)
+    compile(text, case.cell.name, "exec")
+    return 0.0, f"{len(text.splitlines())} lines"
 
 
 def _same(case: Case, run: Runner, expected: Runner) -> tuple[float, str]:

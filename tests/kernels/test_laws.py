@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from paralm_kernels import Cell, ParaGRU
-from paralm_kernels.laws import amplification, check_cell, deviation, outcome, random_case, reference
+from paralm_kernels import Cell, CellError, ParaGRU
+from paralm_kernels.laws import amplification, check_cell, deviation, kernels_run, outcome, random_case, reference
 
 
 @pytest.mark.parametrize("weights", [1.0, 4.0])
 def test_every_cell_obeys_every_law(cell, weights):
     results = check_cell(cell, weights=weights)
-    assert len(results) == 9
+    assert len(results) == 10 + kernels_run()
     for result in results:
         assert result.ok, result
         assert 0 <= result.worst <= 1
@@ -29,6 +29,16 @@ def test_a_step_that_cannot_be_derived_is_the_only_result():
     (result,) = check_cell(Mixing())
     assert not result.ok
     assert "aten.mean is not elementwise" in result.detail
+
+
+def test_kernels_that_cannot_be_generated_are_found(monkeypatch):
+    def refuse(cell):
+        raise CellError(f"cell {cell.name!r}: erf has no form in Triton")
+
+    monkeypatch.setattr("paralm_kernels.laws.generate", refuse)
+    (broken,) = (result for result in check_cell(ParaGRU()) if not result.ok)
+    assert broken.name == "fused kernels are generated"
+    assert "erf has no form" in broken.detail
 
 
 def test_a_wrong_box_is_found():
