@@ -113,6 +113,9 @@ def is_trained(config: Config) -> bool:
     """Whether the run has a whole checkpoint of its last step."""
     from paralm.training import checkpoint
 
+    steps = checkpoint.steps(config.run_dir / "checkpoints")
+    if not steps or steps[-1] < config.training.max_steps:
+        return False  # without a look into the files, which training's ranks verify together
     found = checkpoint.newest_whole(config.run_dir / "checkpoints", lambda message: say(f"warning: {message}"))
     return found is not None and found.step >= config.training.max_steps
 
@@ -157,17 +160,23 @@ def evaluate_run(run: str | Path, overrides: Sequence[str] = (), again: bool = F
     ``overrides``: of the ``eval`` section. Raises UserError, one line, as ``run_evaluation`` does.
     """
     from paralm.evaluation.run import run_evaluation
+    from paralm.export import is_export
+    from paralm.training.session import parse_run
 
-    place = open_run(run)
+    path, _ = parse_run(run)
+    exported = is_export(path)
+    if not exported:
+        path = open_run(run).path
     for text in overrides:
-        if not text.startswith("eval."):
+        if not text.startswith(("eval.", "data.dir=") if exported else "eval."):
             raise ConfigError(f"override '{text}': only eval.* can change here; the run itself is as it was trained")
-    settings = load_config(place.path / "config.yaml", overrides, build=False).config.eval
+    settings = load_config([] if exported else path / "config.yaml", overrides, build=False).config
     with ProgressLine() as line:
         found = run_evaluation(
             run,
-            settings,
+            settings.eval,
             again=again,
+            data_dir=settings.data.dir if exported else None,
             on_progress=lambda what, done, total: line.update(what, done, total, f"{done:,}/{total:,}"),
         )
     say(f"evaluation: step {found.step:,}{', already done' if found.skipped else ''}")

@@ -26,10 +26,10 @@ from paralm.evaluation.record import Basis, Record
 from paralm.evaluation.report import ResultSet, read_results, write_report
 from paralm.evaluation.result import Result
 from paralm.evaluation.samples import samples
+from paralm.export import Exported, is_export
 from paralm.models import LanguageModel
 from paralm.training import checkpoint as ckpt
-from paralm.training.load import LoadedModel, load_model
-from paralm.training.run_folder import RunFolder
+from paralm.training.load import LoadedModel, load_model, saved_config
 from paralm.training.session import parse_run
 from paralm.user_modules import load_modules
 
@@ -60,25 +60,31 @@ def run_evaluation(
     *,
     again: bool = False,
     reset_every: int | None = None,
+    data_dir: Path | None = None,
     device: str | None = None,
     on_progress: Progress | None = None,
 ) -> Evaluation:
     """Measure ``RUN`` (its newest checkpoint) or ``RUN@STEP`` and write ``eval/`` and ``report.md``.
 
+    An export's folder is measured too; it has no course of training, so there is no report, only ``eval/``.
+
     ``settings``: default: the run's own ``eval`` section. ``again``: measure even if the results of the same
     checkpoint, settings and text are there. ``reset_every``: forget after every so many tokens of a document;
     default: never, except that a model whose state grows (attention) forgets after its training length.
+    ``data_dir``: where the stores are, for an export; default: its own ``data/``.
 
     Raises UserError, one line, before anything is changed: no such run, no metrics or a damaged line in them, no
     checkpoint, a store that is missing, damaged, or of another tokenizer.
     """
     started = time.monotonic()
     path, named = parse_run(run)
-    config = RunFolder(path).saved_config()
-    if config is None:
-        raise RunError(f"{path}: no config.yaml, so this is not a run folder")
+    config = saved_config(path)
+    if data_dir is not None:
+        config.data.dir = data_dir
     load_modules(config.imports)
-    read_curves(path)
+    exported = is_export(path)
+    if not exported:
+        read_curves(path)
     step, digest = _checkpoint(path, named)
     try:
         stores = _open_stores(config, path)
@@ -99,13 +105,16 @@ def run_evaluation(
             _measure(loaded, basis, stores, on_progress or (lambda what, done, total: None))
     except DataError as error:
         raise RunError(str(error)) from None
-    report = write_report(path)
+    report = records.path_of(path) if exported else write_report(path)
     found = done or read_results(path)
     return Evaluation(path, basis.step, found, report, done is not None, time.monotonic() - started)
 
 
 def _checkpoint(run: Path, step: int | None) -> tuple[int, str]:
     """Step and manifest digest of the checkpoint to evaluate, without reading its weights."""
+    if is_export(run):
+        exported = Exported(run)
+        return exported.step, str(exported.content["sha256"])
     folder = run / "checkpoints"
     steps = ckpt.steps(folder)
     if not steps:

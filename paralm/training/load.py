@@ -61,12 +61,20 @@ class RunModel:
         return shapes
 
 
+def saved_config(path: Path) -> Config:
+    """The configuration of a run's folder, or as much of it as an export says. Raises RunError or CheckpointError."""
+    config = Exported(path).config if is_export(path) else RunFolder(path).saved_config()
+    if config is None:
+        raise RunError(f"{path}: no config.yaml, so this is not a run folder (nor an export)")
+    return config
+
+
 def open_run_model(run: str | Path, step: int | None, warn: Callable[[str], None]) -> RunModel:
     """``RUN`` or ``RUN@STEP`` (default: the newest whole checkpoint). Raises RunError or CheckpointError, one line."""
     path, named = parse_run(run)
-    config = RunFolder(path).saved_config()
-    if config is None:
-        raise RunError(f"{path}: no config.yaml, so this is not a run folder")
+    if is_export(path):
+        raise RunError(f"{path}: an export; give the run it was made from")
+    config = saved_config(path)
     load_modules(config.imports)
     # The run may have been moved since: what the folder holds is found relative to it.
     data_dir = config.data.dir if config.data.dir is not None else path / "data"

@@ -184,8 +184,8 @@ class TensorFile:
         """A whole tensor in its shape."""
         return self.read(key).view(self.specs[key].shape)
 
-    def pieces(self, key: str, size: int = PIECE) -> Iterator[torch.Tensor]:
-        """A flattened tensor, ``size`` bytes at a time."""
-        count, step = torch.Size(self.specs[key].shape).numel(), max(1, size // self.specs[key].dtype.itemsize)
+    def pieces(self, key: str) -> Iterator[torch.Tensor]:
+        """A flattened tensor, ``PIECE`` bytes at a time."""
+        count, step = torch.Size(self.specs[key].shape).numel(), max(1, PIECE // self.specs[key].dtype.itemsize)
         for low in range(0, count, step):
             yield self.read(key, low, min(low + step, count))

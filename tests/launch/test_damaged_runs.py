@@ -94,6 +94,23 @@ def a_manifest_edited_by_hand(run: Path) -> None:
     edit_manifest(run, lambda manifest: manifest.update(step=3))
 
 
+@case("'latest' names a checkpoint")
+def a_lost_manifest(run: Path) -> None:
+    (checkpoint(run) / "manifest.json").unlink()
+
+
+@case("'latest' names a checkpoint")
+def a_checkpoint_that_was_never_given_its_name(run: Path) -> None:
+    found = checkpoint(run)
+    found.rename(found.with_name(f".{found.name}.writing-000001-000001"))
+
+
+@case("rank_00000.safetensors")
+def a_rank_file_of_the_same_size(run: Path) -> None:
+    path = checkpoint(run) / "rank_00000.safetensors"
+    path.write_bytes(bytes(path.stat().st_size))
+
+
 @case("config.yaml")
 def a_run_configuration_that_is_no_yaml(run: Path) -> None:
     (run / "config.yaml").write_text("run: [")

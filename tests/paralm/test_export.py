@@ -18,11 +18,13 @@ from paralm_launch import cli
 from safetensors.torch import load_file
 
 import paralm
+import paralm.export as export_module
 from paralm.config import Config
 from paralm.errors import EXIT_USER, CheckpointError, ConfigError, RunError
 from paralm.export import CONFIG, INDEX, TOKENIZER, export, parse_size, plan_shards
 from paralm.models import LanguageModel, build_model
 from paralm.training import checkpoint as ckpt
+from paralm.training import tensor_file
 from paralm.training.load import load_model
 from paralm.training.tensor_file import TensorSpec
 from tests.conftest import settings
@@ -78,8 +80,10 @@ def exported(run: Path) -> Path:
 
 @pytest.mark.parametrize(("world_size", "tied"), [(1, True), (5, False)])
 def test_the_exported_model_is_the_model(
-    corpus: Path, prepared: Path, tmp_path: Path, world_size: int, tied: bool
+    corpus: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_size: int, tied: bool
 ) -> None:
+    monkeypatch.setattr(export_module, "_PIECE", 100)  # far smaller than the tensors, as for a large model
+    monkeypatch.setattr(tensor_file, "PIECE", 1000)
     model = write_run(corpus, prepared, tmp_path / "run", world_size, model={"tie_embeddings": tied})
     done = export(tmp_path / "run", tmp_path / "out", max_shard_size=20_000)
     assert len(done.shards) > 3
@@ -170,8 +174,6 @@ def test_what_is_there_is_not_overwritten(run: Path, exported: Path, tmp_path: P
 def test_a_failed_export_leaves_nothing_and_the_old_one(
     run: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from paralm.training import tensor_file
-
     copy = tmp_path / "copy"
     shutil.copytree(exported, copy)
 
@@ -188,7 +190,7 @@ def test_a_failed_export_leaves_nothing_and_the_old_one(
 
 
 def test_the_commands_take_an_export(
-    run: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, exported: Path, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.run(["export", str(run), "--to", str(tmp_path / "out"), "--max-shard-size", "50KB"]) == 0
     assert "exported: step 7" in capsys.readouterr().out
@@ -197,12 +199,19 @@ def test_the_commands_take_an_export(
         assert cli.run(["generate", str(source), "--prompt", "the ", "--max-tokens", "8"]) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
+    small = ["eval.max_tokens=300", "eval.sample_tokens=4", "eval.prompts=[the]"]
+    assert cli.run(["eval", str(tmp_path / "out"), f"data.dir={prepared}", *small]) == 0
+    assert "bits per byte" in capsys.readouterr().out
+    assert paralm.load(tmp_path / "out").step == 7  # what was measured lies beside it and harms nothing
     for arguments in (
         ["export", str(run / "nothing"), "--to", str(tmp_path / "x")],
         ["export", f"{run}@8", "--to", str(tmp_path / "x")],
         ["export", str(run), "--to", str(tmp_path / "out")],
         ["export", str(run), "--to", str(tmp_path / "x"), "--dtype", "fp8"],
         ["generate", f"{exported}@8"],
+        ["eval", str(exported)],
+        ["eval", str(exported), "model.d_model=8"],
+        ["export", str(exported), "--to", str(tmp_path / "x")],
     ):
         assert cli.run(arguments) == EXIT_USER, arguments
         err = capsys.readouterr().err

@@ -28,7 +28,8 @@ def evaluate(
 ) -> None:
     """Measure a run on its held-out text and write its report, with curves and samples.
 
-    KEY=VALUE changes the evaluation only, such as eval.max_tokens=1000000.
+    KEY=VALUE changes the evaluation only, such as eval.max_tokens=1000000. An export is measured on the text of
+    data.dir=DIR, which the run it came from has in its data folder.
     """
     from paralm_launch import pipeline
 
@@ -55,7 +56,7 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same text.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
 ) -> None:
-    """Stream text from a run's newest checkpoint (RUN@STEP: from another), at constant memory."""
+    """Stream text from a run's newest checkpoint (RUN@STEP: from another) or an export, at constant memory."""
     from paralm.generation import check_options, stream_text
     from paralm.training.load import load_model
 
