@@ -233,6 +233,7 @@ class LauncherConfig(Section):
     rendezvous: str | None = Field(default=None, description="torchrun: HOST:PORT of one node, where nodes meet")
     hosts: str | None = Field(default=None, description="mpi: HOST:SLOTS,...; default: this machine")
     mpirun: list[str] = Field(default_factory=list, description="mpi: further arguments of mpirun")
+    max_preemptions: int = Field(default=-1, ge=-1, description="ray: starts after a node was preempted; -1: any")
     address: str | None = Field(default=None, description="ray: an existing cluster; default: one for this run")
     cpus_per_rank: PositiveFloat = Field(default=1.0, description="ray: reserved for each rank")
     gpus_per_rank: NonNegativeFloat | None = Field(default=None, description="ray: default: 1 where there are GPUs")

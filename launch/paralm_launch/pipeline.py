@@ -13,6 +13,7 @@ from paralm.config_files import frozen_differences, load_config
 from paralm.errors import ConfigError, RunError
 from paralm.user_modules import load_modules
 from paralm_launch.console import ProgressLine, duration, quantity, say, table
+from paralm_launch.discovery import settle
 from paralm_launch.launchers import get_launcher
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def check_start(config: Config) -> None:
 
 def only_rank() -> None:
     """Refuse to do the work of one process on several ranks."""
+    settle()
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise RunError(
             "this command is for one process, and WORLD_SIZE says there are several; "
@@ -122,6 +124,7 @@ def is_trained(config: Config) -> bool:
 
 def train_run(config: Config) -> None:
     """Train, or continue, with the configured launcher; nothing when it is done."""
+    settle()
     launcher = get_launcher(config.launcher.kind)
     if is_trained(config):
         say(f"training: already done, {config.training.max_steps:,} steps")

@@ -12,13 +12,13 @@ from paralm.errors import ConfigError
 
 def test_local_is_there() -> None:
     assert "local" in launchers.launchers()
-    assert launchers.get_launcher("local") is launchers.local
+    assert launchers.launchers() == ["local", "mpi", "ray", "torchrun"]
 
 
 def test_an_unknown_launcher_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"^launcher.kind: unknown launcher 'locale'; nearest: local$"):
         launchers.get_launcher("locale")
-    with pytest.raises(ConfigError, match="there is local"):
+    with pytest.raises(ConfigError, match="there is local, mpi, ray, torchrun"):
         launchers.get_launcher("zzz")
 
 

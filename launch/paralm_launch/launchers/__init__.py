@@ -1,8 +1,10 @@
 """Ways to start training, by name (``launcher.kind``). All of them run the same loop.
 
-``local`` runs it in this process. The process is one rank of a group when its environment says so (``RANK``,
-``WORLD_SIZE``, ``MASTER_ADDR``, ``MASTER_PORT``, ``LOCAL_RANK``, as torchrun and ``slurm/train.sbatch`` set
-them), and a group of its own otherwise.
+``local`` runs it in this process, ``torchrun`` on ranks under torch's elastic agent, ``ray`` on the workers of Ray
+Train, ``mpi`` under mpirun. A process that is a rank already, because torchrun, srun or mpirun started it, is found
+out by :mod:`paralm_launch.discovery`, and trains in itself.
+
+exchange.py: the files between a launcher and its ranks. parent.py: the launcher's side. worker.py: the ranks' side.
 """
 
 from __future__ import annotations
@@ -59,9 +61,5 @@ def get_launcher(name: str) -> Launcher:
     raise ConfigError(f"launcher.kind: unknown launcher '{name}'; {hint}")
 
 
-@register_launcher("local")
-def local(config: Config, on_progress: Callable[[dict[str, Any]], None], say: Callable[[str], None]) -> TrainResult:
-    """Train in this process."""
-    from paralm.training.loop import train
-
-    return train(config, on_progress=on_progress, say=say)
+# The launchers register themselves; none of them imports torch, Ray or MPI before it is called.
+from paralm_launch.launchers import local, mpi, ray, torchrun  # noqa: E402, F401

@@ -1,0 +1,159 @@
+"""``launcher.kind: ray``: ranks on the workers of Ray Train, on a cluster that is there or on one for this run.
+
+Ray places the workers, makes their process group and starts them again when one is lost. What a run is stays in
+the run folder: nothing is given to Ray's checkpoint storage, so a new start, of the workers or of the driver,
+continues from the newest checkpoint like any other.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from paralm.config import Config
+from paralm.errors import RunError
+from paralm_launch.launchers import register_launcher
+from paralm_launch.launchers.parent import Launch, number_of_ranks, worker_environment
+
+if TYPE_CHECKING:
+    from paralm.training.loop import TrainResult
+
+_PASSED_ON = ("PYTHONPATH", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "DS_ACCELERATOR")
+
+
+def _import_ray(usage_stats: bool) -> Any:
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "1" if usage_stats else "0"
+    os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what Ray will do anyway, without its warning
+    try:
+        import ray
+        import ray.train.torch
+    except ImportError as error:
+        raise RunError(f"launcher.kind: ray needs Ray ({error}); install paralm[ray]") from None
+    return ray
+
+
+def _train_worker(task: dict[str, str]) -> None:
+    """What a Ray worker runs: one rank."""
+    try:
+        os.chdir(task["folder"])  # paths of the configuration are relative to where the launcher runs
+    except OSError as error:
+        raise RunError(f"{task['folder']}: not on this node ({error.strerror}); it must be shared") from None
+    if not os.environ.get("CUDA_VISIBLE_DEVICES"):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from paralm_launch.launchers.worker import run_rank
+
+    if not run_rank(Path(task["exchange"])):
+        raise RuntimeError("this rank ended, and says why in the run folder")  # which is what starts it again
+
+
+def start(ray: Any, config: Config, ranks: int) -> bool:
+    """Connect to ``launcher.address``, or start a cluster on this machine; returns whether it is ours to end."""
+    settings = config.launcher
+    if ray.is_initialized():
+        return False
+    environment = {key: value for key, value in worker_environment().items() if key in _PASSED_ON}
+    common = {
+        "log_to_driver": False,
+        "configure_logging": False,
+        "runtime_env": {"env_vars": environment},
+    }
+    if settings.address is not None:
+        try:
+            ray.init(address=settings.address, **common)
+        except (ConnectionError, ValueError) as error:
+            first = str(error).splitlines()[0]
+            raise RunError(f"launcher.address: no Ray cluster at {settings.address}: {first}") from None
+        return True
+    # Where all is on this machine, gloo and Ray stay on its loopback.
+    environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    cpus = max(os.cpu_count() or 1, math.ceil(ranks * settings.cpus_per_rank) + 1)
+    ray.init(
+        address="local",
+        num_cpus=cpus,
+        include_dashboard=settings.dashboard,
+        _node_ip_address="127.0.0.1",
+        **common,
+    )
+    return True
+
+
+def _trainer(ray: Any, config: Config, launch: Launch, ranks: int) -> Any:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from paralm.training.rendezvous import group_timeout
+
+    settings = config.launcher
+    gpus = settings.gpus_per_rank
+    if gpus is None:
+        gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
+    resources = {"CPU": settings.cpus_per_rank, **({"GPU": gpus} if gpus else {})}
+    storage = settings.storage or launch.exchange.path / "ray"
+    failures: dict[str, Any] = {
+        "max_failures": settings.max_failures,
+        "max_preemption_failures": settings.max_preemptions,
+    }
+    return TorchTrainer(
+        _train_worker,
+        train_loop_config={"folder": os.getcwd(), "exchange": str(launch.exchange.path)},
+        torch_config=TorchConfig(timeout_s=int(group_timeout(config.parallel.collective_timeout).total_seconds())),
+        scaling_config=ScalingConfig(
+            num_workers=ranks,
+            use_gpu=bool(gpus),
+            resources_per_worker=resources,
+            placement_strategy=settings.placement,
+        ),
+        run_config=RunConfig(
+            name=launch.exchange.path.name,
+            storage_path=str(Path(storage).absolute()),
+            failure_config=FailureConfig(**failures),
+        ),
+    )
+
+
+@register_launcher("ray")
+def ray(config: Config, on_progress: Callable[[dict[str, Any]], None], say: Callable[[str], None]) -> TrainResult:
+    """Train on ``launcher.ranks`` workers of Ray Train."""
+    module = _import_ray(config.launcher.usage_stats)
+    ranks = number_of_ranks(config)
+    ours = False
+
+    def end() -> None:
+        if ours:
+            module.shutdown()
+
+    with Launch(config, on_progress, say, end) as launch:
+        ours = start(module, config, ranks)
+        launch.take_signals()  # Ray took SIGTERM
+        problem: list[BaseException] = []
+
+        def fit() -> None:
+            try:
+                _trainer(module, config, launch, ranks).fit()
+            except BaseException as error:
+                problem.append(error)
+
+        # In a thread, because there Ray leaves SIGINT alone; a daemon, because it may never end.
+        thread = threading.Thread(target=fit, name="paralm-ray", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(0.2)
+        reason = "Ray ended the training"
+        if problem:
+            error = problem[0]
+            if not launch.exchange.outcomes() and not launch.exchange.failures() and not _lost(error):
+                raise error
+            reason = f"Ray: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}".rstrip(": ")
+        sys.stdout.flush()
+        return launch.result(reason)
+
+
+def _lost(error: BaseException) -> bool:
+    """Whether Ray says that workers or nodes went."""
+    return type(error).__module__.startswith("ray.")

@@ -1,0 +1,63 @@
+"""``launcher.kind: torchrun``: ranks under torch's elastic agent, which starts them again when one is lost.
+
+On several nodes (``launcher.nodes``) the same command runs on each of them; they meet at ``launcher.rendezvous``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from paralm.config import Config
+from paralm.errors import RunError
+from paralm_launch.launchers import register_launcher
+from paralm_launch.launchers.parent import Launch, ended_by, number_of_ranks, worker_command
+
+if TYPE_CHECKING:
+    from paralm.training.loop import TrainResult
+
+_END_SECONDS = 5  # that ranks of a broken attempt get before SIGKILL; they have nothing left to save
+
+
+@register_launcher("torchrun")
+def torchrun(config: Config, on_progress: Callable[[dict[str, Any]], None], say: Callable[[str], None]) -> TrainResult:
+    """Train on ``launcher.ranks`` processes, ``launcher.nodes`` nodes."""
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, launch_agent
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks' own words are enough
+    settings = config.launcher
+    alone = settings.nodes == 1
+    reason = "the ranks ended without a word"
+    with Launch(config, on_progress, say) as launch:
+        command = worker_command(launch.exchange)
+        agent = LaunchConfig(
+            min_nodes=settings.nodes,
+            max_nodes=settings.nodes,
+            nproc_per_node=number_of_ranks(config) // settings.nodes,
+            run_id=config.run.name,
+            rdzv_backend="c10d",
+            rdzv_endpoint=settings.rendezvous or "127.0.0.1:0",
+            rdzv_configs={"timeout": config.parallel.collective_timeout},
+            local_addr="127.0.0.1" if alone else None,
+            max_restarts=settings.max_failures,
+            signals_to_handle="SIGHUP,SIGQUIT",  # the others are the launch's
+            shutdown_timeout=_END_SECONDS,
+        )
+        try:
+            launch_agent(agent, command[0], command[1:])
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            reason = f"rank {rank} was {ended_by(failure.exitcode)}"
+        except SignalException as error:
+            reason = f"the launcher got {error.sigval.name}"
+        except RuntimeError as error:
+            if "rendezvous" not in str(error).lower() and type(error).__module__.split(".")[0] != "torch":
+                raise
+            raise RunError(
+                f"{settings.nodes} nodes did not meet at {settings.rendezvous}: {str(error).splitlines()[0]}; "
+                "start the same command on each, and check launcher.rendezvous"
+            ) from None
+        return launch.result(reason)
