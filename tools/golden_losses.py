@@ -23,8 +23,9 @@ from paralm import resources
 from paralm.config import Config
 from paralm.models import build_model
 from paralm.models.parameters import initial_value, specs
-from paralm.training.engine import build_engine, device, start_distributed
+from paralm.training.engine import build_engine
 from paralm.training.fragments import EngineFragments
+from paralm.training.rendezvous import device, start_distributed
 from paralm.training.step import Stepper
 
 GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden_losses.json"

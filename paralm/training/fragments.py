@@ -61,7 +61,7 @@ class EngineFragments:
                 Fragment(names[id(parameter)], 0, flat.numel(), flat, 0)
                 for parameter, flat in zip(self.zero.parameters, self.zero.masters, strict=True)
             ]
-        elif hasattr(self.zero, "grad_position"):
+        elif hasattr(self.zero, "fp32_partitioned_groups_flat"):
             self.stage = 3
             self.optimizer = self.zero.optimizer
             self.flats = list(self.zero.fp32_partitioned_groups_flat)
