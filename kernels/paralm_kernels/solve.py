@@ -71,9 +71,9 @@ def solve(
     |update| / (1 + |state|) is at most `tol`: default 1e-6, 1e-12 in float64), "triton" (fused kernels, on a GPU; the
     algorithm chosen by shape, or by name: "triton-walk", "triton-tile" with `tile` a power of two, "triton-segments"
     with `tile` the steps of a segment and `max_iter` the rounds before what is left is walked in order), or "auto", the
-    fastest for device and shape, which never fails to converge. on_failure: what to do on a CPU when Newton does not converge: "raise"
-    NotConverged, or solve sequentially. check_finite: look at all arguments first and report the first that is not
-    finite.
+    fastest for device and shape, which never fails to converge. on_failure: what to do on a CPU when Newton does not
+    converge: "raise" NotConverged, or solve sequentially. check_finite: look at all arguments first and report the
+    first that is not finite.
 
     Raises ArgumentError (shapes, dtypes, devices, options), CellError (an unusable step), NotConverged.
     """

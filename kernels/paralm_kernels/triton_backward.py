@@ -25,7 +25,9 @@ def load_step(names: Names) -> str:
         [*names.row(names.inputs), "t * x_stride_time", "mask & valid", "COMPUTE"],
     )
     for h, row in zip(names.state, names.row(names.state), strict=True):
-        lines.append(f"    {h} = tl.load({row} + (t - 1) * channels, mask=mask & valid & (t > 0), other=0.0).to(COMPUTE)")
+        lines.append(
+            f"    {h} = tl.load({row} + (t - 1) * channels, mask=mask & valid & (t > 0), other=0.0).to(COMPUTE)"
+        )
         lines.append(f"    {h} = tl.where(t > 0, {h}, {h}_first)")
     for h, row, name in zip(names.state, g_rows, g, strict=True):
         lines += [f"    {name} = tl.zeros_like({h})", f"    if HAS_{name.upper()}:"]
@@ -125,7 +127,14 @@ def backward_kernel(names: Names) -> str:
         lines += _call_load(names, f"ahead_{u}", f"t - {AHEAD + u}", f"t - {AHEAD + u} >= start", 8)
     for u in range(AHEAD):
         args = [*carries, *_accumulators(names), *_loaded(names, str(u)), *names.params]
-        args += [*(f"to_{x}_row" for x in names.inputs), plus("t", -u), f"{plus('t', -u)} >= start", "channels", "mask", "HAS_RESET"]
+        args += [
+            *(f"to_{x}_row" for x in names.inputs),
+            plus("t", -u),
+            f"{plus('t', -u)} >= start",
+            "channels",
+            "mask",
+            "HAS_RESET",
+        ]
         lines += assign([*carries, *_accumulators(names)], "retreat", args, 8)
     for u in range(AHEAD):
         lines += move(_loaded(names, str(u)), _loaded(names, f"ahead_{u}"), 8)
@@ -200,7 +209,9 @@ def backward_join_kernel(names: Names) -> str:
         "    batch = (program // blocks).to(tl.int64)",
         "    here = batch * channels + channel",
     ]
-    lines += [f"    {carry} = tl.load(g_{h}_final_ptr + here, mask=mask, other=0.0)" for h, carry in zip(names.state, carries)]
+    lines += [
+        f"    {carry} = tl.load(g_{h}_final_ptr + here, mask=mask, other=0.0)" for h, carry in zip(names.state, carries)
+    ]
     lines += ["    for back in range(0, pieces):"]
     lines += ["        at = (tl.cast(pieces - 1, tl.int64) - back) * batches * channels + here"]
     lines += [f"        tl.store({carry}_ptr + at, {carry}, mask=mask)" for carry in carries]
@@ -225,5 +236,3 @@ def backward(names: Names) -> list[str]:
     """All functions of the backward pass, in order."""
     make = (load_step, retreat, backward_kernel, backward_maps_kernel, backward_join_kernel)
     return [one(names) for one in make]
-
-

@@ -39,10 +39,76 @@ _OTHER = ("neg", "abs", "reciprocal", "pow", "where", "logical_not", "sigmoid_ba
 LOWERED = frozenset((*_INFIX, *_FUNCTIONS, *_OTHER))
 """The operations that have a form in Triton."""
 _ATOM = 9
-_WIDTH = 80
+_WIDTH = 64
 
 _USED = frozenset(
-    ["triton", "tl", "step", "linearised", "jacobian", "pullback", "compose", "advance", "load_inputs", "load_params", "walk_piece", "carry", "cut", "mask", "time", "t", "stop", "start", "batch", "channel", "channels", "channel_blocks", "piece", "pieces", "program", "rows", "tile", "first", "last", "row", "moved", "met", "limit", "worst", "sweeps", "iterations", "tol", "tolerance", "new", "old", "used", "update", "offset", "grid", "reset", "at", "here", "there", "total", "lost", "inside", "valid", "steps", "entry", "reset_row", "block", "blocks", "length", "kept", "ahead", "constant", "spread", "power", "rounds", "walked"]
+    [
+        "triton",
+        "tl",
+        "step",
+        "linearised",
+        "jacobian",
+        "pullback",
+        "compose",
+        "advance",
+        "load_inputs",
+        "load_params",
+        "walk_piece",
+        "carry",
+        "cut",
+        "mask",
+        "time",
+        "t",
+        "stop",
+        "start",
+        "batch",
+        "channel",
+        "channels",
+        "channel_blocks",
+        "piece",
+        "pieces",
+        "program",
+        "rows",
+        "tile",
+        "first",
+        "last",
+        "row",
+        "moved",
+        "met",
+        "limit",
+        "worst",
+        "sweeps",
+        "iterations",
+        "tol",
+        "tolerance",
+        "new",
+        "old",
+        "used",
+        "update",
+        "offset",
+        "grid",
+        "reset",
+        "at",
+        "here",
+        "there",
+        "total",
+        "lost",
+        "inside",
+        "valid",
+        "steps",
+        "entry",
+        "reset_row",
+        "block",
+        "blocks",
+        "length",
+        "kept",
+        "ahead",
+        "constant",
+        "spread",
+        "power",
+        "rounds",
+        "walked",
+    ]
 )
 
 
@@ -60,9 +126,7 @@ def identifiers(derived: Derived) -> dict[str, str]:
     return result
 
 
-def statements(
-    derived: Derived, outputs: Sequence[tuple[str, Node]], names: Mapping[str, str], like: str
-) -> list[str]:
+def statements(derived: Derived, outputs: Sequence[tuple[str, Node]], names: Mapping[str, str], like: str) -> list[str]:
     """Assignments that compute each (name, node) of `outputs`; `names` maps the graph's inputs to identifiers.
 
     like: an identifier that has the full shape; an output that does not depend on state or inputs is spread to it.
@@ -72,9 +136,8 @@ def statements(
     every = ancestors(roots)
     for node in every:
         if node.op not in ("input", "const") and node.op not in LOWERED:
-            raise CellError(
-                f"cell {derived.cell.name!r}: {node.op} has no form in Triton; allowed are: {', '.join(sorted(LOWERED))}"
-            )
+            allowed = ", ".join(sorted(LOWERED))
+            raise CellError(f"cell {derived.cell.name!r}: {node.op} has no form in Triton; allowed are: {allowed}")
     writer = _Writer(every, roots, names, like)
     lines = list(writer.lines)
     full = _depends(every, {*derived.cell.state, *derived.cell.inputs, *_cotangents(derived)})
@@ -156,7 +219,8 @@ class _Writer:
         if op == "pow":
             return f"power({self._full(args[0])}, {args[1].value!r})", _ATOM
         if op == "where":
-            return f"tl.where({self._text[args[0].index][0]}, {self._full(args[1], args[2])}, {self._full(args[2], args[1])})", _ATOM
+            condition, a, b = args
+            return f"tl.where({self._text[condition.index][0]}, {self._full(a, b)}, {self._full(b, a)})", _ATOM
         if op == "logical_not":
             return f"~{self._arg(args[0], 8)}", 8
         if op == "sigmoid_backward":

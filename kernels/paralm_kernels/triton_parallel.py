@@ -1,15 +1,15 @@
 """The forward kernels of a cell's Triton module that are parallel in time: tile Newton, and segments.
 
-Tile: all steps of a tile in registers. Newton's update δ_t = J_t δ_{t−1} + f(h_{t−1}, x_t) − h_t is one associative scan,
-repeated until the largest update is under the tolerance, at most as often as the tile has steps. Rounding or a wild
-iterate may have left a tile unsettled by then; it is finished by sweeps h ← f(shift h, x), of which k make the first k
-steps those of the plain loop, bit for bit.
+Tile: all steps of a tile in registers. Newton's update δ_t = J_t δ_{t−1} + f(h_{t−1}, x_t) − h_t is one associative
+scan, repeated until the largest update is under the tolerance, at most as often as the tile has steps. Rounding or a
+wild iterate may have left a tile unsettled by then; it is finished by sweeps h ← f(shift h, x), of which k make the
+first k steps those of the plain loop, bit for bit.
 
 Segments (multiple shooting): pieces of time are walked side by side from guessed entries s_p, with y_p the state at the
-end of a piece and M_p the product of its Jacobians. Joining them, s'_{p+1} = y_p + M_p (s'_p − s_p), is a Newton step on
-the entries. A piece whose entry moved is walked again, until it meets the trajectory it has stored. After a fixed number
-of rounds one program a batch row and block of channels goes through the pieces in order and walks again each whose
-entry is not the state at the end of the piece before: so the result is exact however many rounds were enough.
+end of a piece and M_p the product of its Jacobians. Joining them, s'_{p+1} = y_p + M_p (s'_p − s_p), is a Newton step
+on the entries. A piece whose entry moved is walked again, until it meets the trajectory it has stored. After a fixed
+number of rounds one program a batch row and block of channels goes through the pieces in order and walks again each
+whose entry is not the state at the end of the piece before: so the result is exact however many rounds were enough.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def _clamp(names: Names, name: str, h: str, indent: int) -> list[str]:
     """Into the cell's box; what is not finite passes, to be seen."""
     if h not in names.bounded:
         return []
-    return [f"{' ' * indent}{name} = tl.where({name} > {h}_bound, {h}_bound, tl.where({name} < -{h}_bound, -{h}_bound, {name}))"]
+    low = f"tl.where({name} < -{h}_bound, -{h}_bound, {name})"
+    return [f"{' ' * indent}{name} = tl.where({name} > {h}_bound, {h}_bound, {low})"]
 
 
 def tile_kernel(names: Names) -> str:
@@ -65,7 +66,9 @@ def tile_kernel(names: Names) -> str:
     before = [f"{h}_before" for h in names.state]
     shift = assign(before, "previous", [*names.state, *entries, "cut", "HAS_RESET", "TILE"], 12)
     lines = place(names, False, state_rows(names))
-    lines += [f"    {entry} = tl.load({h}_first_ptr + here, mask=mask, other=0.0)" for h, entry in zip(names.state, entries)]
+    lines += [
+        f"    {entry} = tl.load({h}_first_ptr + here, mask=mask, other=0.0)" for h, entry in zip(names.state, entries)
+    ]
     lines += [f"    {h}_bound = tl.load({h}_bound_ptr + here, mask=mask, other=0.0)" for h in names.bounded]
     lines += ["    row = tl.arange(0, TILE)[:, None]", "    most = 0", "    worst = 0.0"]
     lines += ["    for first in range(0, time, TILE):", "        t = tl.cast(first, tl.int64) + row"]
@@ -99,7 +102,12 @@ def tile_kernel(names: Names) -> str:
         lines += [f"            update = tl.maximum(update, largest_update({h}, {d}, inside))"]
         lines += [f"            {h} = tl.where(finite({h}), {h}, tl.where(finite({n}), {n}, 0.0))"]
         lines += _clamp(names, h, h, 12)
-    lines += ["            iterations += 1", "        sweeps = 0", "        while (sweeps < TILE) & (update > tol):", *shift]
+    lines += [
+        "            iterations += 1",
+        "        sweeps = 0",
+        "        while (sweeps < TILE) & (update > tol):",
+        *shift,
+    ]
     lines += [*assign(new, "step", [*before, *given], 12), "            update = 0.0"]
     for h, n in zip(names.state, new, strict=True):
         # the sum of changes is the last update if anything changes at all: a small change says nothing about the error
@@ -119,7 +127,16 @@ def tile_kernel(names: Names) -> str:
     return function(
         "tile_kernel",
         [
-            *(*pointers, "reset_ptr", "iterations_ptr", "update_ptr", *SIZES, "tol", "limit", "HAS_RESET: tl.constexpr"),
+            *(
+                *pointers,
+                "reset_ptr",
+                "iterations_ptr",
+                "update_ptr",
+                *SIZES,
+                "tol",
+                "limit",
+                "HAS_RESET: tl.constexpr",
+            ),
             *("COMPUTE: tl.constexpr", "TILE: tl.constexpr", "BLOCK: tl.constexpr"),
         ],
         "Newton's method, one tile of steps after the other, each solved in registers.",
@@ -141,8 +158,18 @@ def _walk(names: Names, entry: list[str], start: str, meet: str, indent: int) ->
 def _tensors(names: Names) -> list[str]:
     """Pointers that the kernels of the segments share."""
     return [
-        *(*names.ptr(names.inputs), *names.ptr(names.params), *names.ptr(names.state, "_first"), *names.ptr(names.state)),
-        *(*names.ptr(names.state, "_check"), "reset_ptr", *names.ptr(names.state, "_used"), *names.ptr(names.state, "_end")),
+        *(
+            *names.ptr(names.inputs),
+            *names.ptr(names.params),
+            *names.ptr(names.state, "_first"),
+            *names.ptr(names.state),
+        ),
+        *(
+            *names.ptr(names.state, "_check"),
+            "reset_ptr",
+            *names.ptr(names.state, "_used"),
+            *names.ptr(names.state, "_end"),
+        ),
         *(f"{m}_ptr" for m in names.product),
     ]
 
@@ -164,7 +191,9 @@ def segments_kernel(names: Names) -> str:
         lines += [f"        {h}_used = tl.load({h}_used_ptr + at, mask=mask, other=0.0)"]
         lines += [f"        moved = tl.maximum(moved, relative_change({h}_entry, {h}_used, mask))"]
     lines += ["    else:"]
-    lines += [f"        {h}_entry = tl.load({h}_first_ptr + here, mask=mask & (piece == 0), other=0.0)" for h in names.state]
+    lines += [
+        f"        {h}_entry = tl.load({h}_first_ptr + here, mask=mask & (piece == 0), other=0.0)" for h in names.state
+    ]
     lines += ["    if moved > tol:"]
     lines += [f"        tl.store({h}_used_ptr + at, {h}_entry, mask=mask)" for h in names.state]
     lines += _walk(names, [f"{h}_entry" for h in names.state], "start", "AGAIN", 8)
@@ -212,8 +241,16 @@ def segments_join_kernel(names: Names) -> str:
         lines += [f"        step_{h} = {' + '.join(terms)}"]
         lines += [f"        {h} = {h}_end + tl.where(finite(step_{h}), step_{h}, 0.0)"]
         lines += _clamp(names, h, h, 8)
-    pointers = [*names.ptr(names.state, "_first"), *names.ptr(names.bounded, "_bound"), *names.ptr(names.state, "_used")]
-    pointers += [*names.ptr(names.state, "_end"), *(f"{m}_ptr" for m in names.product), *names.ptr(names.state, "_entry")]
+    pointers = [
+        *names.ptr(names.state, "_first"),
+        *names.ptr(names.bounded, "_bound"),
+        *names.ptr(names.state, "_used"),
+    ]
+    pointers += [
+        *names.ptr(names.state, "_end"),
+        *(f"{m}_ptr" for m in names.product),
+        *names.ptr(names.state, "_entry"),
+    ]
     return function(
         "segments_join_kernel",
         [*pointers, "pieces", "batches", "channels", "BLOCK: tl.constexpr"],
@@ -240,7 +277,10 @@ def segments_finish_kernel(names: Names) -> str:
     lines += ["        else:", "            worst = tl.maximum(worst, moved)"]
     lines += [f"        {h}_entry = {h}_end" for h in names.state]
     lines += [f"    tl.store({h}_final_ptr + here, {h}_entry, mask=mask)" for h in names.state]
-    lines += ["    tl.store(last_walked_ptr + program, walked)", "    tl.store(last_rounds_ptr + program, pieces_walked)"]
+    lines += [
+        "    tl.store(last_walked_ptr + program, walked)",
+        "    tl.store(last_rounds_ptr + program, pieces_walked)",
+    ]
     lines += ["    tl.store(update_ptr + program, worst)"]
     return function(
         "segments_finish_kernel",

@@ -1,11 +1,11 @@
 """Which of the exact algorithms to launch, and into how many pieces to cut time: measurements, and a model where there
 are none.
 
-MEASURED maps (cell, batch, time, channels) of a device to the fastest method; `python benchmarks/solver.py` prints the
-times. It is empty: no GPU was at hand. The model is arithmetic on figures of an H100 (its constants below). A walk costs
-its latency a step as long as its warps are fewer than the device holds, so it is bound by time × latency or by bytes,
-whichever is more. Segments make warps out of time; they carry the Jacobian, walk about a tenth again, and launch a few
-kernels. A tile costs some iterations of a scan, which is slower than walking its steps unless a step is very slow.
+MEASURED maps (cell, batch, time, channels) to the fastest method; `python benchmarks/solver.py` prints the times. It is
+empty: no GPU was at hand. The model is arithmetic on figures of an H100 (the constants below). A walk costs its latency
+a step as long as its warps are fewer than the device holds, so it is bound by time × latency or by bytes, whichever is
+more. Segments make warps out of time; they carry the Jacobian, walk about a tenth again, and launch a few kernels. A
+tile costs some iterations of a scan, which is slower than walking its steps unless a step is very slow.
 """
 
 from __future__ import annotations

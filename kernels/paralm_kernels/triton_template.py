@@ -17,8 +17,9 @@ import torch
 from .derive import Derived, cotangent_name, jacobian_name, next_name
 from .triton_code import identifiers, statements
 
-UNROLL = 4
-"""Steps a walk computes while the inputs of as many following ones are on their way."""
+_UNROLL, _UNROLL_LONG, _LONG = 4, 2, 40
+"""Steps a walk computes while the inputs of as many following ones are on their way; fewer where a step has more
+operations than _LONG, which hide the loads by themselves."""
 CHECK = 32
 """Steps between the states in full precision at which a walk asks whether it has met the stored trajectory."""
 WIDTH = 120
@@ -35,6 +36,7 @@ class Names:
         self.params = [self.of[name] for name in self.cell.params]
         size = range(len(self.state))
         self.pairs = [(i, i) for i in size] if derived.diagonal else [(i, j) for i in size for j in size]
+        self.unroll = _UNROLL if len(derived.linearised.nodes) <= _LONG else _UNROLL_LONG
         self.jacobian = self.matrix("j")
         self.product = self.matrix("m")
 
@@ -232,18 +234,18 @@ def walk_piece(names: Names) -> str:
         return assign([f"{x}_{suffix}" for x in names.inputs], "load_inputs", args, indent)
 
     lines: list[str] = []
-    for u in range(UNROLL):
+    for u in range(names.unroll):
         lines += load(str(u), plus("start", u), 4)
     lines += ["    t = start", "    met = 0", "    while (t < stop) & (met == 0):"]
-    for u in range(UNROLL):
-        lines += load(f"ahead_{u}", plus("t", UNROLL + u), 8)
-    for u in range(UNROLL):
+    for u in range(names.unroll):
+        lines += load(f"ahead_{u}", plus("t", names.unroll + u), 8)
+    for u in range(names.unroll):
         rest = [*rows, "reset_row", plus("t", u), "stop", "channels", "mask", "HAS_RESET", "PIECES"]
         args = [*carried, *(f"{x}_{u}" for x in names.inputs), *names.params, *rest]
         lines += assign(carried, "advance", args, 8)
-    for u in range(UNROLL):
+    for u in range(names.unroll):
         lines += move([f"{x}_{u}" for x in names.inputs], [f"{x}_ahead_{u}" for x in names.inputs], 8)
-    lines += [f"        t += {UNROLL}", "        if PIECES:"]
+    lines += [f"        t += {names.unroll}", "        if PIECES:"]
     lines += [f"            edge = ((t - start) % {CHECK} == 0) | (t >= stop)", "            if edge:"]
     lines += [f"                here = (tl.minimum(t, stop) - 1) // {CHECK} * channels"]
     lines += ["                if MEET:", "                    moved = 0.0"]
@@ -260,13 +262,15 @@ def walk_piece(names: Names) -> str:
             *("channels", "mask", "tol", "HAS_RESET: tl.constexpr", "PIECES: tl.constexpr", "MEET: tl.constexpr"),
             "COMPUTE: tl.constexpr",
         ],
-        "Walks from start to stop, or until the state meets the stored one; start is a multiple of "
-        f"{CHECK}.\n\n    With PIECES it carries the product of Jacobians and keeps a checkpoint every {CHECK} steps.\n    ",
+        "Walks from start to stop, or until the state meets the stored one. With PIECES it carries the product of\n"
+        f"    Jacobians and keeps a checkpoint every {CHECK} steps; start is a multiple of that.",
         [*lines, *returns([*carried, "tl.minimum(t, stop)", "met"])],
     )
 
 
-def place(names: Names, pieces: bool, rows: Sequence[tuple[str, str]] = (), stride: str = "time * channels") -> list[str]:
+def place(
+    names: Names, pieces: bool, rows: Sequence[tuple[str, str]] = (), stride: str = "time * channels"
+) -> list[str]:
     """Which program this is, its channels, its rows of the tensors that run over time, and its parameters."""
     lines = [
         "    blocks = tl.cdiv(channels, BLOCK)",
@@ -304,7 +308,14 @@ def walk_kernel(names: Names) -> str:
     lines = place(names, False, state_rows(names))
     lines += [f"    {h} = tl.load({h}_first_ptr + here, mask=mask, other=0.0)" for h in names.state]
     walked = [
-        *(*names.state, *(names.state[0] for _ in names.product), *names.row(names.inputs), *names.params, *rows, *rows),
+        *(
+            *names.state,
+            *(names.state[0] for _ in names.product),
+            *names.row(names.inputs),
+            *names.params,
+            *rows,
+            *rows,
+        ),
         *("reset_row", "batch * 0", "time", "x_stride_time", "channels", "mask", "0.0", "HAS_RESET", "False", "False"),
         "COMPUTE",
     ]
