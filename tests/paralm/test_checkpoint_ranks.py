@@ -20,7 +20,7 @@ from pathlib import Path
 from paralm.config import Config
 from paralm.errors import RunError, StoppedError
 from paralm.training import checkpoint as ckpt
-from paralm.training import loop, tensor_file
+from paralm.training import checkpoint_writer, loop, tensor_file
 
 rank, out = int(os.environ["RANK"]), Path(sys.argv[2])
 hashed, create = [], tensor_file.create
@@ -37,6 +37,14 @@ loop._stop_request = lambda session, control: request(session, control) or (
     int(signal.SIGTERM) if session.step + 1 == case["stop"] else 0
 )
 tensor_file.create = refuse
+publish = checkpoint_writer.write_file
+
+def mute(path, content):  # it cannot even leave a record of its failure
+    if rank == 1 and case["mute"] and any(ckpt.step_name(step) in str(path) for step in refused):
+        raise OSError(28, "No space left on device")
+    publish(path, content)
+
+checkpoint_writer.write_file = mute
 for line, text in enumerate(open(sys.argv[1])):
     case = json.loads(text)
     refused, said, steps, ended, hashed[:] = case["refused"], [], [], None, []
@@ -59,13 +67,18 @@ def test_ranks_verify_together_and_notice_each_others_failures(corpus: Path, pre
     world_size = 2
     run = tmp_path / "tiny" / "checkpoints"
 
-    def case(stop: int, refused: tuple[int, ...] = (), damage: Path | None = None, **keep: Any) -> str:
+    def case(
+        stop: int, refused: tuple[int, ...] = (), damage: Path | None = None, mute: bool = False, **keep: Any
+    ) -> str:
         keep = {"asynchronous": True, "every": 2, "keep_last": 9, **keep}
-        made = settings(corpus, prepared, tmp_path, training={"max_steps": 30}, checkpoint=keep)
-        return json.dumps({"config": made, "stop": stop, "refused": refused, "damage": str(damage or "")}) + "\n"
+        made = settings(corpus, prepared, tmp_path, training={"max_steps": 30, "hang_timeout": 40.0}, checkpoint=keep)
+        return (
+            json.dumps({"config": made, "stop": stop, "mute": mute, "refused": refused, "damage": str(damage or "")})
+            + "\n"
+        )
 
     cases = [
-        case(6, refused=(2,)),  # rank 1 cannot write step 2
+        case(6, refused=(2,), mute=True),  # rank 1 cannot write step 2, nor say so in the folder
         case(8, damage=run / ckpt.step_name(6) / ckpt.rank_file(1)),  # rank 1 hashes that file, rank 0 must hear of it
         case(30, refused=(10,), on_failure="stop"),
     ]
