@@ -14,19 +14,14 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 import yaml
-from paralm_data import Batch
 
 from paralm import resources
 from paralm.config import Config
-from paralm.models import build_model
-from paralm.models.parameters import initial_value, specs
-from paralm.training.engine import build_engine
-from paralm.training.fragments import EngineFragments
-from paralm.training.rendezvous import device, start_distributed
-from paralm.training.step import Stepper
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import synthetic  # beside this file
 
 GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden_losses.json"
 STEPS, ROWS, LENGTH, VOCABULARY = 5, 2, 64, 4096
@@ -38,39 +33,18 @@ def presets() -> list[str]:
     return [name for name in resources.presets() if name.startswith("model/") and name.endswith("_10m")]
 
 
-def synthetic(step: int) -> Batch:
-    """Tokens with structure to learn: each is a fixed function of the one before, but for one in four."""
-    generator = torch.Generator().manual_seed(step)
-    tokens = torch.randint(VOCABULARY, (ROWS, LENGTH + 1), generator=generator)
-    keep = torch.rand((ROWS, LENGTH + 1), generator=generator) < 0.75
-    for t in range(1, LENGTH + 1):
-        tokens[:, t] = torch.where(keep[:, t], (tokens[:, t - 1] * 7 + 3) % 64, tokens[:, t])
-    reset = torch.zeros(ROWS, LENGTH, dtype=torch.bool)
-    reset[0, LENGTH // 3] = True
-    fresh = torch.zeros(ROWS, dtype=torch.bool)
-    return Batch(step, np.arange(ROWS), tokens[:, :-1], tokens[:, 1:], reset, continues=fresh, epoch=0.0)
-
-
 def losses(preset: str) -> list[float]:
     """The losses of the first STEPS steps."""
     model = yaml.safe_load(resources.presets()[preset].read_text(encoding="utf-8"))["model"]
     training = {"global_batch_size": ROWS, "micro_batch_size": ROWS, "seq_len": LENGTH}
     config = Config.model_validate({"model": model, "training": training, "optimizer": {"lr": 1e-3}})
     torch.set_num_threads(1)
-    start_distributed(60.0)
-    engine, optimizer = build_engine(config, VOCABULARY, 1)
-    fragments = EngineFragments(engine, 0, 1)
-    known = {name: (tuple(p.shape), spec) for name, p, spec in specs(build_model(config.model, VOCABULARY, 0, "meta"))}
-
-    def read(kind: str, name: str, offset: int, numel: int) -> torch.Tensor:
-        shape, spec = known[name]
-        return initial_value(name, shape, spec, seed=0).view(-1)[offset : offset + numel]
-
-    fragments.load(read, lambda name: (), {})
-    optimizer.bind(fragments, {name: shape for name, (shape, _) in known.items()}, device())
-    stepper = Stepper(engine, optimizer, config, device(), 0, 1)
-    found = [stepper.run(synthetic(step), step, 1e-3, lambda: 0, timed=False).loss for step in range(STEPS)]
-    engine.destroy()
+    made = synthetic.stepper(config, VOCABULARY)
+    found = []
+    for step in range(STEPS):
+        batch = synthetic.batch(step, ROWS, LENGTH, VOCABULARY)
+        found.append(made.run(batch, step, 1e-3, lambda: 0, timed=False).loss)
+    made.engine.destroy()
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -216,6 +217,17 @@ def test_show_prints_a_configuration_with_origins(run: Run, tmp_path: Path, monk
         return [line.split("  #")[0].rstrip() for line in text.splitlines()]
 
     assert strip(second) == strip(out)
+
+
+def test_show_prints_what_deepspeed_is_given(run: Run) -> None:
+    code, out, _ = run("config", "show", "quickstart", "parallel.zero_stage=2", "launcher.ranks=4")
+    assert code == 0
+    _, found, text = out.partition("# DeepSpeed's configuration on 4 ranks, generated from the above:\n")
+    assert found
+    generated = json.loads("\n".join(line.removeprefix("#") for line in text.splitlines()))
+    assert generated["zero_optimization"]["stage"] == 2
+    micro, steps = generated["train_micro_batch_size_per_gpu"], generated["gradient_accumulation_steps"]
+    assert generated["train_batch_size"] == 4 * micro * steps
 
 
 def test_check_says_ok_and_starts_nothing(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from paralm.training import checkpoint as ckpt
 from paralm.training.load import load_model
 from paralm.training.loop import train
 from paralm.training.metrics import read_metrics
+from paralm.training.optimizers import OPTIMIZERS
 from paralm.training.session import Session
 from tests.conftest import settings
 
@@ -75,6 +76,21 @@ def test_stopped_and_continued_equals_uninterrupted_with_dropout(make: Any) -> N
                 train(part, say=quiet)
     assert [row["loss"] for row in rows(part)] == [row["loss"] for row in rows(whole)]
     assert [row["grad_norm"] for row in rows(part)] == [row["grad_norm"] for row in rows(whole)]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_deterministic_runs_are_equal_to_the_last_bit(make: Any, optimizer: str) -> None:
+    found = []
+    for name in ("one", "two"):
+        config = make(name, run={"deterministic": True}, model={"dropout": 0.1}, optimizer={"name": optimizer})
+        try:
+            train(config, say=quiet)
+            assert torch.are_deterministic_algorithms_enabled()
+        finally:
+            torch.use_deterministic_algorithms(False)
+        found.append([(row["loss"], row.get("grad_norm")) for row in read_metrics(config.run_dir / "metrics.jsonl")])
+    assert found[0] == found[1]
+    assert len(found[0]) == 13
 
 
 def test_a_finished_run_has_nothing_left_to_do(make: Any) -> None:

@@ -21,11 +21,22 @@ def add_to(parent: typer.Typer) -> None:
 def show(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     """Print the whole configuration, every default filled in, and where each value came from.
 
-    The output is itself a configuration: redirect it to a file to start one of your own.
+    The output is itself a configuration: redirect it to a file to start one of your own. What DeepSpeed is given
+    follows as comments.
     """
-    from paralm.config_files import annotate, load_config
+    import json
 
-    typer.echo(annotate(load_config(config, overrides or [])), nl=False)
+    from paralm.config_files import annotate, load_config
+    from paralm.models import build_model
+    from paralm.training.engine import deepspeed_config
+
+    loaded = load_config(config, overrides or [])
+    made, ranks = loaded.config, loaded.config.launcher.ranks or 1
+    model = build_model(made.model, made.data.tokenizer.vocab_size, seed=0, device="meta")
+    generated = deepspeed_config(made, ranks, sum(parameter.numel() for parameter in model.parameters()))
+    typer.echo(annotate(loaded), nl=False)
+    typer.echo(f"\n# DeepSpeed's configuration on {ranks} rank{'s' if ranks > 1 else ''}, generated from the above:")
+    typer.echo("\n".join(f"#   {line}" for line in json.dumps(generated, indent=2).splitlines()))
 
 
 def check(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
