@@ -11,6 +11,7 @@ written and read. Nothing in it depends on the world size or the stage, so any g
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -95,15 +96,37 @@ class EngineFragments:
                     yield Fragment(names[id(parameter)], offset, numel, self.flats[index], start)
 
     def __iter__(self) -> Iterator[Fragment]:
-        """The fragments this rank writes; over all ranks every element occurs once."""
-        if self.stage > 0:
-            yield from self.held
+        """The fragments this rank writes; over all ranks every element occurs once.
+
+        Tensors that are offloaded to disk are there until the next fragment is asked for.
+        """
+        for index, flat in enumerate(self.flats):
+            mine = [fragment for fragment in self.held if fragment.flat is flat]
+            if self.stage == 0:
+                mine = [share for whole in mine for share in self._share(whole)]
+            with self._present(index):
+                yield from mine
+
+    def _share(self, whole: Fragment) -> Iterator[Fragment]:
+        low = whole.numel * self.rank // self.world_size
+        high = whole.numel * (self.rank + 1) // self.world_size
+        if high > low:
+            yield Fragment(whole.name, low, high - low, whole.flat, low)
+
+    @contextlib.contextmanager
+    def _present(self, index: int, changed: bool = False) -> Iterator[None]:
+        """A flat tensor and its state in memory, wherever they are kept (ZeRO-3 with NVMe)."""
+        if self.stage < 3 or not self.zero._swappable_optimizer_subgroup(index):
+            yield
             return
-        for whole in self.held:
-            low = whole.numel * self.rank // self.world_size
-            high = whole.numel * (self.rank + 1) // self.world_size
-            if high > low:
-                yield Fragment(whole.name, low, high - low, whole.flat, low)
+        self.zero._optimizer_states_and_gradient_swap_in(index)
+        try:
+            yield
+        finally:
+            if changed:
+                self.zero._optimizer_states_and_gradient_swap_out(index)
+            else:
+                self.zero._release_swap_buffers(index)
 
     def tensor_state(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
         """Optimizer state with one value per element of ``flat``."""
@@ -126,28 +149,26 @@ class EngineFragments:
         ``kinds(name)``: the elementwise optimizer states there are for a parameter; none: weights only, and a new
         optimizer. ``scalars``: the others, for every tensor whose parameters have an elementwise state.
         """
-        for fragment in self.held:
-            fragment.view(fragment.flat).copy_(read(MASTER, fragment.name, fragment.offset, fragment.numel))
-            for key in kinds(fragment.name):
-                state = self.optimizer.state[fragment.flat]
-                if key not in state:  # what lies between fragments is padding, and stays zero
-                    state[key] = torch.zeros_like(fragment.flat)
-                fragment.view(state[key]).copy_(read(key, fragment.name, fragment.offset, fragment.numel))
-        for flat in self.flats:
-            state = self.optimizer.state.get(flat, {})
-            if any(torch.is_tensor(value) and value.shape == flat.shape for value in state.values()):
-                for key, value in scalars.items():
-                    state[key] = torch.tensor(value, dtype=torch.float32)
-        self._refresh_weights()
-
-    def _refresh_weights(self) -> None:
+        if self.stage == 3:
+            self.zero._partition_all_parameters()
+        for index, flat in enumerate(self.flats):
+            with self._present(index, changed=True):
+                state = self.optimizer.state[flat]
+                for fragment in (fragment for fragment in self.held if fragment.flat is flat):
+                    where = (fragment.name, fragment.offset, fragment.numel)
+                    fragment.view(flat).copy_(read(MASTER, *where))
+                    for key in kinds(fragment.name):
+                        if key not in state:  # what lies between fragments is padding, and stays zero
+                            state[key] = torch.zeros_like(flat)
+                        fragment.view(state[key]).copy_(read(key, *where))
+                if any(torch.is_tensor(value) and value.shape == flat.shape for value in state.values()):
+                    for key, value in scalars.items():
+                        state[key] = torch.tensor(value, dtype=torch.float32)
+                if self.stage == 3:
+                    self.zero._reassign_or_swap_out_partitioned_parameters(index)
         if self.stage == 0:
             self.zero.refresh_weights()
         elif self.stage < 3:
             self.zero.update_lp_params()
-        else:
-            self.zero._partition_all_parameters()
-            for index in range(len(self.zero.fp16_groups)):
-                self.zero._reassign_or_swap_out_partitioned_parameters(index)
-            if self.zero.persistent_parameters:  # small ones, which stay whole on every rank
-                self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
+        elif self.zero.persistent_parameters:  # small ones, which stay whole on every rank
+            self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
