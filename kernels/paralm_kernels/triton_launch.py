@@ -24,6 +24,8 @@ TINY = {tl.float32: 2.0**-64, tl.float64: 2.0**-100}
 """A product of Jacobians this small is not followed further back: what it multiplies is not seen beside the rest."""
 WALK_BLOCK = 32
 """Channels of a program that walks: one a thread, one warp, so that few channels still make many programs."""
+CHECK = 32
+"""Steps between the states in full precision at which a walk asks whether it has met the stored trajectory."""
 _SLACK = 2.0**-10
 """Relative widening of a cell's box, as in newton.py."""
 _INTEGERS = {"iterations", "steps", "walked", "rounds", "last_walked", "last_rounds"}
@@ -157,7 +159,7 @@ def default_launches(cell: Cell, dtypes: Sequence[str] = ("bf16", "fp32")) -> li
     launches = []
     for given in dtypes:
         compute = tl.float64 if given == "fp64" else tl.float32
-        common = {"HAS_RESET": True, "COMPUTE": compute, "BLOCK": WALK_BLOCK, "TINY": TINY[compute]}
+        common = {"HAS_RESET": True, "COMPUTE": compute, "BLOCK": WALK_BLOCK, "TINY": TINY[compute], "CHECK": CHECK}
         common |= {f"HAS_G_{h.upper()}": True for h in names.state}
         for label, name, warps, options in every:
             function = getattr(made, name)

@@ -151,7 +151,7 @@ def _walk(names: Names, entry: list[str], start: str, meet: str, indent: int) ->
     lines += [f"{pad}{names.entry('m', i, j)} = tl.zeros_like({entry[0]}) + {float(i == j)}" for i, j in names.pairs]
     args = [*names.state, *names.product, *names.row(names.inputs), *names.params, *names.row(names.state)]
     args += [*names.row(names.state, "_check"), "reset_row", start, "stop", "x_stride_time", "channels", "mask", "tol"]
-    args += ["HAS_RESET", "True", meet, "COMPUTE"]
+    args += ["HAS_RESET", "True", meet, "COMPUTE", "CHECK"]
     return lines + assign([*names.state, *names.product, "t", "met"], "walk_piece", args, indent)
 
 
@@ -209,7 +209,7 @@ def segments_kernel(names: Names) -> str:
         [
             *(*_tensors(names), *names.ptr(names.state, "_entry"), "walked_ptr", "rounds_ptr", "batches", "length"),
             *("checks", *SIZES, "tol", "AGAIN: tl.constexpr", "HAS_RESET: tl.constexpr", "COMPUTE: tl.constexpr"),
-            "BLOCK: tl.constexpr",
+            *("CHECK: tl.constexpr", "BLOCK: tl.constexpr"),
         ],
         "Walks every piece whose entry moved; the first time all, from the initial state and from zero.",
         lines,
@@ -287,7 +287,7 @@ def segments_finish_kernel(names: Names) -> str:
         [
             *(*_tensors(names), *names.ptr(names.state, "_final"), "last_walked_ptr", "last_rounds_ptr", "update_ptr"),
             *("pieces", "batches", "length", "checks", *SIZES, "tol", "HAS_RESET: tl.constexpr"),
-            *("COMPUTE: tl.constexpr", "BLOCK: tl.constexpr"),
+            *("COMPUTE: tl.constexpr", "CHECK: tl.constexpr", "BLOCK: tl.constexpr"),
         ],
         "Goes through the pieces in order and walks again each that did not start where the one before ends.",
         lines,

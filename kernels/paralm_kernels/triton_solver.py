@@ -16,18 +16,31 @@ from .derive import Derived
 from .errors import ArgumentError
 from .newton import NewtonOptions
 from .problem import Problem, SolveInfo
-from .triton_launch import COMPUTE, TINY, Kernels, Launch, default_launches, tile_shape
+from .triton_launch import CHECK, COMPUTE, TINY, Kernels, Launch, default_launches, tile_shape
 from .triton_table import ROUNDS, Choice, choose, pieces_for
-from .triton_template import CHECK
 
-__all__ = ["Launch", "check_device", "check_tile", "decode", "default_launches", "gradients_triton", "solve_triton"]
+__all__ = [
+    "Launch",
+    "check_device",
+    "check_tile",
+    "decode",
+    "default_launches",
+    "gradients_triton",
+    "interpreted",
+    "solve_triton",
+]
 
 _LARGEST_TILE = 64
 
 
+def interpreted() -> bool:
+    """Whether kernels run under Triton's interpreter in this process."""
+    return bool(triton.knobs.runtime.interpret)
+
+
 def check_device(device: torch.device) -> None:
     """Refuses a CPU that does not interpret, in one line."""
-    if device.type == "cpu" and not triton.knobs.runtime.interpret:
+    if device.type == "cpu" and not interpreted():
         raise ArgumentError(
             "method 'triton' needs a GPU but inputs are on cpu; use method='auto', or set TRITON_INTERPRET=1 before "
             "Triton is imported"
@@ -111,7 +124,7 @@ def _segments(kernels: Kernels, choice: Choice, tol: float, options: NewtonOptio
     update = kernels.empty(few, dtype=torch.float32)
     kernels.more(walked_ptr=walked, rounds_ptr=rounds, last_walked_ptr=last_walked, last_rounds_ptr=last_rounds)
     meet = min(tol, 2 * torch.finfo(kernels.problem.dtype).eps)
-    kernels.more(update_ptr=update, pieces=pieces, length=length, checks=checks, tol=meet)
+    kernels.more(update_ptr=update, pieces=pieces, length=length, checks=checks, tol=meet, CHECK=CHECK)
     kernels.run("segments_kernel", pieces=pieces, AGAIN=False)
     for _ in range(min(options.max_iter or ROUNDS, pieces - 1)):
         kernels.run("segments_join_kernel")

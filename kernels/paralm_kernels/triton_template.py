@@ -20,8 +20,6 @@ from .triton_code import identifiers, statements
 _UNROLL, _UNROLL_LONG, _LONG = 4, 2, 40
 """Steps a walk computes while the inputs of as many following ones are on their way; fewer where a step has more
 operations than _LONG, which hide the loads by themselves."""
-CHECK = 32
-"""Steps between the states in full precision at which a walk asks whether it has met the stored trajectory."""
 WIDTH = 120
 
 
@@ -246,8 +244,8 @@ def walk_piece(names: Names) -> str:
     for u in range(names.unroll):
         lines += move([f"{x}_{u}" for x in names.inputs], [f"{x}_ahead_{u}" for x in names.inputs], 8)
     lines += [f"        t += {names.unroll}", "        if PIECES:"]
-    lines += [f"            edge = ((t - start) % {CHECK} == 0) | (t >= stop)", "            if edge:"]
-    lines += [f"                here = (tl.minimum(t, stop) - 1) // {CHECK} * channels"]
+    lines += ["            edge = ((t - start) % CHECK == 0) | (t >= stop)", "            if edge:"]
+    lines += ["                here = (tl.minimum(t, stop) - 1) // CHECK * channels"]
     lines += ["                if MEET:", "                    moved = 0.0"]
     for h, row in zip(names.state, checks, strict=True):
         lines += [f"                    old = tl.load({row} + here, mask=mask, other=0.0)"]
@@ -260,10 +258,10 @@ def walk_piece(names: Names) -> str:
         [
             *(*carried, *x_rows, *names.params, *rows, *checks, "reset_row", "start", "stop", "x_stride_time"),
             *("channels", "mask", "tol", "HAS_RESET: tl.constexpr", "PIECES: tl.constexpr", "MEET: tl.constexpr"),
-            "COMPUTE: tl.constexpr",
+            *("COMPUTE: tl.constexpr", "CHECK: tl.constexpr"),
         ],
         "Walks from start to stop, or until the state meets the stored one. With PIECES it carries the product of\n"
-        f"    Jacobians and keeps a checkpoint every {CHECK} steps; start is a multiple of that.",
+        "    Jacobians and keeps a checkpoint every CHECK steps; start is a multiple of that.",
         [*lines, *returns([*carried, "tl.minimum(t, stop)", "met"])],
     )
 
@@ -317,7 +315,7 @@ def walk_kernel(names: Names) -> str:
             *rows,
         ),
         *("reset_row", "batch * 0", "time", "x_stride_time", "channels", "mask", "0.0", "HAS_RESET", "False", "False"),
-        "COMPUTE",
+        *("COMPUTE", "1"),
     ]
     lines += assign([*names.state, *(f"_{m}" for m in names.product), "_t", "_met"], "walk_piece", walked)
     lines += [f"    tl.store({h}_final_ptr + here, {h}, mask=mask)" for h in names.state]

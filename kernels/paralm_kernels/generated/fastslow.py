@@ -171,9 +171,10 @@ def walk_piece(
     u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, x_u_row, x_v_row, x_o_row, a_u, b, a_v, a_o,
     p, q, u_row, v_row, h_row, u_check_row, v_check_row, h_check_row, reset_row, start, stop, x_stride_time, channels,
     mask, tol, HAS_RESET: tl.constexpr, PIECES: tl.constexpr, MEET: tl.constexpr, COMPUTE: tl.constexpr,
+    CHECK: tl.constexpr,
 ):
     """Walks from start to stop, or until the state meets the stored one. With PIECES it carries the product of
-    Jacobians and keeps a checkpoint every 32 steps; start is a multiple of that."""
+    Jacobians and keeps a checkpoint every CHECK steps; start is a multiple of that."""
     x_u_0, x_v_0, x_o_0 = load_inputs(
         x_u_row, x_v_row, x_o_row, (start) * x_stride_time, mask & (start < stop), COMPUTE,
     )
@@ -201,9 +202,9 @@ def walk_piece(
         x_u_1, x_v_1, x_o_1 = x_u_ahead_1, x_v_ahead_1, x_o_ahead_1
         t += 2
         if PIECES:
-            edge = ((t - start) % 32 == 0) | (t >= stop)
+            edge = ((t - start) % CHECK == 0) | (t >= stop)
             if edge:
-                here = (tl.minimum(t, stop) - 1) // 32 * channels
+                here = (tl.minimum(t, stop) - 1) // CHECK * channels
                 if MEET:
                     moved = 0.0
                     old = tl.load(u_check_row + here, mask=mask, other=0.0)
@@ -248,7 +249,7 @@ def walk_kernel(
     ) = walk_piece(
         u, v, h, u, u, u, u, u, u, u, u, u, x_u_row, x_v_row, x_o_row, a_u, b, a_v, a_o, p, q, u_row, v_row, h_row,
         u_row, v_row, h_row, reset_row, batch * 0, time, x_stride_time, channels, mask, 0.0, HAS_RESET, False, False,
-        COMPUTE,
+        COMPUTE, 1,
     )
     tl.store(u_final_ptr + here, u, mask=mask)
     tl.store(v_final_ptr + here, v, mask=mask)
@@ -440,7 +441,7 @@ def segments_kernel(
     u_end_ptr, v_end_ptr, h_end_ptr, m_u_u_ptr, m_u_v_ptr, m_u_h_ptr, m_v_u_ptr, m_v_v_ptr, m_v_h_ptr, m_h_u_ptr,
     m_h_v_ptr, m_h_h_ptr, u_entry_ptr, v_entry_ptr, h_entry_ptr, walked_ptr, rounds_ptr, batches, length, checks, time,
     channels, x_stride_batch, x_stride_time, tol, AGAIN: tl.constexpr, HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    CHECK: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Walks every piece whose entry moved; the first time all, from the initial state and from zero."""
     blocks = tl.cdiv(channels, BLOCK)
@@ -499,7 +500,7 @@ def segments_kernel(
         u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, t, met = walk_piece(
             u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, x_u_row, x_v_row, x_o_row, a_u, b,
             a_v, a_o, p, q, u_row, v_row, h_row, u_check_row, v_check_row, h_check_row, reset_row, start, stop,
-            x_stride_time, channels, mask, tol, HAS_RESET, True, AGAIN, COMPUTE,
+            x_stride_time, channels, mask, tol, HAS_RESET, True, AGAIN, COMPUTE, CHECK,
         )
         if met == 0:
             tl.store(u_end_ptr + at, u, mask=mask)
@@ -577,7 +578,7 @@ def segments_finish_kernel(
     u_end_ptr, v_end_ptr, h_end_ptr, m_u_u_ptr, m_u_v_ptr, m_u_h_ptr, m_v_u_ptr, m_v_v_ptr, m_v_h_ptr, m_h_u_ptr,
     m_h_v_ptr, m_h_h_ptr, u_final_ptr, v_final_ptr, h_final_ptr, last_walked_ptr, last_rounds_ptr, update_ptr, pieces,
     batches, length, checks, time, channels, x_stride_batch, x_stride_time, tol, HAS_RESET: tl.constexpr,
-    COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+    COMPUTE: tl.constexpr, CHECK: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Goes through the pieces in order and walks again each that did not start where the one before ends."""
     blocks = tl.cdiv(channels, BLOCK)
@@ -635,7 +636,7 @@ def segments_finish_kernel(
             ) = walk_piece(
                 u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, x_u_row, x_v_row, x_o_row, a_u,
                 b, a_v, a_o, p, q, u_row, v_row, h_row, u_check_row, v_check_row, h_check_row, reset_row, start, stop,
-                x_stride_time, channels, mask, tol, HAS_RESET, True, True, COMPUTE,
+                x_stride_time, channels, mask, tol, HAS_RESET, True, True, COMPUTE, CHECK,
             )
             u_end = tl.where(met == 0, u, u_end)
             v_end = tl.where(met == 0, v, v_end)

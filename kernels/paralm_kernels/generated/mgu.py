@@ -99,10 +99,10 @@ def advance(
 @triton.jit
 def walk_piece(
     h, m_h_h, x_f_row, x_h_row, a_f, a_h, h_row, h_check_row, reset_row, start, stop, x_stride_time, channels, mask,
-    tol, HAS_RESET: tl.constexpr, PIECES: tl.constexpr, MEET: tl.constexpr, COMPUTE: tl.constexpr,
+    tol, HAS_RESET: tl.constexpr, PIECES: tl.constexpr, MEET: tl.constexpr, COMPUTE: tl.constexpr, CHECK: tl.constexpr,
 ):
     """Walks from start to stop, or until the state meets the stored one. With PIECES it carries the product of
-    Jacobians and keeps a checkpoint every 32 steps; start is a multiple of that."""
+    Jacobians and keeps a checkpoint every CHECK steps; start is a multiple of that."""
     x_f_0, x_h_0 = load_inputs(x_f_row, x_h_row, (start) * x_stride_time, mask & (start < stop), COMPUTE)
     x_f_1, x_h_1 = load_inputs(x_f_row, x_h_row, (start + 1) * x_stride_time, mask & (start + 1 < stop), COMPUTE)
     x_f_2, x_h_2 = load_inputs(x_f_row, x_h_row, (start + 2) * x_stride_time, mask & (start + 2 < stop), COMPUTE)
@@ -140,9 +140,9 @@ def walk_piece(
         x_f_3, x_h_3 = x_f_ahead_3, x_h_ahead_3
         t += 4
         if PIECES:
-            edge = ((t - start) % 32 == 0) | (t >= stop)
+            edge = ((t - start) % CHECK == 0) | (t >= stop)
             if edge:
-                here = (tl.minimum(t, stop) - 1) // 32 * channels
+                here = (tl.minimum(t, stop) - 1) // CHECK * channels
                 if MEET:
                     moved = 0.0
                     old = tl.load(h_check_row + here, mask=mask, other=0.0)
@@ -172,7 +172,7 @@ def walk_kernel(
     h = tl.load(h_first_ptr + here, mask=mask, other=0.0)
     h, _m_h_h, _t, _met = walk_piece(
         h, h, x_f_row, x_h_row, a_f, a_h, h_row, h_row, reset_row, batch * 0, time, x_stride_time, channels, mask, 0.0,
-        HAS_RESET, False, False, COMPUTE,
+        HAS_RESET, False, False, COMPUTE, 1,
     )
     tl.store(h_final_ptr + here, h, mask=mask)
 
@@ -286,7 +286,7 @@ def tile_kernel(
 def segments_kernel(
     x_f_ptr, x_h_ptr, a_f_ptr, a_h_ptr, h_first_ptr, h_ptr, h_check_ptr, reset_ptr, h_used_ptr, h_end_ptr, m_h_h_ptr,
     h_entry_ptr, walked_ptr, rounds_ptr, batches, length, checks, time, channels, x_stride_batch, x_stride_time, tol,
-    AGAIN: tl.constexpr, HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+    AGAIN: tl.constexpr, HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr, CHECK: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Walks every piece whose entry moved; the first time all, from the initial state and from zero."""
     blocks = tl.cdiv(channels, BLOCK)
@@ -319,7 +319,7 @@ def segments_kernel(
         m_h_h = tl.zeros_like(h_entry) + 1.0
         h, m_h_h, t, met = walk_piece(
             h, m_h_h, x_f_row, x_h_row, a_f, a_h, h_row, h_check_row, reset_row, start, stop, x_stride_time, channels,
-            mask, tol, HAS_RESET, True, AGAIN, COMPUTE,
+            mask, tol, HAS_RESET, True, AGAIN, COMPUTE, CHECK,
         )
         if met == 0:
             tl.store(h_end_ptr + at, h, mask=mask)
@@ -359,7 +359,8 @@ def segments_join_kernel(
 def segments_finish_kernel(
     x_f_ptr, x_h_ptr, a_f_ptr, a_h_ptr, h_first_ptr, h_ptr, h_check_ptr, reset_ptr, h_used_ptr, h_end_ptr, m_h_h_ptr,
     h_final_ptr, last_walked_ptr, last_rounds_ptr, update_ptr, pieces, batches, length, checks, time, channels,
-    x_stride_batch, x_stride_time, tol, HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+    x_stride_batch, x_stride_time, tol, HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr, CHECK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Goes through the pieces in order and walks again each that did not start where the one before ends."""
     blocks = tl.cdiv(channels, BLOCK)
@@ -391,7 +392,7 @@ def segments_finish_kernel(
             m_h_h = tl.zeros_like(h_entry) + 1.0
             h, m_h_h, t, met = walk_piece(
                 h, m_h_h, x_f_row, x_h_row, a_f, a_h, h_row, h_check_row, reset_row, start, stop, x_stride_time,
-                channels, mask, tol, HAS_RESET, True, True, COMPUTE,
+                channels, mask, tol, HAS_RESET, True, True, COMPUTE, CHECK,
             )
             h_end = tl.where(met == 0, h, h_end)
             walked += (t - start).to(tl.int32)

@@ -108,9 +108,10 @@ def advance(
 def walk_piece(
     h, m_h_h, x_z_row, x_r_row, x_h_row, a_z, a_r, a_h, h_row, h_check_row, reset_row, start, stop, x_stride_time,
     channels, mask, tol, HAS_RESET: tl.constexpr, PIECES: tl.constexpr, MEET: tl.constexpr, COMPUTE: tl.constexpr,
+    CHECK: tl.constexpr,
 ):
     """Walks from start to stop, or until the state meets the stored one. With PIECES it carries the product of
-    Jacobians and keeps a checkpoint every 32 steps; start is a multiple of that."""
+    Jacobians and keeps a checkpoint every CHECK steps; start is a multiple of that."""
     x_z_0, x_r_0, x_h_0 = load_inputs(
         x_z_row, x_r_row, x_h_row, (start) * x_stride_time, mask & (start < stop), COMPUTE,
     )
@@ -159,9 +160,9 @@ def walk_piece(
         x_z_3, x_r_3, x_h_3 = x_z_ahead_3, x_r_ahead_3, x_h_ahead_3
         t += 4
         if PIECES:
-            edge = ((t - start) % 32 == 0) | (t >= stop)
+            edge = ((t - start) % CHECK == 0) | (t >= stop)
             if edge:
-                here = (tl.minimum(t, stop) - 1) // 32 * channels
+                here = (tl.minimum(t, stop) - 1) // CHECK * channels
                 if MEET:
                     moved = 0.0
                     old = tl.load(h_check_row + here, mask=mask, other=0.0)
@@ -192,7 +193,7 @@ def walk_kernel(
     h = tl.load(h_first_ptr + here, mask=mask, other=0.0)
     h, _m_h_h, _t, _met = walk_piece(
         h, h, x_z_row, x_r_row, x_h_row, a_z, a_r, a_h, h_row, h_row, reset_row, batch * 0, time, x_stride_time,
-        channels, mask, 0.0, HAS_RESET, False, False, COMPUTE,
+        channels, mask, 0.0, HAS_RESET, False, False, COMPUTE, 1,
     )
     tl.store(h_final_ptr + here, h, mask=mask)
 
@@ -309,7 +310,8 @@ def tile_kernel(
 def segments_kernel(
     x_z_ptr, x_r_ptr, x_h_ptr, a_z_ptr, a_r_ptr, a_h_ptr, h_first_ptr, h_ptr, h_check_ptr, reset_ptr, h_used_ptr,
     h_end_ptr, m_h_h_ptr, h_entry_ptr, walked_ptr, rounds_ptr, batches, length, checks, time, channels, x_stride_batch,
-    x_stride_time, tol, AGAIN: tl.constexpr, HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+    x_stride_time, tol, AGAIN: tl.constexpr, HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr, CHECK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Walks every piece whose entry moved; the first time all, from the initial state and from zero."""
     blocks = tl.cdiv(channels, BLOCK)
@@ -343,7 +345,7 @@ def segments_kernel(
         m_h_h = tl.zeros_like(h_entry) + 1.0
         h, m_h_h, t, met = walk_piece(
             h, m_h_h, x_z_row, x_r_row, x_h_row, a_z, a_r, a_h, h_row, h_check_row, reset_row, start, stop,
-            x_stride_time, channels, mask, tol, HAS_RESET, True, AGAIN, COMPUTE,
+            x_stride_time, channels, mask, tol, HAS_RESET, True, AGAIN, COMPUTE, CHECK,
         )
         if met == 0:
             tl.store(h_end_ptr + at, h, mask=mask)
@@ -384,7 +386,7 @@ def segments_finish_kernel(
     x_z_ptr, x_r_ptr, x_h_ptr, a_z_ptr, a_r_ptr, a_h_ptr, h_first_ptr, h_ptr, h_check_ptr, reset_ptr, h_used_ptr,
     h_end_ptr, m_h_h_ptr, h_final_ptr, last_walked_ptr, last_rounds_ptr, update_ptr, pieces, batches, length, checks,
     time, channels, x_stride_batch, x_stride_time, tol, HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    CHECK: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Goes through the pieces in order and walks again each that did not start where the one before ends."""
     blocks = tl.cdiv(channels, BLOCK)
@@ -417,7 +419,7 @@ def segments_finish_kernel(
             m_h_h = tl.zeros_like(h_entry) + 1.0
             h, m_h_h, t, met = walk_piece(
                 h, m_h_h, x_z_row, x_r_row, x_h_row, a_z, a_r, a_h, h_row, h_check_row, reset_row, start, stop,
-                x_stride_time, channels, mask, tol, HAS_RESET, True, True, COMPUTE,
+                x_stride_time, channels, mask, tol, HAS_RESET, True, True, COMPUTE, CHECK,
             )
             h_end = tl.where(met == 0, h, h_end)
             walked += (t - start).to(tl.int32)

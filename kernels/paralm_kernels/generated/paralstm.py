@@ -138,10 +138,10 @@ def advance(
 def walk_piece(
     c, h, m_c_c, m_c_h, m_h_c, m_h_h, x_f_row, x_c_row, x_o_row, a_f, a_c, a_o, p_f, p_o, c_row, h_row, c_check_row,
     h_check_row, reset_row, start, stop, x_stride_time, channels, mask, tol, HAS_RESET: tl.constexpr,
-    PIECES: tl.constexpr, MEET: tl.constexpr, COMPUTE: tl.constexpr,
+    PIECES: tl.constexpr, MEET: tl.constexpr, COMPUTE: tl.constexpr, CHECK: tl.constexpr,
 ):
     """Walks from start to stop, or until the state meets the stored one. With PIECES it carries the product of
-    Jacobians and keeps a checkpoint every 32 steps; start is a multiple of that."""
+    Jacobians and keeps a checkpoint every CHECK steps; start is a multiple of that."""
     x_f_0, x_c_0, x_o_0 = load_inputs(
         x_f_row, x_c_row, x_o_row, (start) * x_stride_time, mask & (start < stop), COMPUTE,
     )
@@ -169,9 +169,9 @@ def walk_piece(
         x_f_1, x_c_1, x_o_1 = x_f_ahead_1, x_c_ahead_1, x_o_ahead_1
         t += 2
         if PIECES:
-            edge = ((t - start) % 32 == 0) | (t >= stop)
+            edge = ((t - start) % CHECK == 0) | (t >= stop)
             if edge:
-                here = (tl.minimum(t, stop) - 1) // 32 * channels
+                here = (tl.minimum(t, stop) - 1) // CHECK * channels
                 if MEET:
                     moved = 0.0
                     old = tl.load(c_check_row + here, mask=mask, other=0.0)
@@ -208,7 +208,7 @@ def walk_kernel(
     h = tl.load(h_first_ptr + here, mask=mask, other=0.0)
     c, h, _m_c_c, _m_c_h, _m_h_c, _m_h_h, _t, _met = walk_piece(
         c, h, c, c, c, c, x_f_row, x_c_row, x_o_row, a_f, a_c, a_o, p_f, p_o, c_row, h_row, c_row, h_row, reset_row,
-        batch * 0, time, x_stride_time, channels, mask, 0.0, HAS_RESET, False, False, COMPUTE,
+        batch * 0, time, x_stride_time, channels, mask, 0.0, HAS_RESET, False, False, COMPUTE, 1,
     )
     tl.store(c_final_ptr + here, c, mask=mask)
     tl.store(h_final_ptr + here, h, mask=mask)
@@ -363,7 +363,7 @@ def segments_kernel(
     c_check_ptr, h_check_ptr, reset_ptr, c_used_ptr, h_used_ptr, c_end_ptr, h_end_ptr, m_c_c_ptr, m_c_h_ptr, m_h_c_ptr,
     m_h_h_ptr, c_entry_ptr, h_entry_ptr, walked_ptr, rounds_ptr, batches, length, checks, time, channels,
     x_stride_batch, x_stride_time, tol, AGAIN: tl.constexpr, HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    CHECK: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Walks every piece whose entry moved; the first time all, from the initial state and from zero."""
     blocks = tl.cdiv(channels, BLOCK)
@@ -409,7 +409,7 @@ def segments_kernel(
         c, h, m_c_c, m_c_h, m_h_c, m_h_h, t, met = walk_piece(
             c, h, m_c_c, m_c_h, m_h_c, m_h_h, x_f_row, x_c_row, x_o_row, a_f, a_c, a_o, p_f, p_o, c_row, h_row,
             c_check_row, h_check_row, reset_row, start, stop, x_stride_time, channels, mask, tol, HAS_RESET, True,
-            AGAIN, COMPUTE,
+            AGAIN, COMPUTE, CHECK,
         )
         if met == 0:
             tl.store(c_end_ptr + at, c, mask=mask)
@@ -466,7 +466,7 @@ def segments_finish_kernel(
     c_check_ptr, h_check_ptr, reset_ptr, c_used_ptr, h_used_ptr, c_end_ptr, h_end_ptr, m_c_c_ptr, m_c_h_ptr, m_h_c_ptr,
     m_h_h_ptr, c_final_ptr, h_final_ptr, last_walked_ptr, last_rounds_ptr, update_ptr, pieces, batches, length, checks,
     time, channels, x_stride_batch, x_stride_time, tol, HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    CHECK: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Goes through the pieces in order and walks again each that did not start where the one before ends."""
     blocks = tl.cdiv(channels, BLOCK)
@@ -510,7 +510,7 @@ def segments_finish_kernel(
             c, h, m_c_c, m_c_h, m_h_c, m_h_h, t, met = walk_piece(
                 c, h, m_c_c, m_c_h, m_h_c, m_h_h, x_f_row, x_c_row, x_o_row, a_f, a_c, a_o, p_f, p_o, c_row, h_row,
                 c_check_row, h_check_row, reset_row, start, stop, x_stride_time, channels, mask, tol, HAS_RESET, True,
-                True, COMPUTE,
+                True, COMPUTE, CHECK,
             )
             c_end = tl.where(met == 0, c, c_end)
             h_end = tl.where(met == 0, h, h_end)

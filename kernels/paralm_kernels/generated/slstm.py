@@ -231,9 +231,10 @@ def walk_piece(
     s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, x_i_row, x_f_row, x_z_row, x_o_row, r_i,
     r_f, r_z, r_o, s_row, y_row, h_row, s_check_row, y_check_row, h_check_row, reset_row, start, stop, x_stride_time,
     channels, mask, tol, HAS_RESET: tl.constexpr, PIECES: tl.constexpr, MEET: tl.constexpr, COMPUTE: tl.constexpr,
+    CHECK: tl.constexpr,
 ):
     """Walks from start to stop, or until the state meets the stored one. With PIECES it carries the product of
-    Jacobians and keeps a checkpoint every 32 steps; start is a multiple of that."""
+    Jacobians and keeps a checkpoint every CHECK steps; start is a multiple of that."""
     x_i_0, x_f_0, x_z_0, x_o_0 = load_inputs(
         x_i_row, x_f_row, x_z_row, x_o_row, (start) * x_stride_time, mask & (start < stop), COMPUTE,
     )
@@ -261,9 +262,9 @@ def walk_piece(
         x_i_1, x_f_1, x_z_1, x_o_1 = x_i_ahead_1, x_f_ahead_1, x_z_ahead_1, x_o_ahead_1
         t += 2
         if PIECES:
-            edge = ((t - start) % 32 == 0) | (t >= stop)
+            edge = ((t - start) % CHECK == 0) | (t >= stop)
             if edge:
-                here = (tl.minimum(t, stop) - 1) // 32 * channels
+                here = (tl.minimum(t, stop) - 1) // CHECK * channels
                 if MEET:
                     moved = 0.0
                     old = tl.load(s_check_row + here, mask=mask, other=0.0)
@@ -309,7 +310,7 @@ def walk_kernel(
     ) = walk_piece(
         s, y, h, s, s, s, s, s, s, s, s, s, x_i_row, x_f_row, x_z_row, x_o_row, r_i, r_f, r_z, r_o, s_row, y_row, h_row,
         s_row, y_row, h_row, reset_row, batch * 0, time, x_stride_time, channels, mask, 0.0, HAS_RESET, False, False,
-        COMPUTE,
+        COMPUTE, 1,
     )
     tl.store(s_final_ptr + here, s, mask=mask)
     tl.store(y_final_ptr + here, y, mask=mask)
@@ -509,7 +510,7 @@ def segments_kernel(
     s_end_ptr, y_end_ptr, h_end_ptr, m_s_s_ptr, m_s_y_ptr, m_s_h_ptr, m_y_s_ptr, m_y_y_ptr, m_y_h_ptr, m_h_s_ptr,
     m_h_y_ptr, m_h_h_ptr, s_entry_ptr, y_entry_ptr, h_entry_ptr, walked_ptr, rounds_ptr, batches, length, checks, time,
     channels, x_stride_batch, x_stride_time, tol, AGAIN: tl.constexpr, HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    CHECK: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Walks every piece whose entry moved; the first time all, from the initial state and from zero."""
     blocks = tl.cdiv(channels, BLOCK)
@@ -569,7 +570,7 @@ def segments_kernel(
         s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, t, met = walk_piece(
             s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, x_i_row, x_f_row, x_z_row, x_o_row,
             r_i, r_f, r_z, r_o, s_row, y_row, h_row, s_check_row, y_check_row, h_check_row, reset_row, start, stop,
-            x_stride_time, channels, mask, tol, HAS_RESET, True, AGAIN, COMPUTE,
+            x_stride_time, channels, mask, tol, HAS_RESET, True, AGAIN, COMPUTE, CHECK,
         )
         if met == 0:
             tl.store(s_end_ptr + at, s, mask=mask)
@@ -645,7 +646,7 @@ def segments_finish_kernel(
     s_end_ptr, y_end_ptr, h_end_ptr, m_s_s_ptr, m_s_y_ptr, m_s_h_ptr, m_y_s_ptr, m_y_y_ptr, m_y_h_ptr, m_h_s_ptr,
     m_h_y_ptr, m_h_h_ptr, s_final_ptr, y_final_ptr, h_final_ptr, last_walked_ptr, last_rounds_ptr, update_ptr, pieces,
     batches, length, checks, time, channels, x_stride_batch, x_stride_time, tol, HAS_RESET: tl.constexpr,
-    COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+    COMPUTE: tl.constexpr, CHECK: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Goes through the pieces in order and walks again each that did not start where the one before ends."""
     blocks = tl.cdiv(channels, BLOCK)
@@ -704,7 +705,7 @@ def segments_finish_kernel(
             ) = walk_piece(
                 s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, x_i_row, x_f_row, x_z_row,
                 x_o_row, r_i, r_f, r_z, r_o, s_row, y_row, h_row, s_check_row, y_check_row, h_check_row, reset_row,
-                start, stop, x_stride_time, channels, mask, tol, HAS_RESET, True, True, COMPUTE,
+                start, stop, x_stride_time, channels, mask, tol, HAS_RESET, True, True, COMPUTE, CHECK,
             )
             s_end = tl.where(met == 0, s, s_end)
             y_end = tl.where(met == 0, y, y_end)
