@@ -1,6 +1,6 @@
 """Compiles every kernel of every registered cell for the GPUs they are meant for; needs none of them.
 
-    python -m paralm_kernels.compiled [--target sm_90 ...] [--cell paragru ...] [--jobs 2]
+    python -m paralm_kernels.compiled [--target sm_90 ...] [--cell paragru ...] [--dtype bf16 ...]
 
 Prints what each kernel takes of registers and shared memory, and what it spills: registers kept in memory instead, the
 quiet way for a kernel to be slow. Whatever spills, or does not compile, is named and the exit code is 1.
@@ -32,6 +32,8 @@ from .errors import ArgumentError
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 """Triton's (backend, architecture, threads of a warp)."""
+
+DTYPES = ("fp16", "bf16", "fp32", "fp64")
 
 
 @dataclass(frozen=True)
@@ -122,16 +124,16 @@ def read_metadata(text: str) -> tuple[int, int]:
     return found["vgpr_count"], spills
 
 
-def compile_cell(name: str, target: str) -> list[Usage]:
-    """Every kernel of a cell in its default configurations."""
+def compile_cell(name: str, target: str, dtypes: Sequence[str]) -> list[Usage]:
+    """Every kernel of a cell in its default configurations, for inputs of these dtypes."""
     from .triton_solver import default_launches
 
-    return [compile_launch(name, launch, target) for launch in default_launches(checked_cells()[name])]
+    return [compile_launch(name, launch, target) for launch in default_launches(checked_cells()[name], dtypes)]
 
 
-def compile_all(names: Sequence[str], targets: Sequence[str], jobs: int = 1) -> list[Usage]:
+def compile_all(names: Sequence[str], targets: Sequence[str], dtypes: Sequence[str], jobs: int = 1) -> list[Usage]:
     """Every cell for every target, in that many processes."""
-    tasks = [(name, target) for name in names for target in targets]
+    tasks = [(name, target, dtypes) for name in names for target in targets]
     if jobs == 1:
         return [usage for task in tasks for usage in compile_cell(*task)]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
@@ -166,12 +168,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("paralm_kernels.compiled", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--target", action="append", choices=list(TARGETS), help="default: all")
     parser.add_argument("--cell", action="append", choices=list(checked_cells()), help="default: all")
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="of the inputs; default: bf16 and fp32")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: Triton would interpret instead of compiling; unset it")
     names, targets = options.cell or list(checked_cells()), options.target or list(TARGETS)
-    return report(compile_all(names, targets, max(1, options.jobs)))
+    return report(compile_all(names, targets, options.dtype or ["bf16", "fp32"], max(1, options.jobs)))
 
 
 if __name__ == "__main__":
