@@ -23,7 +23,7 @@ DEV := $(VENV)/.paralm-dev-installed
 SOURCES := paralm kernels data_pipeline launch tests benchmarks tools
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint format bench gpu-check gpu-wheels mutants clean
+.PHONY: help quickstart test lint format bench gpu-check gpu-wheels mutants chaos clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | awk -F ':.*  ## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -45,6 +45,9 @@ format: $(DEV)  ## let ruff rewrite what lint would complain about
 
 mutants: $(DEV)  ## plant known defects one at a time; each must make its test fail
 	$(BIN)/python tools/mutants.py --jobs $(JOBS)
+
+chaos: $(DEV)  ## kill training at random moments, 30 times at least, and compare its losses; about 20 minutes
+	OMP_NUM_THREADS=1 $(BIN)/python tools/chaos.py --out benchmarks/results/chaos.json
 
 bench: $(DEV)  ## every benchmark that needs no GPU; results in benchmarks/results
 	@set -e; for script in $(filter-out benchmarks/gpu_%,$(wildcard benchmarks/*.py)); do \

@@ -1,7 +1,7 @@
 """What a rank is doing, written where all can see it, and what happens when ranks wait too long for each other.
 
 Every rank keeps ``ranks/note_00000.json`` in the run folder: phase, step, a counter that a thread of its own
-moves, and the collective it waits in. A rank that has come no further for longer than its limit reads the
+moves, and the collective it waits in. A rank that waits in a collective for longer than its limit reads the
 others' files, says which of them are missing, writes its stacks and ends the process, so that a launcher can
 start the attempt again. A collective cannot be left in any other way: NCCL's and gloo's are native code.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
+import math
 import os
 import socket
 import sys
@@ -116,7 +117,8 @@ class Watch:
         self._note = Note(rank, os.getpid(), socket.gethostname())
         self._file: int | None = None
         self._lock = threading.Lock()
-        self._since = time.monotonic()
+        self._since = time.monotonic()  # what it does now began
+        self._waiting_since = math.inf
         self._thread_id = threading.get_ident()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="paralm-watch", daemon=True)
@@ -137,7 +139,8 @@ class Watch:
 
     def note(self, phase: str, step: int) -> None:
         """Say what begins now. The first call makes the file."""
-        self._since = time.monotonic()
+        self._since, self._waiting_since = time.monotonic(), math.inf
+        self._thread_id = threading.get_ident()
         self._write(phase=phase, step=step)
 
     def _write(self, sync: bool = False, **changes: object) -> None:
@@ -156,12 +159,21 @@ class Watch:
 
     def _run(self) -> None:
         while not self._done.wait(self.period):
-            self._write(sync=True, beats=self._note.beats + 1, waiting=self._collective())
+            self._beat()
             if self._file is not None and self._world_size > 1 and self._waited() > self._limit:
                 self._judge()
 
+    def _beat(self) -> None:
+        waiting = self._collective()
+        if not waiting:
+            self._waiting_since = math.inf
+        elif self._waiting_since == math.inf:
+            self._waiting_since = time.monotonic()
+        self._write(sync=True, beats=self._note.beats + 1, waiting=waiting)
+
     def _waited(self) -> float:
-        return time.monotonic() - self._since
+        """Seconds in this collective. On a GPU it is the device that waits, unseen: seconds in this phase."""
+        return time.monotonic() - (self._since if _on_gpu() else self._waiting_since)
 
     def _collective(self) -> str:
         """The function of torch.distributed that the training thread is in, or ''."""
@@ -182,9 +194,9 @@ class Watch:
         while time.monotonic() < end:  # beating on: others read this rank's note now, too
             if self._done.wait(self.period / 2):
                 return
-            self._write(sync=True, beats=self._note.beats + 1, waiting=self._collective())
+            self._beat()
         after = self._read()
-        if self._since != since:
+        if self._since != since or self._waited() <= self._limit:
             return
         missing = missing_ranks(before, after)
         line = lost_message(missing, after, self._note, self._waited())
@@ -198,6 +210,11 @@ class Watch:
         if not present or self._note.rank == present[0]:
             self._on_lost(line)
         os._exit(EXIT_LOST)
+
+
+def _on_gpu() -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and bool(torch.cuda.is_initialized())
 
 
 def _print(line: str) -> None:

@@ -26,10 +26,15 @@ if TYPE_CHECKING:
 _PASSED_ON = ("PYTHONPATH", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "DS_ACCELERATOR")
 
 
-def _import_ray(usage_stats: bool) -> Any:
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "1" if usage_stats else "0"
+def _import_ray(config: Config) -> Any:
+    """Ray, told through the environment what it only takes from there."""
+    address = config.launcher.address
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "1" if config.launcher.usage_stats else "0"
     os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what Ray will do anyway, without its warning
+    if address is None or address.startswith(("127.", "localhost")):
+        # Ray would turn 127.0.0.1 into the machine's outer address, and listen at all of them.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     try:
         import ray
         import ray.train.torch
@@ -120,7 +125,7 @@ def _trainer(ray: Any, config: Config, launch: Launch, ranks: int) -> Any:
 @register_launcher("ray")
 def ray(config: Config, on_progress: Callable[[dict[str, Any]], None], say: Callable[[str], None]) -> TrainResult:
     """Train on ``launcher.ranks`` workers of Ray Train."""
-    module = _import_ray(config.launcher.usage_stats)
+    module = _import_ray(config)
     ranks = number_of_ranks(config)
     ours = False
 

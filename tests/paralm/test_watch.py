@@ -1,0 +1,125 @@
+"""Who has not come is named: at the rendezvous, and in a collective that waits too long."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from paralm.training.rendezvous import LostRanksError, meet
+from paralm.training.watch import EXIT_LOST, Note, lost_message, missing_ranks, ranks_text, read_note
+
+
+def note(rank: int, beats: int = 1, step: int = 7, phase: str = "step", waiting: str = "all_reduce") -> Note:
+    return Note(rank, 100 + rank, f"node-{rank // 2}", phase, step, beats, waiting)
+
+
+def later(notes: list[Note]) -> list[Note | None]:
+    return [Note(**{**vars(n), "beats": n.beats + 3}) for n in notes]
+
+
+def test_a_process_that_does_not_move_is_missing() -> None:
+    before = [note(0), note(1), note(2)]
+    after = later(before)
+    after[1] = before[1]
+    assert missing_ranks(list(before), after) == [1]
+
+
+def test_a_rank_without_a_note_is_missing_and_one_that_has_just_come_is_not() -> None:
+    before: list[Note | None] = [note(0), None, note(2), None]
+    after = [*later([note(0)]), note(1), *later([note(2)]), None]
+    assert missing_ranks(before, after) == [3]
+
+
+def test_ranks_that_came_less_far_are_missing() -> None:
+    notes = [note(0, phase="save"), note(1), note(2, step=6), note(3, phase="save")]
+    assert missing_ranks(list(notes), later(notes)) == [1, 2]
+
+
+def test_a_rank_that_computes_while_others_wait_is_missing() -> None:
+    notes = [note(0), note(1, waiting=""), note(2)]
+    assert missing_ranks(list(notes), later(notes)) == [1]
+    every = [note(0), note(1)]
+    assert missing_ranks(list(every), later(every)) == []
+
+
+def test_the_line_names_ranks_hosts_what_and_how_long() -> None:
+    notes: list[Note | None] = [note(rank, step=117) for rank in range(6)]
+    assert lost_message([2, 5], notes, note(0, step=117), 600.2) == (
+        "ranks 2, 5 (node-1, node-2) have not finished step 117 after 600 s; ending this attempt"
+    )
+    assert "rank 2 (node-1) has not saved step 8" in lost_message([2], notes, note(0, step=8, phase="save"), 9)
+    assert ranks_text(list(range(20))).endswith("14, 15 and 4 more")
+
+
+def test_a_rank_that_never_comes_to_the_rendezvous_is_named() -> None:
+    store = dist.HashStore()
+    store.set("here/2", "node-7")
+    with pytest.raises(LostRanksError, match=r"^ranks 1, 3 of 4 did not come to the rendezvous within 0.2 s"):
+        meet(store, 0, 4, 0.2)
+    for rank in range(1, 4):
+        store.set(f"here/{rank}", "node-7")
+    meet(store, 0, 4, 0.2)
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+_RANK = """
+import sys, time
+from datetime import timedelta
+from pathlib import Path
+import torch, torch.distributed as dist
+from paralm.training.watch import watching
+rank, run, port = int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+store = dist.TCPStore("127.0.0.1", port, is_master=rank == 0, wait_for_workers=False)
+dist.init_process_group("gloo", store=store, rank=rank, world_size=3, timeout=timedelta(seconds=120))
+with watching(run, rank, 3, 1.0) as watch:
+    for step in range(1, 1000000):
+        watch.note("step", step)
+        time.sleep(0.02)
+        dist.all_reduce(torch.zeros(1))
+"""
+
+
+def test_a_stopped_rank_is_named_and_the_others_end(tmp_path: Path, free_port: int) -> None:
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", _RANK, str(rank), str(tmp_path), str(free_port)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(3)
+    ]
+    try:
+        deadline = time.monotonic() + 120
+        while (seen := read_note(tmp_path / "ranks" / "note_00001.json")) is None or seen.step < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(1.5)  # longer than the limit: steps that go on are no wait
+        assert [process.poll() for process in processes] == [None] * 3
+        processes[1].send_signal(signal.SIGSTOP)
+        errors = [processes[rank].communicate(timeout=60)[1] for rank in (0, 2)]
+        assert [processes[rank].returncode for rank in (0, 2)] == [EXIT_LOST] * 2
+        said = [line for error in errors for line in error.splitlines() if "ending this attempt" in line]
+        assert len(said) == 1, errors
+        assert said[0].startswith("error: rank 1 (")
+        assert "has not finished step" in said[0]
+        assert "all_reduce" in (tmp_path / "stacks" / "rank_00002.txt").read_text()
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
