@@ -92,6 +92,18 @@ def test_offloading_changes_no_loss_and_resumes(make: Any, parallel: dict[str, A
     assert losses(away) == pytest.approx(losses(plain), rel=1e-5)
 
 
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_activation_checkpointing_changes_no_loss(make: Any, stage: int) -> None:
+    """It runs each block again in the backward, with the same arithmetic: equal to the last bit, dropout included."""
+    found = []
+    for kept in (False, True):
+        training = {"max_steps": 4, "activation_checkpointing": kept}
+        config = make(f"kept_{kept}", {"zero_stage": stage}, model={"dropout": 0.1}, training=training)
+        train(config, say=print)
+        found.append(losses(config))
+    assert found[0] == found[1]
+
+
 def test_nvme_is_refused_in_one_line_where_it_cannot_work(
     make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
