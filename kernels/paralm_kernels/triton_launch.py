@@ -54,7 +54,7 @@ def names_of(derived: Derived) -> Names:
 
 def tile_shape(names: Names) -> tuple[int, int, int]:
     """Steps, channels and warps of a tile that stays in registers: the matrices of more components take more."""
-    return (16, 32, 4) if len(names.state) == 1 else (16, 16, 4)
+    return (32, 32, 4) if len(names.state) == 1 else (16, 16, 4)
 
 
 class Kernels:
