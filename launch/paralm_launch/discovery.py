@@ -1,8 +1,8 @@
 """Which rank this process is, from whatever started it: torchrun, Ray, srun, or mpirun.
 
 One answer in one place: :func:`settle` puts it into the environment in torchrun's names, where everything else
-reads it. torchrun and Ray Train set those names themselves. Under srun they follow from SLURM's. Under mpirun the
-ranks agree on rank 0's address through mpi4py.
+reads it. torchrun sets those names itself. Under srun they follow from SLURM's. Under mpirun the ranks agree on
+rank 0's address through mpi4py, in a worker of Ray Train through Ray.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ class Place:
     local_rank: int
     master_addr: str
     master_port: int
-    found_by: str  # torchrun, slurm or mpi
+    found_by: str  # slurm, mpi or ray
 
     def environment(self) -> dict[str, str]:
         """In torchrun's names."""
@@ -40,9 +41,12 @@ class Place:
 
 def settle() -> None:
     """Find this process's place and put it into the environment; a lone process is left alone."""
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if in_ray_worker():
+        place: Place | None = from_ray()  # a worker may be used again, in another place
+    elif "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return
-    place = from_slurm(os.environ) or (from_mpi() if mpi_size(os.environ) > 1 else None)
+    else:
+        place = from_slurm(os.environ) or (from_mpi() if mpi_size(os.environ) > 1 else None)
     if place is not None:
         os.environ.update(place.environment())
 
@@ -100,6 +104,29 @@ def from_mpi() -> Place:
     alone = len(set(hosts)) == 1
     address, port = world.bcast(_free_address(alone) if rank == 0 else None, root=0)
     return Place(rank, world.Get_size(), hosts[:rank].count(hosts[rank]), address, port, "mpi")
+
+
+def in_ray_worker() -> bool:
+    """Whether this process is a worker of Ray Train, in its training function."""
+    train = sys.modules.get("ray.train")
+    if train is None:
+        return False
+    try:
+        return train.get_context().get_world_size() >= 1
+    except (RuntimeError, AttributeError):
+        return False
+
+
+def from_ray() -> Place:
+    """Of a worker of Ray Train; every worker must call it."""
+    import ray
+    from ray.train.collective import broadcast_from_rank_zero
+
+    context = ray.train.get_context()
+    rank, host = context.get_world_rank(), ray.util.get_node_ip_address()
+    alone = host == "127.0.0.1"  # Ray keeps to the loopback only where the whole cluster does
+    address, port = broadcast_from_rank_zero((host, _free_address(alone)[1]))
+    return Place(rank, context.get_world_size(), context.get_local_rank(), address, port, "ray")
 
 
 def _free_address(alone: bool) -> tuple[str, int]:

@@ -61,7 +61,7 @@ def start_distributed(timeout: float) -> None:
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     watch.note("start")
-    if dist.is_initialized():  # by an earlier run in this process, or by Ray
+    if dist.is_initialized():  # by an earlier run in this process
         return
     rank, world = rank_and_world()
     backend = "nccl" if where.type == "cuda" else "gloo"
@@ -97,15 +97,13 @@ def _store(rank: int, world: int, timeout: float) -> dist.Store:
             f"{port or 'not set'}; all ranks need rank 0's host and a free port there"
         )
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    limit = timedelta(seconds=timeout)
     try:
-        store = dist.TCPStore(
-            address,
-            int(port),
-            is_master=rank == 0 and not agent,
-            timeout=timedelta(seconds=timeout),
-            wait_for_workers=False,
-        )
-    except (ValueError, RuntimeError) as error:
+        if rank == 0 and not agent:
+            store = open_store(address, int(port), limit)
+        else:
+            store = dist.TCPStore(address, int(port), is_master=False, timeout=limit, wait_for_workers=False)
+    except (ValueError, RuntimeError, OSError) as error:
         if rank == 0:
             raise LostRanksError(_cannot_join(rank, world, error)) from None
         raise LostRanksError(
@@ -113,6 +111,19 @@ def _store(rank: int, world: int, timeout: float) -> dist.Store:
             f"of {world}; check that it runs, and RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
         ) from None
     return dist.PrefixStore(f"paralm/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def open_store(address: str, port: int, limit: timedelta) -> dist.TCPStore:
+    """A store for others to join. torch's listens at every address of the machine; ranks that are all on this one
+    need no more than the loopback. ``port`` 0: any that is free, there.
+    """
+    if address not in ("127.0.0.1", "localhost"):
+        return dist.TCPStore(address, port, is_master=True, timeout=limit, wait_for_workers=False)
+    listener = socket.create_server(("127.0.0.1", port), backlog=4096)
+    port = listener.getsockname()[1]
+    return dist.TCPStore(
+        address, port, is_master=True, timeout=limit, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
 
 
 def meet(store: dist.Store, rank: int, world: int, timeout: float) -> None:

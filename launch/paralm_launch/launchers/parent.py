@@ -15,6 +15,7 @@ import psutil
 from paralm.config import Config
 from paralm.errors import RunError
 from paralm_launch.launchers.exchange import Exchange, restore_error, restore_result
+from paralm_launch.launchers.worker import LOST
 
 if TYPE_CHECKING:
     from paralm.training.loop import TrainResult
@@ -136,7 +137,7 @@ class Launch:
         crashes = [failure for failure in failures if failure["trace"]]
         if crashes and not self.stopping:
             raise Crash(f"rank {crashes[-1]['rank']} of the training ended with\n{crashes[-1]['trace']}")
-        words = [f["line"] for f in failures if not f["line"].startswith("lost the other ranks")]
+        words = [f["line"] for f in failures if not f["line"].startswith(LOST)]
         why = words[-1] if words else reason
         if self.stopping:
             name = signal.Signals(self.stopping).name

@@ -1,8 +1,8 @@
 """``launcher.kind: ray``: ranks on the workers of Ray Train, on a cluster that is there or on one for this run.
 
-Ray places the workers, makes their process group and starts them again when one is lost. What a run is stays in
-the run folder: nothing is given to Ray's checkpoint storage, so a new start, of the workers or of the driver,
-continues from the newest checkpoint like any other.
+Ray places the workers and starts them again when one is lost. The process group is ours, as everywhere. What a
+run is stays in the run folder: nothing is given to Ray's checkpoint storage, so a new start, of the workers or of
+the driver, continues from the newest checkpoint like any other.
 """
 
 from __future__ import annotations
@@ -51,9 +51,15 @@ def _train_worker(task: dict[str, str]) -> None:
         raise RunError(f"{task['folder']}: not on this node ({error.strerror}); it must be shared") from None
     if not os.environ.get("CUDA_VISIBLE_DEVICES"):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from paralm_launch.discovery import settle
     from paralm_launch.launchers.worker import run_rank
 
-    if not run_rank(Path(task["exchange"])):
+    settle()
+    if run_rank(Path(task["exchange"])):
+        from paralm.training.rendezvous import leave
+
+        leave()
+    else:
         raise RuntimeError("this rank ended, and says why in the run folder")  # which is what starts it again
 
 
@@ -90,9 +96,18 @@ def start(ray: Any, config: Config, ranks: int) -> bool:
 
 def _trainer(ray: Any, config: Config, launch: Launch, ranks: int) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.backend import Backend
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from paralm.training.rendezvous import group_timeout
+    class NoGroup(Backend):
+        """Workers without a process group of Ray's making."""
+
+        share_cuda_visible_devices = True  # every rank sees the node's GPUs, and takes its own by LOCAL_RANK
+
+    class NoGroupConfig(TorchConfig):
+        @property
+        def backend_cls(self) -> type[Backend]:
+            return NoGroup
 
     settings = config.launcher
     gpus = settings.gpus_per_rank
@@ -107,7 +122,7 @@ def _trainer(ray: Any, config: Config, launch: Launch, ranks: int) -> Any:
     return TorchTrainer(
         _train_worker,
         train_loop_config={"folder": os.getcwd(), "exchange": str(launch.exchange.path)},
-        torch_config=TorchConfig(timeout_s=int(group_timeout(config.parallel.collective_timeout).total_seconds())),
+        torch_config=NoGroupConfig(),
         scaling_config=ScalingConfig(
             num_workers=ranks,
             use_gpu=bool(gpus),

@@ -5,8 +5,10 @@ On several nodes (``launcher.nodes``) the same command runs on each of them; the
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from paralm.config import Config
@@ -17,7 +19,56 @@ from paralm_launch.launchers.parent import Launch, ended_by, number_of_ranks, wo
 if TYPE_CHECKING:
     from paralm.training.loop import TrainResult
 
+_LOOPBACK = "paralm-loopback"
 _END_SECONDS = 5  # that ranks of a broken attempt get before SIGKILL; they have nothing left to save
+
+
+def _loopback_backend() -> str:
+    """The name of a rendezvous for one node. torch's own opens a store for the whole network; this one does not."""
+    from torch.distributed.elastic.rendezvous import (
+        RendezvousHandler,
+        RendezvousInfo,
+        RendezvousParameters,
+        RendezvousStoreInfo,
+        rendezvous_handler_registry,
+    )
+
+    from paralm.training.rendezvous import open_store
+
+    class Loopback(RendezvousHandler):
+        """The only node is always there."""
+
+        use_agent_store = True
+
+        def __init__(self, parameters: RendezvousParameters) -> None:
+            self._run_id, self._closed = parameters.run_id, False
+            self._store = open_store("127.0.0.1", 0, timedelta(seconds=float(parameters.get("timeout"))))
+
+        def get_backend(self) -> str:
+            return _LOOPBACK
+
+        def next_rendezvous(self) -> RendezvousInfo:
+            return RendezvousInfo(self._store, 0, 1, RendezvousStoreInfo("127.0.0.1", self._store.port))
+
+        def is_closed(self) -> bool:
+            return self._closed
+
+        def set_closed(self) -> None:
+            self._closed = True
+
+        def num_nodes_waiting(self) -> int:
+            return 0
+
+        def get_run_id(self) -> str:
+            return self._run_id
+
+        def shutdown(self) -> bool:
+            self._closed = True
+            return True
+
+    with contextlib.suppress(ValueError):  # registered by an earlier launch in this process
+        rendezvous_handler_registry.register(_LOOPBACK, Loopback)
+    return _LOOPBACK
 
 
 @register_launcher("torchrun")
@@ -38,8 +89,8 @@ def torchrun(config: Config, on_progress: Callable[[dict[str, Any]], None], say:
             max_nodes=settings.nodes,
             nproc_per_node=number_of_ranks(config) // settings.nodes,
             run_id=config.run.name,
-            rdzv_backend="c10d",
-            rdzv_endpoint=settings.rendezvous or "127.0.0.1:0",
+            rdzv_backend=_loopback_backend() if alone else "c10d",
+            rdzv_endpoint=settings.rendezvous or "",
             rdzv_configs={"timeout": config.parallel.collective_timeout},
             local_addr="127.0.0.1" if alone else None,
             max_restarts=settings.max_failures,

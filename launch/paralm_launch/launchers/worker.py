@@ -19,6 +19,7 @@ from paralm_launch import discovery
 from paralm_launch.launchers.exchange import Exchange, describe, describe_result, trace_of
 
 EXIT_AGAIN = 1
+LOST = "lost the other ranks"
 # What gloo, NCCL and the store say in the ranks that remain when one has gone.
 _LOST = re.compile(
     r"connection (was )?(closed|reset|refused)|broken pipe|timed? ?out|socket closed|remote process|failed to recv|"
@@ -74,15 +75,20 @@ def run_rank(folder: Path) -> bool:
         if known is not None:
             exchange.fail(rank, known["message"])
         elif isinstance(error, (RuntimeError, torch.distributed.DistError)) and _LOST.search(str(error)):
-            exchange.fail(rank, f"lost the other ranks: {str(error).splitlines()[0]}")
+            exchange.fail(rank, f"{LOST}: {_first_sentence(error)}")
         else:
             exchange.fail(rank, f"{type(error).__name__}: {' '.join(str(error).split())}", trace_of(error))
         return False
 
 
+def _first_sentence(error: Exception) -> str:
+    """Without the source file that gloo and NCCL begin with, and without what they advise after it."""
+    return re.sub(r"^\[[^\]]*\] *", "", str(error).splitlines()[0]).split(". ")[0]
+
+
 def _say_again(exchange: Exchange, again: int, most: int) -> None:
     failures = exchange.failures()
-    own = [f for f in failures if not f["line"].startswith("lost the other ranks")] or failures
+    own = [f for f in failures if not f["line"].startswith(LOST)] or failures
     why = f" (rank {own[-1]['rank']}: {own[-1]['line']})" if own else ""
     exchange.progress("say", f"ranks were lost{why}; start {again} of at most {most}, from the newest checkpoint")
 

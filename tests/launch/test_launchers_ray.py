@@ -1,0 +1,102 @@
+"""Ray Train: the same run through lost workers, a lost node and a lost driver, all of it on the loopback."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.launch.launching import Start, finish, losses, outside_the_loopback, wait_for_step
+
+
+def ray_workers(roots: list[psutil.Process]) -> list[psutil.Process]:
+    """The processes of Ray Train's workers below ``roots``."""
+    found = []
+    for root in roots:
+        for below in root.children(recursive=True):
+            try:
+                name = below.cmdline()[:1]
+            except psutil.Error:
+                continue
+            if name and name[0].startswith("ray::") and "RayTrainWorker" in name[0]:
+                found.append(below)
+    return found
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Ray keeps a token in the home folder."""
+    folder = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(folder))
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def cluster(home: Path) -> Iterator[Any]:
+    """Two nodes of one machine, two CPUs each."""
+    from ray.cluster_utils import Cluster
+
+    before = {process.pid for process in psutil.Process().children(recursive=True)}
+    node = {"num_cpus": 2, "node_ip_address": "127.0.0.1", "include_dashboard": False}
+    made = Cluster(initialize_head=True, head_node_args=node)
+    made.second = made.add_node(num_cpus=2, node_ip_address="127.0.0.1")
+    made.roots = [process for process in psutil.Process().children() if process.pid not in before]
+    yield made
+    made.shutdown()
+    for process in made.roots:
+        if process.is_running():
+            process.kill()
+
+
+@pytest.mark.slow
+def test_a_killed_driver_and_a_lost_node_leave_the_run_as_it_is(
+    cluster: Any, start: Start, reference: list[float], tmp_path: Path
+) -> None:
+    run = tmp_path / "tiny"
+    overrides = ("launcher.kind=ray", f"launcher.address={cluster.address}", "launcher.ranks=2")
+    first = start(*overrides, "launcher.placement=STRICT_SPREAD")
+    wait_for_step(first, run, 2)
+    workers = ray_workers(cluster.roots)
+    assert len(workers) == 2
+    first.kill()
+    first.wait()
+    _, left = psutil.wait_procs(workers, timeout=60)
+    assert left == [], "Ray ends the workers of a driver that is gone"
+    second = start(*overrides, "launcher.placement=SPREAD", "training.max_steps=8")
+    begun = time.monotonic()
+    while not ray_workers(cluster.roots) and time.monotonic() - begun < 100:
+        time.sleep(0.1)
+    seen = len(losses(run))
+    wait_for_step(second, run, min(seen + 1, 6))
+    cluster.remove_node(cluster.second, allow_graceful=False)
+    output = finish(second)
+    assert "start 1 of at most 3, from the newest checkpoint" in output
+    assert losses(run) == pytest.approx(reference, rel=1e-5)
+    assert all(process.is_running() for process in cluster.roots[:1]), "a cluster that was there stays"
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_started_again_and_a_cluster_of_its_own_goes(
+    home: Path, start: Start, reference: list[float], tmp_path: Path
+) -> None:
+    run = tmp_path / "tiny"
+    process = start("launcher.kind=ray", "launcher.ranks=2", "run.root=.", prefix=("env", "-C", str(tmp_path)))
+    wait_for_step(process, run, 3)
+    driver = psutil.Process(process.pid)
+    everything = driver.children(recursive=True)
+    assert not outside_the_loopback([driver, *everything])
+    os.kill(ray_workers([driver])[0].pid, 9)
+    output = finish(process)
+    assert "start 1 of at most 3, from the newest checkpoint" in output
+    assert "Traceback" not in output
+    assert losses(run) == pytest.approx(reference, rel=1e-5)
+    _, left = psutil.wait_procs(everything, timeout=30)
+    assert left == []
+    assert not (run / "launches").exists()
