@@ -19,19 +19,18 @@ AHEAD = 2
 def load_step(names: Names) -> str:
     """Everything a backward step reads."""
     g_rows, g = [f"g_{h}_row" for h in names.state], [f"g_{h}" for h in names.state]
-    lines = assign(
+    lines = ["    here = tl.cast(t, tl.int64) * channels"]
+    lines += assign(
         names.inputs,
         "load_inputs",
-        [*names.row(names.inputs), "t * x_stride_time", "mask & valid", "COMPUTE"],
+        [*names.row(names.inputs), "tl.cast(t, tl.int64) * x_stride_time", "mask & valid", "COMPUTE"],
     )
     for h, row in zip(names.state, names.row(names.state), strict=True):
-        lines.append(
-            f"    {h} = tl.load({row} + (t - 1) * channels, mask=mask & valid & (t > 0), other=0.0).to(COMPUTE)"
-        )
+        lines.append(f"    {h} = tl.load({row} + here - channels, mask=mask & valid & (t > 0), other=0.0).to(COMPUTE)")
         lines.append(f"    {h} = tl.where(t > 0, {h}, {h}_first)")
     for h, row, name in zip(names.state, g_rows, g, strict=True):
         lines += [f"    {name} = tl.zeros_like({h})", f"    if HAS_{name.upper()}:"]
-        lines += [f"        {name} = tl.load({row} + t * channels, mask=mask & valid, other=0.0).to(COMPUTE)"]
+        lines += [f"        {name} = tl.load({row} + here, mask=mask & valid, other=0.0).to(COMPUTE)"]
     lines += ["    cut = False", "    if HAS_RESET:"]
     lines += ["        cut = tl.load(reset_row + t, mask=valid, other=0) != 0"]
     lines += [f"        {h} = tl.where(cut, 0.0, {h})" for h in names.state]
@@ -60,13 +59,13 @@ def retreat(names: Names) -> str:
     """One step of a backward walk."""
     g, carries = [f"g_{h}" for h in names.state], [f"carry_{h}" for h in names.state]
     every = [*names.state, *names.inputs, *names.params]
-    lines = []
+    lines = ["    here = tl.cast(t, tl.int64) * channels"]
     grads = [f"to_{name}" for name in every]
     arguments = [*every, *(f"{name} + {carry}" for name, carry in zip(g, carries, strict=True))]
     lines += assign(grads, "pullback", arguments)
     for x in names.inputs:
         row = f"to_{x}_row"
-        lines.append(f"    tl.store({row} + t * channels, to_{x}.to({row}.dtype.element_ty), mask=mask & valid)")
+        lines.append(f"    tl.store({row} + here, to_{x}.to({row}.dtype.element_ty), mask=mask & valid)")
     for a in names.params:
         call = f"add_compensated(sum_{a}, lost_{a}, tl.where(valid, to_{a}, 0.0))"
         lines.append(f"    sum_{a}, lost_{a} = {call}")

@@ -115,13 +115,13 @@ _USED = frozenset(
 def identifiers(derived: Derived) -> dict[str, str]:
     """The cell's names as they stand in generated Triton: themselves, or with _ where the text needs the name."""
     cell = derived.cell
-    given = [*cell.state, *cell.inputs, *cell.params]
-    taken = _USED | set(_FUNCTIONS) | set(keyword.kwlist) | set(dir(builtins))
+    taken = _USED | set(_FUNCTIONS) | set(keyword.kwlist) | {name.lower() for name in dir(builtins)}
     result: dict[str, str] = {}
-    for name in given:
-        text = name
-        while text in taken or text.isupper() or (text != name and text in given) or text in result.values():
+    for name in (*cell.state, *cell.inputs, *cell.params):
+        text = name.lower()  # flags and constants are in capitals
+        while text in taken:
             text += "_"
+        taken |= {text}
         result[name] = text
     return result
 

@@ -28,10 +28,11 @@ def exp(x):
     """eˣ."""
     if x.dtype == tl.float64:
         return tl.exp(x)
-    n = tl.minimum(tl.maximum(tl.floor(x * 1.4426950408889634 + 0.5), -126.0), 127.0)
-    r = tl.fma(n, -0.693145751953125, x)  # ln 2 in two parts; n times the first is exact
-    r = tl.fma(n, -1.42860682030941723212e-6, r)  # at most ln 2 / 2, or past the clamp, on the way to 0 or infinity
-    return tl.exp2(r * 1.4426950408889634) * tl.exp2(n)
+    else:
+        n = tl.minimum(tl.maximum(tl.floor(x * 1.4426950408889634 + 0.5), -126.0), 127.0)
+        r = tl.fma(n, -0.693145751953125, x)  # ln 2 in two parts; n times the first is exact
+        r = tl.fma(n, -1.42860682030941723212e-6, r)  # at most ln 2 / 2, or past the clamp, on the way to 0 or infinity
+        return tl.exp2(r * 1.4426950408889634) * tl.exp2(n)
 
 
 @triton.jit
@@ -49,14 +50,15 @@ def tanh(x):
         e = expm1(-2.0 * size)
         result = -e / (2.0 + e)
         return tl.where(x < 0, -result, result)
-    u = x * x
-    p = u * -0.006946991663426161 + 0.021472714841365814  # 0.03 ulp up to 0.5
-    p = p * u + -0.05393378809094429
-    p = p * u + 0.1333322674036026
-    p = p * u + -0.3333333134651184
-    e = exp(-2.0 * size)
-    large = (1.0 - e) / (1.0 + e)
-    return tl.where(size < 0.5, x + x * u * p, tl.where(x < 0, -large, large))
+    else:
+        u = x * x
+        p = u * -0.006946991663426161 + 0.021472714841365814  # 0.03 ulp up to 0.5
+        p = p * u + -0.05393378809094429
+        p = p * u + 0.1333322674036026
+        p = p * u + -0.3333333134651184
+        e = exp(-2.0 * size)
+        large = (1.0 - e) / (1.0 + e)
+        return tl.where(size < 0.5, x + x * u * p, tl.where(x < 0, -large, large))
 
 
 @triton.jit
@@ -68,12 +70,13 @@ def expm1(x):
         plain = (e == 1.0) | (e <= 0.0) | (tl.abs(x) > 1.0)
         quotient = (e - 1.0) * x / tl.log(tl.where(plain, 2.0, e))
         return tl.where(e == 1.0, x, tl.where(plain, e - 1.0, quotient))
-    p = x * 0.00019962186343036592 + 0.0013982197269797325  # 0.13 ulp up to 0.5
-    p = p * x + 0.008333181962370872
-    p = p * x + 0.04166579246520996
-    p = p * x + 0.1666666716337204
-    p = p * x + 0.5
-    return tl.where(tl.abs(x) < 0.5, x + x * x * p, e - 1.0)
+    else:
+        p = x * 0.00019962186343036592 + 0.0013982197269797325  # 0.13 ulp up to 0.5
+        p = p * x + 0.008333181962370872
+        p = p * x + 0.04166579246520996
+        p = p * x + 0.1666666716337204
+        p = p * x + 0.5
+        return tl.where(tl.abs(x) < 0.5, x + x * x * p, e - 1.0)
 
 
 @triton.jit
@@ -81,21 +84,22 @@ def log(x):
     """The natural logarithm; relative accuracy also near 1."""
     if x.dtype == tl.float64:
         return tl.log(x)
-    small = x < 1.1754943508222875e-38  # subnormal numbers are scaled into the normal range
-    bits = tl.where(small, x * 8388608.0, x).to(tl.int32, bitcast=True)
-    exponent = (bits - 0x3F2AAAAB) >> 23  # so that the rest is in [2/3, 4/3)
-    rest = (bits - (exponent << 23)).to(tl.float32, bitcast=True)
-    n = exponent.to(tl.float32) - tl.where(small, 23.0, 0.0)
-    f = rest - 1.0
-    s = f / (2.0 + f)
-    u = s * s
-    p = u * 0.2222222222 + 0.2857142857  # 2 artanh(s) = 2s + s u p, |s| ≤ 1/5: 0.2 ulp
-    p = p * u + 0.4
-    p = p * u + 0.6666666667
-    result = tl.fma(n, 0.693145751953125, tl.fma(n, 1.42860682030941723212e-6, 2.0 * s + s * u * p))
-    result = tl.where(x == float("inf"), x, result)
-    result = tl.where(x == 0.0, -float("inf"), result)
-    return tl.where(x >= 0.0, result, float("nan"))
+    else:
+        small = x < 1.1754943508222875e-38  # subnormal numbers are scaled into the normal range
+        bits = tl.where(small, x * 8388608.0, x).to(tl.int32, bitcast=True)
+        exponent = (bits - 0x3F2AAAAB) >> 23  # so that the rest is in [2/3, 4/3)
+        rest = (bits - (exponent << 23)).to(tl.float32, bitcast=True)
+        n = exponent.to(tl.float32) - tl.where(small, 23.0, 0.0)
+        f = rest - 1.0
+        s = f / (2.0 + f)
+        u = s * s
+        p = u * 0.2222222222 + 0.2857142857  # 2 artanh(s) = 2s + s u p, |s| ≤ 1/5: 0.2 ulp
+        p = p * u + 0.4
+        p = p * u + 0.6666666667
+        result = tl.fma(n, 0.693145751953125, tl.fma(n, 1.42860682030941723212e-6, 2.0 * s + s * u * p))
+        result = tl.where(x == float("inf"), x, result)
+        result = tl.where(x == 0.0, -float("inf"), result)
+        return tl.where(x >= 0.0, result, float("nan"))
 
 
 @triton.jit

@@ -144,15 +144,27 @@ def tile_kernel(names: Names) -> str:
     )
 
 
-def _walk(names: Names, entry: list[str], start: str, meet: str, indent: int) -> list[str]:
-    """walk_piece of one piece from `entry`; leaves the state, the product m, `t` and `met`."""
+def _walk(names: Names, meet: str, jacobian: bool, indent: int) -> list[str]:
+    """walk_piece of one piece from its entry; leaves the state, the product m, `t` and `met`."""
     pad = " " * indent
-    lines = [f"{pad}{h} = {e}" for h, e in zip(names.state, entry, strict=True)]
-    lines += [f"{pad}{names.entry('m', i, j)} = tl.zeros_like({entry[0]}) + {float(i == j)}" for i, j in names.pairs]
+    lines = [f"{pad}{h} = {h}_entry" for h in names.state]
+    first = f"{names.state[0]}_entry"
+    products = [f"tl.zeros_like({first}) + {float(i == j)}" if jacobian else first for i, j in names.pairs]
+    lines += [f"{pad}{m} = {value}" for m, value in zip(names.product, products, strict=True)]
     args = [*names.state, *names.product, *names.row(names.inputs), *names.params, *names.row(names.state)]
-    args += [*names.row(names.state, "_check"), "reset_row", start, "stop", "x_stride_time", "channels", "mask", "tol"]
-    args += ["HAS_RESET", "True", meet, "COMPUTE", "CHECK"]
-    return lines + assign([*names.state, *names.product, "t", "met"], "walk_piece", args, indent)
+    args += [
+        *names.row(names.state, "_check"),
+        "reset_row",
+        "start",
+        "stop",
+        "x_stride_time",
+        "channels",
+        "mask",
+        "tol",
+    ]
+    args += ["HAS_RESET", "True", str(jacobian), meet, "COMPUTE", "CHECK"]
+    products = names.product if jacobian else [f"_{m}" for m in names.product]
+    return lines + assign([*names.state, *products, "t", "met"], "walk_piece", args, indent)
 
 
 def _tensors(names: Names) -> list[str]:
@@ -196,7 +208,7 @@ def segments_kernel(names: Names) -> str:
     ]
     lines += ["    if moved > tol:"]
     lines += [f"        tl.store({h}_used_ptr + at, {h}_entry, mask=mask)" for h in names.state]
-    lines += _walk(names, [f"{h}_entry" for h in names.state], "start", "AGAIN", 8)
+    lines += _walk(names, "AGAIN", True, 8)
     lines += ["        if met == 0:"]
     lines += [f"            tl.store({h}_end_ptr + at, {h}, mask=mask)" for h in names.state]
     lines += [f"            tl.store({m}_ptr + at, {m}, mask=mask)" for m in names.product]
@@ -261,17 +273,16 @@ def segments_join_kernel(names: Names) -> str:
 
 def segments_finish_kernel(names: Names) -> str:
     """What is left, in order."""
-    entries = [f"{h}_entry" for h in names.state]
     lines = place(names, False, state_rows(names)) + _check_rows(names)
     lines += [f"    {h}_entry = tl.load({h}_first_ptr + here, mask=mask, other=0.0)" for h in names.state]
     lines += ["    walked = 0", "    pieces_walked = 0", "    worst = 0.0", "    for piece in range(0, pieces):"]
-    lines += ["        start = tl.cast(piece, tl.int64) * length", "        stop = tl.minimum(start + length, time)"]
+    lines += ["        start = piece * length", "        stop = tl.minimum(start + length, time)"]
     lines += ["        at = tl.cast(piece, tl.int64) * batches * channels + here", "        moved = 0.0"]
     for h in names.state:
         lines += [f"        {h}_used = tl.load({h}_used_ptr + at, mask=mask, other=0.0)"]
         lines += [f"        moved = tl.maximum(moved, relative_change({h}_entry, {h}_used, mask))"]
     lines += [f"        {h}_end = tl.load({h}_end_ptr + at, mask=mask, other=0.0)" for h in names.state]
-    lines += ["        if moved > tol:", *_walk(names, entries, "start", "True", 12)]
+    lines += ["        if moved > tol:", *_walk(names, "True", False, 12)]
     lines += [f"            {h}_end = tl.where(met == 0, {h}, {h}_end)" for h in names.state]
     lines += ["            walked += (t - start).to(tl.int32)", "            pieces_walked += 1"]
     lines += ["        else:", "            worst = tl.maximum(worst, moved)"]

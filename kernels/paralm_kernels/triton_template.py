@@ -208,8 +208,9 @@ def advance(names: Names) -> str:
     lines += [f"            new_{m} = tl.where(cut, 0.0, new_{m})" for m in names.product]
     lines += [f"        {m} = tl.where(valid, new_{m}, {m})" for m in names.product]
     lines += ["    else:", *assign(new, "step", given, 8)]
+    lines += ["    here = tl.cast(t, tl.int64) * channels"]
     for h, row in zip(names.state, rows, strict=True):
-        lines.append(f"    tl.store({row} + t * channels, next_{h}.to({row}.dtype.element_ty), mask=mask & valid)")
+        lines.append(f"    tl.store({row} + here, next_{h}.to({row}.dtype.element_ty), mask=mask & valid)")
     lines += [f"    {h} = tl.where(valid, next_{h}, {h})" for h in names.state]
     return function(
         "advance",
@@ -228,7 +229,7 @@ def walk_piece(names: Names) -> str:
     x_rows, rows, checks = names.row(names.inputs), names.row(names.state), names.row(names.state, "_check")
 
     def load(suffix: str, when: str, indent: int) -> list[str]:
-        args = [*x_rows, f"({when}) * x_stride_time", f"mask & ({when} < stop)", "COMPUTE"]
+        args = [*x_rows, f"tl.cast({when}, tl.int64) * x_stride_time", f"mask & ({when} < stop)", "COMPUTE"]
         return assign([f"{x}_{suffix}" for x in names.inputs], "load_inputs", args, indent)
 
     lines: list[str] = []
@@ -238,14 +239,14 @@ def walk_piece(names: Names) -> str:
     for u in range(names.unroll):
         lines += load(f"ahead_{u}", plus("t", names.unroll + u), 8)
     for u in range(names.unroll):
-        rest = [*rows, "reset_row", plus("t", u), "stop", "channels", "mask", "HAS_RESET", "PIECES"]
+        rest = [*rows, "reset_row", plus("t", u), "stop", "channels", "mask", "HAS_RESET", "JACOBIAN"]
         args = [*carried, *(f"{x}_{u}" for x in names.inputs), *names.params, *rest]
         lines += assign(carried, "advance", args, 8)
     for u in range(names.unroll):
         lines += move([f"{x}_{u}" for x in names.inputs], [f"{x}_ahead_{u}" for x in names.inputs], 8)
     lines += [f"        t += {names.unroll}", "        if PIECES:"]
     lines += ["            edge = ((t - start) % CHECK == 0) | (t >= stop)", "            if edge:"]
-    lines += ["                here = (tl.minimum(t, stop) - 1) // CHECK * channels"]
+    lines += ["                here = tl.cast((tl.minimum(t, stop) - 1) // CHECK, tl.int64) * channels"]
     lines += ["                if MEET:", "                    moved = 0.0"]
     for h, row in zip(names.state, checks, strict=True):
         lines += [f"                    old = tl.load({row} + here, mask=mask, other=0.0)"]
@@ -257,11 +258,11 @@ def walk_piece(names: Names) -> str:
         "walk_piece",
         [
             *(*carried, *x_rows, *names.params, *rows, *checks, "reset_row", "start", "stop", "x_stride_time"),
-            *("channels", "mask", "tol", "HAS_RESET: tl.constexpr", "PIECES: tl.constexpr", "MEET: tl.constexpr"),
-            *("COMPUTE: tl.constexpr", "CHECK: tl.constexpr"),
+            *("channels", "mask", "tol", "HAS_RESET: tl.constexpr", "PIECES: tl.constexpr", "JACOBIAN: tl.constexpr"),
+            *("MEET: tl.constexpr", "COMPUTE: tl.constexpr", "CHECK: tl.constexpr"),
         ],
-        "Walks from start to stop, or until the state meets the stored one. With PIECES it carries the product of\n"
-        "    Jacobians and keeps a checkpoint every CHECK steps; start is a multiple of that.",
+        "Walks from start to stop, with MEET until the state meets the stored one. With PIECES it keeps a checkpoint\n"
+        "    every CHECK steps (start is a multiple of that), with JACOBIAN the product of Jacobians.",
         [*lines, *returns([*carried, "tl.minimum(t, stop)", "met"])],
     )
 
@@ -280,7 +281,7 @@ def place(
         lines += [
             "    batch = (program // blocks % batches).to(tl.int64)",
             "    piece = program // blocks // batches",
-            "    start = piece.to(tl.int64) * length",
+            "    start = piece * length",
             "    stop = tl.minimum(start + length, time)",
         ]
     else:
@@ -314,8 +315,8 @@ def walk_kernel(names: Names) -> str:
             *rows,
             *rows,
         ),
-        *("reset_row", "batch * 0", "time", "x_stride_time", "channels", "mask", "0.0", "HAS_RESET", "False", "False"),
-        *("COMPUTE", "1"),
+        *("reset_row", "0", "time", "x_stride_time", "channels", "mask", "0.0", "HAS_RESET", "False", "False"),
+        *("False", "COMPUTE", "1"),
     ]
     lines += assign([*names.state, *(f"_{m}" for m in names.product), "_t", "_met"], "walk_piece", walked)
     lines += [f"    tl.store({h}_final_ptr + here, {h}, mask=mask)" for h in names.state]

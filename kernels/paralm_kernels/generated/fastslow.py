@@ -157,9 +157,10 @@ def advance(
         m_h_h = tl.where(valid, new_m_h_h, m_h_h)
     else:
         next_u, next_v, next_h = step(u, v, h, x_u, x_v, x_o, a_u, b, a_v, a_o, p, q)
-    tl.store(u_row + t * channels, next_u.to(u_row.dtype.element_ty), mask=mask & valid)
-    tl.store(v_row + t * channels, next_v.to(v_row.dtype.element_ty), mask=mask & valid)
-    tl.store(h_row + t * channels, next_h.to(h_row.dtype.element_ty), mask=mask & valid)
+    here = tl.cast(t, tl.int64) * channels
+    tl.store(u_row + here, next_u.to(u_row.dtype.element_ty), mask=mask & valid)
+    tl.store(v_row + here, next_v.to(v_row.dtype.element_ty), mask=mask & valid)
+    tl.store(h_row + here, next_h.to(h_row.dtype.element_ty), mask=mask & valid)
     u = tl.where(valid, next_u, u)
     v = tl.where(valid, next_v, v)
     h = tl.where(valid, next_h, h)
@@ -170,33 +171,33 @@ def advance(
 def walk_piece(
     u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, x_u_row, x_v_row, x_o_row, a_u, b, a_v, a_o,
     p, q, u_row, v_row, h_row, u_check_row, v_check_row, h_check_row, reset_row, start, stop, x_stride_time, channels,
-    mask, tol, HAS_RESET: tl.constexpr, PIECES: tl.constexpr, MEET: tl.constexpr, COMPUTE: tl.constexpr,
-    CHECK: tl.constexpr,
+    mask, tol, HAS_RESET: tl.constexpr, PIECES: tl.constexpr, JACOBIAN: tl.constexpr, MEET: tl.constexpr,
+    COMPUTE: tl.constexpr, CHECK: tl.constexpr,
 ):
-    """Walks from start to stop, or until the state meets the stored one. With PIECES it carries the product of
-    Jacobians and keeps a checkpoint every CHECK steps; start is a multiple of that."""
+    """Walks from start to stop, with MEET until the state meets the stored one. With PIECES it keeps a checkpoint
+    every CHECK steps (start is a multiple of that), with JACOBIAN the product of Jacobians."""
     x_u_0, x_v_0, x_o_0 = load_inputs(
-        x_u_row, x_v_row, x_o_row, (start) * x_stride_time, mask & (start < stop), COMPUTE,
+        x_u_row, x_v_row, x_o_row, tl.cast(start, tl.int64) * x_stride_time, mask & (start < stop), COMPUTE,
     )
     x_u_1, x_v_1, x_o_1 = load_inputs(
-        x_u_row, x_v_row, x_o_row, (start + 1) * x_stride_time, mask & (start + 1 < stop), COMPUTE,
+        x_u_row, x_v_row, x_o_row, tl.cast(start + 1, tl.int64) * x_stride_time, mask & (start + 1 < stop), COMPUTE,
     )
     t = start
     met = 0
     while (t < stop) & (met == 0):
         x_u_ahead_0, x_v_ahead_0, x_o_ahead_0 = load_inputs(
-            x_u_row, x_v_row, x_o_row, (t + 2) * x_stride_time, mask & (t + 2 < stop), COMPUTE,
+            x_u_row, x_v_row, x_o_row, tl.cast(t + 2, tl.int64) * x_stride_time, mask & (t + 2 < stop), COMPUTE,
         )
         x_u_ahead_1, x_v_ahead_1, x_o_ahead_1 = load_inputs(
-            x_u_row, x_v_row, x_o_row, (t + 3) * x_stride_time, mask & (t + 3 < stop), COMPUTE,
+            x_u_row, x_v_row, x_o_row, tl.cast(t + 3, tl.int64) * x_stride_time, mask & (t + 3 < stop), COMPUTE,
         )
         u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h = advance(
             u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, x_u_0, x_v_0, x_o_0, a_u, b, a_v,
-            a_o, p, q, u_row, v_row, h_row, reset_row, t, stop, channels, mask, HAS_RESET, PIECES,
+            a_o, p, q, u_row, v_row, h_row, reset_row, t, stop, channels, mask, HAS_RESET, JACOBIAN,
         )
         u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h = advance(
             u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, x_u_1, x_v_1, x_o_1, a_u, b, a_v,
-            a_o, p, q, u_row, v_row, h_row, reset_row, t + 1, stop, channels, mask, HAS_RESET, PIECES,
+            a_o, p, q, u_row, v_row, h_row, reset_row, t + 1, stop, channels, mask, HAS_RESET, JACOBIAN,
         )
         x_u_0, x_v_0, x_o_0 = x_u_ahead_0, x_v_ahead_0, x_o_ahead_0
         x_u_1, x_v_1, x_o_1 = x_u_ahead_1, x_v_ahead_1, x_o_ahead_1
@@ -204,7 +205,7 @@ def walk_piece(
         if PIECES:
             edge = ((t - start) % CHECK == 0) | (t >= stop)
             if edge:
-                here = (tl.minimum(t, stop) - 1) // CHECK * channels
+                here = tl.cast((tl.minimum(t, stop) - 1) // CHECK, tl.int64) * channels
                 if MEET:
                     moved = 0.0
                     old = tl.load(u_check_row + here, mask=mask, other=0.0)
@@ -248,7 +249,7 @@ def walk_kernel(
         u, v, h, _m_u_u, _m_u_v, _m_u_h, _m_v_u, _m_v_v, _m_v_h, _m_h_u, _m_h_v, _m_h_h, _t, _met,
     ) = walk_piece(
         u, v, h, u, u, u, u, u, u, u, u, u, x_u_row, x_v_row, x_o_row, a_u, b, a_v, a_o, p, q, u_row, v_row, h_row,
-        u_row, v_row, h_row, reset_row, batch * 0, time, x_stride_time, channels, mask, 0.0, HAS_RESET, False, False,
+        u_row, v_row, h_row, reset_row, 0, time, x_stride_time, channels, mask, 0.0, HAS_RESET, False, False, False,
         COMPUTE, 1,
     )
     tl.store(u_final_ptr + here, u, mask=mask)
@@ -450,7 +451,7 @@ def segments_kernel(
     mask = channel < channels
     batch = (program // blocks % batches).to(tl.int64)
     piece = program // blocks // batches
-    start = piece.to(tl.int64) * length
+    start = piece * length
     stop = tl.minimum(start + length, time)
     here = batch * channels + channel
     reset_row = reset_ptr + batch * time
@@ -500,7 +501,7 @@ def segments_kernel(
         u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, t, met = walk_piece(
             u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, x_u_row, x_v_row, x_o_row, a_u, b,
             a_v, a_o, p, q, u_row, v_row, h_row, u_check_row, v_check_row, h_check_row, reset_row, start, stop,
-            x_stride_time, channels, mask, tol, HAS_RESET, True, AGAIN, COMPUTE, CHECK,
+            x_stride_time, channels, mask, tol, HAS_RESET, True, True, AGAIN, COMPUTE, CHECK,
         )
         if met == 0:
             tl.store(u_end_ptr + at, u, mask=mask)
@@ -605,7 +606,7 @@ def segments_finish_kernel(
     pieces_walked = 0
     worst = 0.0
     for piece in range(0, pieces):
-        start = tl.cast(piece, tl.int64) * length
+        start = piece * length
         stop = tl.minimum(start + length, time)
         at = tl.cast(piece, tl.int64) * batches * channels + here
         moved = 0.0
@@ -622,21 +623,21 @@ def segments_finish_kernel(
             u = u_entry
             v = v_entry
             h = h_entry
-            m_u_u = tl.zeros_like(u_entry) + 1.0
-            m_u_v = tl.zeros_like(u_entry) + 0.0
-            m_u_h = tl.zeros_like(u_entry) + 0.0
-            m_v_u = tl.zeros_like(u_entry) + 0.0
-            m_v_v = tl.zeros_like(u_entry) + 1.0
-            m_v_h = tl.zeros_like(u_entry) + 0.0
-            m_h_u = tl.zeros_like(u_entry) + 0.0
-            m_h_v = tl.zeros_like(u_entry) + 0.0
-            m_h_h = tl.zeros_like(u_entry) + 1.0
+            m_u_u = u_entry
+            m_u_v = u_entry
+            m_u_h = u_entry
+            m_v_u = u_entry
+            m_v_v = u_entry
+            m_v_h = u_entry
+            m_h_u = u_entry
+            m_h_v = u_entry
+            m_h_h = u_entry
             (
-                u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, t, met,
+                u, v, h, _m_u_u, _m_u_v, _m_u_h, _m_v_u, _m_v_v, _m_v_h, _m_h_u, _m_h_v, _m_h_h, t, met,
             ) = walk_piece(
                 u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, x_u_row, x_v_row, x_o_row, a_u,
                 b, a_v, a_o, p, q, u_row, v_row, h_row, u_check_row, v_check_row, h_check_row, reset_row, start, stop,
-                x_stride_time, channels, mask, tol, HAS_RESET, True, True, COMPUTE, CHECK,
+                x_stride_time, channels, mask, tol, HAS_RESET, True, False, True, COMPUTE, CHECK,
             )
             u_end = tl.where(met == 0, u, u_end)
             v_end = tl.where(met == 0, v, v_end)
@@ -663,22 +664,23 @@ def load_step(
     HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr,
 ):
     """Inputs, the state before the step (zero after a reset), cotangents of the state, and whether a reset cuts."""
-    x_u, x_v, x_o = load_inputs(x_u_row, x_v_row, x_o_row, t * x_stride_time, mask & valid, COMPUTE)
-    u = tl.load(u_row + (t - 1) * channels, mask=mask & valid & (t > 0), other=0.0).to(COMPUTE)
+    here = tl.cast(t, tl.int64) * channels
+    x_u, x_v, x_o = load_inputs(x_u_row, x_v_row, x_o_row, tl.cast(t, tl.int64) * x_stride_time, mask & valid, COMPUTE)
+    u = tl.load(u_row + here - channels, mask=mask & valid & (t > 0), other=0.0).to(COMPUTE)
     u = tl.where(t > 0, u, u_first)
-    v = tl.load(v_row + (t - 1) * channels, mask=mask & valid & (t > 0), other=0.0).to(COMPUTE)
+    v = tl.load(v_row + here - channels, mask=mask & valid & (t > 0), other=0.0).to(COMPUTE)
     v = tl.where(t > 0, v, v_first)
-    h = tl.load(h_row + (t - 1) * channels, mask=mask & valid & (t > 0), other=0.0).to(COMPUTE)
+    h = tl.load(h_row + here - channels, mask=mask & valid & (t > 0), other=0.0).to(COMPUTE)
     h = tl.where(t > 0, h, h_first)
     g_u = tl.zeros_like(u)
     if HAS_G_U:
-        g_u = tl.load(g_u_row + t * channels, mask=mask & valid, other=0.0).to(COMPUTE)
+        g_u = tl.load(g_u_row + here, mask=mask & valid, other=0.0).to(COMPUTE)
     g_v = tl.zeros_like(v)
     if HAS_G_V:
-        g_v = tl.load(g_v_row + t * channels, mask=mask & valid, other=0.0).to(COMPUTE)
+        g_v = tl.load(g_v_row + here, mask=mask & valid, other=0.0).to(COMPUTE)
     g_h = tl.zeros_like(h)
     if HAS_G_H:
-        g_h = tl.load(g_h_row + t * channels, mask=mask & valid, other=0.0).to(COMPUTE)
+        g_h = tl.load(g_h_row + here, mask=mask & valid, other=0.0).to(COMPUTE)
     cut = False
     if HAS_RESET:
         cut = tl.load(reset_row + t, mask=valid, other=0) != 0
@@ -695,12 +697,13 @@ def retreat(
     to_x_o_row, t, valid, channels, mask, HAS_RESET: tl.constexpr,
 ):
     """One step back: stores the gradients of the inputs, adds those of the params, returns the carry before it."""
+    here = tl.cast(t, tl.int64) * channels
     to_u, to_v, to_h, to_x_u, to_x_v, to_x_o, to_a_u, to_b, to_a_v, to_a_o, to_p, to_q = pullback(
         u, v, h, x_u, x_v, x_o, a_u, b, a_v, a_o, p, q, g_u + carry_u, g_v + carry_v, g_h + carry_h,
     )
-    tl.store(to_x_u_row + t * channels, to_x_u.to(to_x_u_row.dtype.element_ty), mask=mask & valid)
-    tl.store(to_x_v_row + t * channels, to_x_v.to(to_x_v_row.dtype.element_ty), mask=mask & valid)
-    tl.store(to_x_o_row + t * channels, to_x_o.to(to_x_o_row.dtype.element_ty), mask=mask & valid)
+    tl.store(to_x_u_row + here, to_x_u.to(to_x_u_row.dtype.element_ty), mask=mask & valid)
+    tl.store(to_x_v_row + here, to_x_v.to(to_x_v_row.dtype.element_ty), mask=mask & valid)
+    tl.store(to_x_o_row + here, to_x_o.to(to_x_o_row.dtype.element_ty), mask=mask & valid)
     sum_a_u, lost_a_u = add_compensated(sum_a_u, lost_a_u, tl.where(valid, to_a_u, 0.0))
     sum_b, lost_b = add_compensated(sum_b, lost_b, tl.where(valid, to_b, 0.0))
     sum_a_v, lost_a_v = add_compensated(sum_a_v, lost_a_v, tl.where(valid, to_a_v, 0.0))
@@ -738,7 +741,7 @@ def backward_kernel(
     mask = channel < channels
     batch = (program // blocks % batches).to(tl.int64)
     piece = program // blocks // batches
-    start = piece.to(tl.int64) * length
+    start = piece * length
     stop = tl.minimum(start + length, time)
     here = batch * channels + channel
     reset_row = reset_ptr + batch * time
@@ -863,7 +866,7 @@ def backward_maps_kernel(
     mask = channel < channels
     batch = (program // blocks % batches).to(tl.int64)
     piece = program // blocks // batches
-    start = piece.to(tl.int64) * length
+    start = piece * length
     stop = tl.minimum(start + length, time)
     here = batch * channels + channel
     reset_row = reset_ptr + batch * time

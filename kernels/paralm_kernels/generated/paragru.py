@@ -99,7 +99,8 @@ def advance(
         m_h_h = tl.where(valid, new_m_h_h, m_h_h)
     else:
         next_h = step(h, x_z, x_r, x_h, a_z, a_r, a_h)
-    tl.store(h_row + t * channels, next_h.to(h_row.dtype.element_ty), mask=mask & valid)
+    here = tl.cast(t, tl.int64) * channels
+    tl.store(h_row + here, next_h.to(h_row.dtype.element_ty), mask=mask & valid)
     h = tl.where(valid, next_h, h)
     return h, m_h_h
 
@@ -107,52 +108,53 @@ def advance(
 @triton.jit
 def walk_piece(
     h, m_h_h, x_z_row, x_r_row, x_h_row, a_z, a_r, a_h, h_row, h_check_row, reset_row, start, stop, x_stride_time,
-    channels, mask, tol, HAS_RESET: tl.constexpr, PIECES: tl.constexpr, MEET: tl.constexpr, COMPUTE: tl.constexpr,
-    CHECK: tl.constexpr,
+    channels, mask, tol, HAS_RESET: tl.constexpr, PIECES: tl.constexpr, JACOBIAN: tl.constexpr, MEET: tl.constexpr,
+    COMPUTE: tl.constexpr, CHECK: tl.constexpr,
 ):
-    """Walks from start to stop, or until the state meets the stored one. With PIECES it carries the product of
-    Jacobians and keeps a checkpoint every CHECK steps; start is a multiple of that."""
+    """Walks from start to stop, with MEET until the state meets the stored one. With PIECES it keeps a checkpoint
+    every CHECK steps (start is a multiple of that), with JACOBIAN the product of Jacobians."""
     x_z_0, x_r_0, x_h_0 = load_inputs(
-        x_z_row, x_r_row, x_h_row, (start) * x_stride_time, mask & (start < stop), COMPUTE,
+        x_z_row, x_r_row, x_h_row, tl.cast(start, tl.int64) * x_stride_time, mask & (start < stop), COMPUTE,
     )
     x_z_1, x_r_1, x_h_1 = load_inputs(
-        x_z_row, x_r_row, x_h_row, (start + 1) * x_stride_time, mask & (start + 1 < stop), COMPUTE,
+        x_z_row, x_r_row, x_h_row, tl.cast(start + 1, tl.int64) * x_stride_time, mask & (start + 1 < stop), COMPUTE,
     )
     x_z_2, x_r_2, x_h_2 = load_inputs(
-        x_z_row, x_r_row, x_h_row, (start + 2) * x_stride_time, mask & (start + 2 < stop), COMPUTE,
+        x_z_row, x_r_row, x_h_row, tl.cast(start + 2, tl.int64) * x_stride_time, mask & (start + 2 < stop), COMPUTE,
     )
     x_z_3, x_r_3, x_h_3 = load_inputs(
-        x_z_row, x_r_row, x_h_row, (start + 3) * x_stride_time, mask & (start + 3 < stop), COMPUTE,
+        x_z_row, x_r_row, x_h_row, tl.cast(start + 3, tl.int64) * x_stride_time, mask & (start + 3 < stop), COMPUTE,
     )
     t = start
     met = 0
     while (t < stop) & (met == 0):
         x_z_ahead_0, x_r_ahead_0, x_h_ahead_0 = load_inputs(
-            x_z_row, x_r_row, x_h_row, (t + 4) * x_stride_time, mask & (t + 4 < stop), COMPUTE,
+            x_z_row, x_r_row, x_h_row, tl.cast(t + 4, tl.int64) * x_stride_time, mask & (t + 4 < stop), COMPUTE,
         )
         x_z_ahead_1, x_r_ahead_1, x_h_ahead_1 = load_inputs(
-            x_z_row, x_r_row, x_h_row, (t + 5) * x_stride_time, mask & (t + 5 < stop), COMPUTE,
+            x_z_row, x_r_row, x_h_row, tl.cast(t + 5, tl.int64) * x_stride_time, mask & (t + 5 < stop), COMPUTE,
         )
         x_z_ahead_2, x_r_ahead_2, x_h_ahead_2 = load_inputs(
-            x_z_row, x_r_row, x_h_row, (t + 6) * x_stride_time, mask & (t + 6 < stop), COMPUTE,
+            x_z_row, x_r_row, x_h_row, tl.cast(t + 6, tl.int64) * x_stride_time, mask & (t + 6 < stop), COMPUTE,
         )
         x_z_ahead_3, x_r_ahead_3, x_h_ahead_3 = load_inputs(
-            x_z_row, x_r_row, x_h_row, (t + 7) * x_stride_time, mask & (t + 7 < stop), COMPUTE,
+            x_z_row, x_r_row, x_h_row, tl.cast(t + 7, tl.int64) * x_stride_time, mask & (t + 7 < stop), COMPUTE,
         )
         h, m_h_h = advance(
-            h, m_h_h, x_z_0, x_r_0, x_h_0, a_z, a_r, a_h, h_row, reset_row, t, stop, channels, mask, HAS_RESET, PIECES,
+            h, m_h_h, x_z_0, x_r_0, x_h_0, a_z, a_r, a_h, h_row, reset_row, t, stop, channels, mask, HAS_RESET,
+            JACOBIAN,
         )
         h, m_h_h = advance(
             h, m_h_h, x_z_1, x_r_1, x_h_1, a_z, a_r, a_h, h_row, reset_row, t + 1, stop, channels, mask, HAS_RESET,
-            PIECES,
+            JACOBIAN,
         )
         h, m_h_h = advance(
             h, m_h_h, x_z_2, x_r_2, x_h_2, a_z, a_r, a_h, h_row, reset_row, t + 2, stop, channels, mask, HAS_RESET,
-            PIECES,
+            JACOBIAN,
         )
         h, m_h_h = advance(
             h, m_h_h, x_z_3, x_r_3, x_h_3, a_z, a_r, a_h, h_row, reset_row, t + 3, stop, channels, mask, HAS_RESET,
-            PIECES,
+            JACOBIAN,
         )
         x_z_0, x_r_0, x_h_0 = x_z_ahead_0, x_r_ahead_0, x_h_ahead_0
         x_z_1, x_r_1, x_h_1 = x_z_ahead_1, x_r_ahead_1, x_h_ahead_1
@@ -162,7 +164,7 @@ def walk_piece(
         if PIECES:
             edge = ((t - start) % CHECK == 0) | (t >= stop)
             if edge:
-                here = (tl.minimum(t, stop) - 1) // CHECK * channels
+                here = tl.cast((tl.minimum(t, stop) - 1) // CHECK, tl.int64) * channels
                 if MEET:
                     moved = 0.0
                     old = tl.load(h_check_row + here, mask=mask, other=0.0)
@@ -192,8 +194,8 @@ def walk_kernel(
     a_z, a_r, a_h = load_params(a_z_ptr, a_r_ptr, a_h_ptr, channel, mask)
     h = tl.load(h_first_ptr + here, mask=mask, other=0.0)
     h, _m_h_h, _t, _met = walk_piece(
-        h, h, x_z_row, x_r_row, x_h_row, a_z, a_r, a_h, h_row, h_row, reset_row, batch * 0, time, x_stride_time,
-        channels, mask, 0.0, HAS_RESET, False, False, COMPUTE, 1,
+        h, h, x_z_row, x_r_row, x_h_row, a_z, a_r, a_h, h_row, h_row, reset_row, 0, time, x_stride_time, channels, mask,
+        0.0, HAS_RESET, False, False, False, COMPUTE, 1,
     )
     tl.store(h_final_ptr + here, h, mask=mask)
 
@@ -320,7 +322,7 @@ def segments_kernel(
     mask = channel < channels
     batch = (program // blocks % batches).to(tl.int64)
     piece = program // blocks // batches
-    start = piece.to(tl.int64) * length
+    start = piece * length
     stop = tl.minimum(start + length, time)
     here = batch * channels + channel
     reset_row = reset_ptr + batch * time
@@ -345,7 +347,7 @@ def segments_kernel(
         m_h_h = tl.zeros_like(h_entry) + 1.0
         h, m_h_h, t, met = walk_piece(
             h, m_h_h, x_z_row, x_r_row, x_h_row, a_z, a_r, a_h, h_row, h_check_row, reset_row, start, stop,
-            x_stride_time, channels, mask, tol, HAS_RESET, True, AGAIN, COMPUTE, CHECK,
+            x_stride_time, channels, mask, tol, HAS_RESET, True, True, AGAIN, COMPUTE, CHECK,
         )
         if met == 0:
             tl.store(h_end_ptr + at, h, mask=mask)
@@ -407,7 +409,7 @@ def segments_finish_kernel(
     pieces_walked = 0
     worst = 0.0
     for piece in range(0, pieces):
-        start = tl.cast(piece, tl.int64) * length
+        start = piece * length
         stop = tl.minimum(start + length, time)
         at = tl.cast(piece, tl.int64) * batches * channels + here
         moved = 0.0
@@ -416,10 +418,10 @@ def segments_finish_kernel(
         h_end = tl.load(h_end_ptr + at, mask=mask, other=0.0)
         if moved > tol:
             h = h_entry
-            m_h_h = tl.zeros_like(h_entry) + 1.0
-            h, m_h_h, t, met = walk_piece(
+            m_h_h = h_entry
+            h, _m_h_h, t, met = walk_piece(
                 h, m_h_h, x_z_row, x_r_row, x_h_row, a_z, a_r, a_h, h_row, h_check_row, reset_row, start, stop,
-                x_stride_time, channels, mask, tol, HAS_RESET, True, True, COMPUTE, CHECK,
+                x_stride_time, channels, mask, tol, HAS_RESET, True, False, True, COMPUTE, CHECK,
             )
             h_end = tl.where(met == 0, h, h_end)
             walked += (t - start).to(tl.int32)
@@ -439,12 +441,13 @@ def load_step(
     HAS_G_H: tl.constexpr, HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr,
 ):
     """Inputs, the state before the step (zero after a reset), cotangents of the state, and whether a reset cuts."""
-    x_z, x_r, x_h = load_inputs(x_z_row, x_r_row, x_h_row, t * x_stride_time, mask & valid, COMPUTE)
-    h = tl.load(h_row + (t - 1) * channels, mask=mask & valid & (t > 0), other=0.0).to(COMPUTE)
+    here = tl.cast(t, tl.int64) * channels
+    x_z, x_r, x_h = load_inputs(x_z_row, x_r_row, x_h_row, tl.cast(t, tl.int64) * x_stride_time, mask & valid, COMPUTE)
+    h = tl.load(h_row + here - channels, mask=mask & valid & (t > 0), other=0.0).to(COMPUTE)
     h = tl.where(t > 0, h, h_first)
     g_h = tl.zeros_like(h)
     if HAS_G_H:
-        g_h = tl.load(g_h_row + t * channels, mask=mask & valid, other=0.0).to(COMPUTE)
+        g_h = tl.load(g_h_row + here, mask=mask & valid, other=0.0).to(COMPUTE)
     cut = False
     if HAS_RESET:
         cut = tl.load(reset_row + t, mask=valid, other=0) != 0
@@ -458,10 +461,11 @@ def retreat(
     to_x_z_row, to_x_r_row, to_x_h_row, t, valid, channels, mask, HAS_RESET: tl.constexpr,
 ):
     """One step back: stores the gradients of the inputs, adds those of the params, returns the carry before it."""
+    here = tl.cast(t, tl.int64) * channels
     to_h, to_x_z, to_x_r, to_x_h, to_a_z, to_a_r, to_a_h = pullback(h, x_z, x_r, x_h, a_z, a_r, a_h, g_h + carry_h)
-    tl.store(to_x_z_row + t * channels, to_x_z.to(to_x_z_row.dtype.element_ty), mask=mask & valid)
-    tl.store(to_x_r_row + t * channels, to_x_r.to(to_x_r_row.dtype.element_ty), mask=mask & valid)
-    tl.store(to_x_h_row + t * channels, to_x_h.to(to_x_h_row.dtype.element_ty), mask=mask & valid)
+    tl.store(to_x_z_row + here, to_x_z.to(to_x_z_row.dtype.element_ty), mask=mask & valid)
+    tl.store(to_x_r_row + here, to_x_r.to(to_x_r_row.dtype.element_ty), mask=mask & valid)
+    tl.store(to_x_h_row + here, to_x_h.to(to_x_h_row.dtype.element_ty), mask=mask & valid)
     sum_a_z, lost_a_z = add_compensated(sum_a_z, lost_a_z, tl.where(valid, to_a_z, 0.0))
     sum_a_r, lost_a_r = add_compensated(sum_a_r, lost_a_r, tl.where(valid, to_a_r, 0.0))
     sum_a_h, lost_a_h = add_compensated(sum_a_h, lost_a_h, tl.where(valid, to_a_h, 0.0))
@@ -485,7 +489,7 @@ def backward_kernel(
     mask = channel < channels
     batch = (program // blocks % batches).to(tl.int64)
     piece = program // blocks // batches
-    start = piece.to(tl.int64) * length
+    start = piece * length
     stop = tl.minimum(start + length, time)
     here = batch * channels + channel
     reset_row = reset_ptr + batch * time
@@ -565,7 +569,7 @@ def backward_maps_kernel(
     mask = channel < channels
     batch = (program // blocks % batches).to(tl.int64)
     piece = program // blocks // batches
-    start = piece.to(tl.int64) * length
+    start = piece * length
     stop = tl.minimum(start + length, time)
     here = batch * channels + channel
     reset_row = reset_ptr + batch * time

@@ -127,8 +127,9 @@ def advance(
         m_h_h = tl.where(valid, new_m_h_h, m_h_h)
     else:
         next_c, next_h = step(c, h, x_f, x_c, x_o, a_f, a_c, a_o, p_f, p_o)
-    tl.store(c_row + t * channels, next_c.to(c_row.dtype.element_ty), mask=mask & valid)
-    tl.store(h_row + t * channels, next_h.to(h_row.dtype.element_ty), mask=mask & valid)
+    here = tl.cast(t, tl.int64) * channels
+    tl.store(c_row + here, next_c.to(c_row.dtype.element_ty), mask=mask & valid)
+    tl.store(h_row + here, next_h.to(h_row.dtype.element_ty), mask=mask & valid)
     c = tl.where(valid, next_c, c)
     h = tl.where(valid, next_h, h)
     return c, h, m_c_c, m_c_h, m_h_c, m_h_h
@@ -138,32 +139,32 @@ def advance(
 def walk_piece(
     c, h, m_c_c, m_c_h, m_h_c, m_h_h, x_f_row, x_c_row, x_o_row, a_f, a_c, a_o, p_f, p_o, c_row, h_row, c_check_row,
     h_check_row, reset_row, start, stop, x_stride_time, channels, mask, tol, HAS_RESET: tl.constexpr,
-    PIECES: tl.constexpr, MEET: tl.constexpr, COMPUTE: tl.constexpr, CHECK: tl.constexpr,
+    PIECES: tl.constexpr, JACOBIAN: tl.constexpr, MEET: tl.constexpr, COMPUTE: tl.constexpr, CHECK: tl.constexpr,
 ):
-    """Walks from start to stop, or until the state meets the stored one. With PIECES it carries the product of
-    Jacobians and keeps a checkpoint every CHECK steps; start is a multiple of that."""
+    """Walks from start to stop, with MEET until the state meets the stored one. With PIECES it keeps a checkpoint
+    every CHECK steps (start is a multiple of that), with JACOBIAN the product of Jacobians."""
     x_f_0, x_c_0, x_o_0 = load_inputs(
-        x_f_row, x_c_row, x_o_row, (start) * x_stride_time, mask & (start < stop), COMPUTE,
+        x_f_row, x_c_row, x_o_row, tl.cast(start, tl.int64) * x_stride_time, mask & (start < stop), COMPUTE,
     )
     x_f_1, x_c_1, x_o_1 = load_inputs(
-        x_f_row, x_c_row, x_o_row, (start + 1) * x_stride_time, mask & (start + 1 < stop), COMPUTE,
+        x_f_row, x_c_row, x_o_row, tl.cast(start + 1, tl.int64) * x_stride_time, mask & (start + 1 < stop), COMPUTE,
     )
     t = start
     met = 0
     while (t < stop) & (met == 0):
         x_f_ahead_0, x_c_ahead_0, x_o_ahead_0 = load_inputs(
-            x_f_row, x_c_row, x_o_row, (t + 2) * x_stride_time, mask & (t + 2 < stop), COMPUTE,
+            x_f_row, x_c_row, x_o_row, tl.cast(t + 2, tl.int64) * x_stride_time, mask & (t + 2 < stop), COMPUTE,
         )
         x_f_ahead_1, x_c_ahead_1, x_o_ahead_1 = load_inputs(
-            x_f_row, x_c_row, x_o_row, (t + 3) * x_stride_time, mask & (t + 3 < stop), COMPUTE,
+            x_f_row, x_c_row, x_o_row, tl.cast(t + 3, tl.int64) * x_stride_time, mask & (t + 3 < stop), COMPUTE,
         )
         c, h, m_c_c, m_c_h, m_h_c, m_h_h = advance(
             c, h, m_c_c, m_c_h, m_h_c, m_h_h, x_f_0, x_c_0, x_o_0, a_f, a_c, a_o, p_f, p_o, c_row, h_row, reset_row, t,
-            stop, channels, mask, HAS_RESET, PIECES,
+            stop, channels, mask, HAS_RESET, JACOBIAN,
         )
         c, h, m_c_c, m_c_h, m_h_c, m_h_h = advance(
             c, h, m_c_c, m_c_h, m_h_c, m_h_h, x_f_1, x_c_1, x_o_1, a_f, a_c, a_o, p_f, p_o, c_row, h_row, reset_row,
-            t + 1, stop, channels, mask, HAS_RESET, PIECES,
+            t + 1, stop, channels, mask, HAS_RESET, JACOBIAN,
         )
         x_f_0, x_c_0, x_o_0 = x_f_ahead_0, x_c_ahead_0, x_o_ahead_0
         x_f_1, x_c_1, x_o_1 = x_f_ahead_1, x_c_ahead_1, x_o_ahead_1
@@ -171,7 +172,7 @@ def walk_piece(
         if PIECES:
             edge = ((t - start) % CHECK == 0) | (t >= stop)
             if edge:
-                here = (tl.minimum(t, stop) - 1) // CHECK * channels
+                here = tl.cast((tl.minimum(t, stop) - 1) // CHECK, tl.int64) * channels
                 if MEET:
                     moved = 0.0
                     old = tl.load(c_check_row + here, mask=mask, other=0.0)
@@ -207,8 +208,8 @@ def walk_kernel(
     c = tl.load(c_first_ptr + here, mask=mask, other=0.0)
     h = tl.load(h_first_ptr + here, mask=mask, other=0.0)
     c, h, _m_c_c, _m_c_h, _m_h_c, _m_h_h, _t, _met = walk_piece(
-        c, h, c, c, c, c, x_f_row, x_c_row, x_o_row, a_f, a_c, a_o, p_f, p_o, c_row, h_row, c_row, h_row, reset_row,
-        batch * 0, time, x_stride_time, channels, mask, 0.0, HAS_RESET, False, False, COMPUTE, 1,
+        c, h, c, c, c, c, x_f_row, x_c_row, x_o_row, a_f, a_c, a_o, p_f, p_o, c_row, h_row, c_row, h_row, reset_row, 0,
+        time, x_stride_time, channels, mask, 0.0, HAS_RESET, False, False, False, COMPUTE, 1,
     )
     tl.store(c_final_ptr + here, c, mask=mask)
     tl.store(h_final_ptr + here, h, mask=mask)
@@ -372,7 +373,7 @@ def segments_kernel(
     mask = channel < channels
     batch = (program // blocks % batches).to(tl.int64)
     piece = program // blocks // batches
-    start = piece.to(tl.int64) * length
+    start = piece * length
     stop = tl.minimum(start + length, time)
     here = batch * channels + channel
     reset_row = reset_ptr + batch * time
@@ -408,7 +409,7 @@ def segments_kernel(
         m_h_h = tl.zeros_like(c_entry) + 1.0
         c, h, m_c_c, m_c_h, m_h_c, m_h_h, t, met = walk_piece(
             c, h, m_c_c, m_c_h, m_h_c, m_h_h, x_f_row, x_c_row, x_o_row, a_f, a_c, a_o, p_f, p_o, c_row, h_row,
-            c_check_row, h_check_row, reset_row, start, stop, x_stride_time, channels, mask, tol, HAS_RESET, True,
+            c_check_row, h_check_row, reset_row, start, stop, x_stride_time, channels, mask, tol, HAS_RESET, True, True,
             AGAIN, COMPUTE, CHECK,
         )
         if met == 0:
@@ -490,7 +491,7 @@ def segments_finish_kernel(
     pieces_walked = 0
     worst = 0.0
     for piece in range(0, pieces):
-        start = tl.cast(piece, tl.int64) * length
+        start = piece * length
         stop = tl.minimum(start + length, time)
         at = tl.cast(piece, tl.int64) * batches * channels + here
         moved = 0.0
@@ -503,14 +504,14 @@ def segments_finish_kernel(
         if moved > tol:
             c = c_entry
             h = h_entry
-            m_c_c = tl.zeros_like(c_entry) + 1.0
-            m_c_h = tl.zeros_like(c_entry) + 0.0
-            m_h_c = tl.zeros_like(c_entry) + 0.0
-            m_h_h = tl.zeros_like(c_entry) + 1.0
-            c, h, m_c_c, m_c_h, m_h_c, m_h_h, t, met = walk_piece(
+            m_c_c = c_entry
+            m_c_h = c_entry
+            m_h_c = c_entry
+            m_h_h = c_entry
+            c, h, _m_c_c, _m_c_h, _m_h_c, _m_h_h, t, met = walk_piece(
                 c, h, m_c_c, m_c_h, m_h_c, m_h_h, x_f_row, x_c_row, x_o_row, a_f, a_c, a_o, p_f, p_o, c_row, h_row,
                 c_check_row, h_check_row, reset_row, start, stop, x_stride_time, channels, mask, tol, HAS_RESET, True,
-                True, COMPUTE, CHECK,
+                False, True, COMPUTE, CHECK,
             )
             c_end = tl.where(met == 0, c, c_end)
             h_end = tl.where(met == 0, h, h_end)
@@ -533,17 +534,18 @@ def load_step(
     channels, mask, HAS_G_C: tl.constexpr, HAS_G_H: tl.constexpr, HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr,
 ):
     """Inputs, the state before the step (zero after a reset), cotangents of the state, and whether a reset cuts."""
-    x_f, x_c, x_o = load_inputs(x_f_row, x_c_row, x_o_row, t * x_stride_time, mask & valid, COMPUTE)
-    c = tl.load(c_row + (t - 1) * channels, mask=mask & valid & (t > 0), other=0.0).to(COMPUTE)
+    here = tl.cast(t, tl.int64) * channels
+    x_f, x_c, x_o = load_inputs(x_f_row, x_c_row, x_o_row, tl.cast(t, tl.int64) * x_stride_time, mask & valid, COMPUTE)
+    c = tl.load(c_row + here - channels, mask=mask & valid & (t > 0), other=0.0).to(COMPUTE)
     c = tl.where(t > 0, c, c_first)
-    h = tl.load(h_row + (t - 1) * channels, mask=mask & valid & (t > 0), other=0.0).to(COMPUTE)
+    h = tl.load(h_row + here - channels, mask=mask & valid & (t > 0), other=0.0).to(COMPUTE)
     h = tl.where(t > 0, h, h_first)
     g_c = tl.zeros_like(c)
     if HAS_G_C:
-        g_c = tl.load(g_c_row + t * channels, mask=mask & valid, other=0.0).to(COMPUTE)
+        g_c = tl.load(g_c_row + here, mask=mask & valid, other=0.0).to(COMPUTE)
     g_h = tl.zeros_like(h)
     if HAS_G_H:
-        g_h = tl.load(g_h_row + t * channels, mask=mask & valid, other=0.0).to(COMPUTE)
+        g_h = tl.load(g_h_row + here, mask=mask & valid, other=0.0).to(COMPUTE)
     cut = False
     if HAS_RESET:
         cut = tl.load(reset_row + t, mask=valid, other=0) != 0
@@ -559,12 +561,13 @@ def retreat(
     mask, HAS_RESET: tl.constexpr,
 ):
     """One step back: stores the gradients of the inputs, adds those of the params, returns the carry before it."""
+    here = tl.cast(t, tl.int64) * channels
     to_c, to_h, to_x_f, to_x_c, to_x_o, to_a_f, to_a_c, to_a_o, to_p_f, to_p_o = pullback(
         c, h, x_f, x_c, x_o, a_f, a_c, a_o, p_f, p_o, g_c + carry_c, g_h + carry_h,
     )
-    tl.store(to_x_f_row + t * channels, to_x_f.to(to_x_f_row.dtype.element_ty), mask=mask & valid)
-    tl.store(to_x_c_row + t * channels, to_x_c.to(to_x_c_row.dtype.element_ty), mask=mask & valid)
-    tl.store(to_x_o_row + t * channels, to_x_o.to(to_x_o_row.dtype.element_ty), mask=mask & valid)
+    tl.store(to_x_f_row + here, to_x_f.to(to_x_f_row.dtype.element_ty), mask=mask & valid)
+    tl.store(to_x_c_row + here, to_x_c.to(to_x_c_row.dtype.element_ty), mask=mask & valid)
+    tl.store(to_x_o_row + here, to_x_o.to(to_x_o_row.dtype.element_ty), mask=mask & valid)
     sum_a_f, lost_a_f = add_compensated(sum_a_f, lost_a_f, tl.where(valid, to_a_f, 0.0))
     sum_a_c, lost_a_c = add_compensated(sum_a_c, lost_a_c, tl.where(valid, to_a_c, 0.0))
     sum_a_o, lost_a_o = add_compensated(sum_a_o, lost_a_o, tl.where(valid, to_a_o, 0.0))
@@ -596,7 +599,7 @@ def backward_kernel(
     mask = channel < channels
     batch = (program // blocks % batches).to(tl.int64)
     piece = program // blocks // batches
-    start = piece.to(tl.int64) * length
+    start = piece * length
     stop = tl.minimum(start + length, time)
     here = batch * channels + channel
     reset_row = reset_ptr + batch * time
@@ -704,7 +707,7 @@ def backward_maps_kernel(
     mask = channel < channels
     batch = (program // blocks % batches).to(tl.int64)
     piece = program // blocks // batches
-    start = piece.to(tl.int64) * length
+    start = piece * length
     stop = tl.minimum(start + length, time)
     here = batch * channels + channel
     reset_row = reset_ptr + batch * time

@@ -217,9 +217,10 @@ def advance(
         m_h_h = tl.where(valid, new_m_h_h, m_h_h)
     else:
         next_s, next_y, next_h = step(s, y, h, x_i, x_f, x_z, x_o, r_i, r_f, r_z, r_o)
-    tl.store(s_row + t * channels, next_s.to(s_row.dtype.element_ty), mask=mask & valid)
-    tl.store(y_row + t * channels, next_y.to(y_row.dtype.element_ty), mask=mask & valid)
-    tl.store(h_row + t * channels, next_h.to(h_row.dtype.element_ty), mask=mask & valid)
+    here = tl.cast(t, tl.int64) * channels
+    tl.store(s_row + here, next_s.to(s_row.dtype.element_ty), mask=mask & valid)
+    tl.store(y_row + here, next_y.to(y_row.dtype.element_ty), mask=mask & valid)
+    tl.store(h_row + here, next_h.to(h_row.dtype.element_ty), mask=mask & valid)
     s = tl.where(valid, next_s, s)
     y = tl.where(valid, next_y, y)
     h = tl.where(valid, next_h, h)
@@ -230,33 +231,36 @@ def advance(
 def walk_piece(
     s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, x_i_row, x_f_row, x_z_row, x_o_row, r_i,
     r_f, r_z, r_o, s_row, y_row, h_row, s_check_row, y_check_row, h_check_row, reset_row, start, stop, x_stride_time,
-    channels, mask, tol, HAS_RESET: tl.constexpr, PIECES: tl.constexpr, MEET: tl.constexpr, COMPUTE: tl.constexpr,
-    CHECK: tl.constexpr,
+    channels, mask, tol, HAS_RESET: tl.constexpr, PIECES: tl.constexpr, JACOBIAN: tl.constexpr, MEET: tl.constexpr,
+    COMPUTE: tl.constexpr, CHECK: tl.constexpr,
 ):
-    """Walks from start to stop, or until the state meets the stored one. With PIECES it carries the product of
-    Jacobians and keeps a checkpoint every CHECK steps; start is a multiple of that."""
+    """Walks from start to stop, with MEET until the state meets the stored one. With PIECES it keeps a checkpoint
+    every CHECK steps (start is a multiple of that), with JACOBIAN the product of Jacobians."""
     x_i_0, x_f_0, x_z_0, x_o_0 = load_inputs(
-        x_i_row, x_f_row, x_z_row, x_o_row, (start) * x_stride_time, mask & (start < stop), COMPUTE,
+        x_i_row, x_f_row, x_z_row, x_o_row, tl.cast(start, tl.int64) * x_stride_time, mask & (start < stop), COMPUTE,
     )
     x_i_1, x_f_1, x_z_1, x_o_1 = load_inputs(
-        x_i_row, x_f_row, x_z_row, x_o_row, (start + 1) * x_stride_time, mask & (start + 1 < stop), COMPUTE,
+        x_i_row, x_f_row, x_z_row, x_o_row, tl.cast(start + 1, tl.int64) * x_stride_time, mask & (start + 1 < stop),
+        COMPUTE,
     )
     t = start
     met = 0
     while (t < stop) & (met == 0):
         x_i_ahead_0, x_f_ahead_0, x_z_ahead_0, x_o_ahead_0 = load_inputs(
-            x_i_row, x_f_row, x_z_row, x_o_row, (t + 2) * x_stride_time, mask & (t + 2 < stop), COMPUTE,
+            x_i_row, x_f_row, x_z_row, x_o_row, tl.cast(t + 2, tl.int64) * x_stride_time, mask & (t + 2 < stop),
+            COMPUTE,
         )
         x_i_ahead_1, x_f_ahead_1, x_z_ahead_1, x_o_ahead_1 = load_inputs(
-            x_i_row, x_f_row, x_z_row, x_o_row, (t + 3) * x_stride_time, mask & (t + 3 < stop), COMPUTE,
+            x_i_row, x_f_row, x_z_row, x_o_row, tl.cast(t + 3, tl.int64) * x_stride_time, mask & (t + 3 < stop),
+            COMPUTE,
         )
         s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h = advance(
             s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, x_i_0, x_f_0, x_z_0, x_o_0, r_i,
-            r_f, r_z, r_o, s_row, y_row, h_row, reset_row, t, stop, channels, mask, HAS_RESET, PIECES,
+            r_f, r_z, r_o, s_row, y_row, h_row, reset_row, t, stop, channels, mask, HAS_RESET, JACOBIAN,
         )
         s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h = advance(
             s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, x_i_1, x_f_1, x_z_1, x_o_1, r_i,
-            r_f, r_z, r_o, s_row, y_row, h_row, reset_row, t + 1, stop, channels, mask, HAS_RESET, PIECES,
+            r_f, r_z, r_o, s_row, y_row, h_row, reset_row, t + 1, stop, channels, mask, HAS_RESET, JACOBIAN,
         )
         x_i_0, x_f_0, x_z_0, x_o_0 = x_i_ahead_0, x_f_ahead_0, x_z_ahead_0, x_o_ahead_0
         x_i_1, x_f_1, x_z_1, x_o_1 = x_i_ahead_1, x_f_ahead_1, x_z_ahead_1, x_o_ahead_1
@@ -264,7 +268,7 @@ def walk_piece(
         if PIECES:
             edge = ((t - start) % CHECK == 0) | (t >= stop)
             if edge:
-                here = (tl.minimum(t, stop) - 1) // CHECK * channels
+                here = tl.cast((tl.minimum(t, stop) - 1) // CHECK, tl.int64) * channels
                 if MEET:
                     moved = 0.0
                     old = tl.load(s_check_row + here, mask=mask, other=0.0)
@@ -309,7 +313,7 @@ def walk_kernel(
         s, y, h, _m_s_s, _m_s_y, _m_s_h, _m_y_s, _m_y_y, _m_y_h, _m_h_s, _m_h_y, _m_h_h, _t, _met,
     ) = walk_piece(
         s, y, h, s, s, s, s, s, s, s, s, s, x_i_row, x_f_row, x_z_row, x_o_row, r_i, r_f, r_z, r_o, s_row, y_row, h_row,
-        s_row, y_row, h_row, reset_row, batch * 0, time, x_stride_time, channels, mask, 0.0, HAS_RESET, False, False,
+        s_row, y_row, h_row, reset_row, 0, time, x_stride_time, channels, mask, 0.0, HAS_RESET, False, False, False,
         COMPUTE, 1,
     )
     tl.store(s_final_ptr + here, s, mask=mask)
@@ -519,7 +523,7 @@ def segments_kernel(
     mask = channel < channels
     batch = (program // blocks % batches).to(tl.int64)
     piece = program // blocks // batches
-    start = piece.to(tl.int64) * length
+    start = piece * length
     stop = tl.minimum(start + length, time)
     here = batch * channels + channel
     reset_row = reset_ptr + batch * time
@@ -570,7 +574,7 @@ def segments_kernel(
         s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, t, met = walk_piece(
             s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, x_i_row, x_f_row, x_z_row, x_o_row,
             r_i, r_f, r_z, r_o, s_row, y_row, h_row, s_check_row, y_check_row, h_check_row, reset_row, start, stop,
-            x_stride_time, channels, mask, tol, HAS_RESET, True, AGAIN, COMPUTE, CHECK,
+            x_stride_time, channels, mask, tol, HAS_RESET, True, True, AGAIN, COMPUTE, CHECK,
         )
         if met == 0:
             tl.store(s_end_ptr + at, s, mask=mask)
@@ -674,7 +678,7 @@ def segments_finish_kernel(
     pieces_walked = 0
     worst = 0.0
     for piece in range(0, pieces):
-        start = tl.cast(piece, tl.int64) * length
+        start = piece * length
         stop = tl.minimum(start + length, time)
         at = tl.cast(piece, tl.int64) * batches * channels + here
         moved = 0.0
@@ -691,21 +695,21 @@ def segments_finish_kernel(
             s = s_entry
             y = y_entry
             h = h_entry
-            m_s_s = tl.zeros_like(s_entry) + 1.0
-            m_s_y = tl.zeros_like(s_entry) + 0.0
-            m_s_h = tl.zeros_like(s_entry) + 0.0
-            m_y_s = tl.zeros_like(s_entry) + 0.0
-            m_y_y = tl.zeros_like(s_entry) + 1.0
-            m_y_h = tl.zeros_like(s_entry) + 0.0
-            m_h_s = tl.zeros_like(s_entry) + 0.0
-            m_h_y = tl.zeros_like(s_entry) + 0.0
-            m_h_h = tl.zeros_like(s_entry) + 1.0
+            m_s_s = s_entry
+            m_s_y = s_entry
+            m_s_h = s_entry
+            m_y_s = s_entry
+            m_y_y = s_entry
+            m_y_h = s_entry
+            m_h_s = s_entry
+            m_h_y = s_entry
+            m_h_h = s_entry
             (
-                s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, t, met,
+                s, y, h, _m_s_s, _m_s_y, _m_s_h, _m_y_s, _m_y_y, _m_y_h, _m_h_s, _m_h_y, _m_h_h, t, met,
             ) = walk_piece(
                 s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, x_i_row, x_f_row, x_z_row,
                 x_o_row, r_i, r_f, r_z, r_o, s_row, y_row, h_row, s_check_row, y_check_row, h_check_row, reset_row,
-                start, stop, x_stride_time, channels, mask, tol, HAS_RESET, True, True, COMPUTE, CHECK,
+                start, stop, x_stride_time, channels, mask, tol, HAS_RESET, True, False, True, COMPUTE, CHECK,
             )
             s_end = tl.where(met == 0, s, s_end)
             y_end = tl.where(met == 0, y, y_end)
@@ -732,22 +736,25 @@ def load_step(
     HAS_G_H: tl.constexpr, HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr,
 ):
     """Inputs, the state before the step (zero after a reset), cotangents of the state, and whether a reset cuts."""
-    x_i, x_f, x_z, x_o = load_inputs(x_i_row, x_f_row, x_z_row, x_o_row, t * x_stride_time, mask & valid, COMPUTE)
-    s = tl.load(s_row + (t - 1) * channels, mask=mask & valid & (t > 0), other=0.0).to(COMPUTE)
+    here = tl.cast(t, tl.int64) * channels
+    x_i, x_f, x_z, x_o = load_inputs(
+        x_i_row, x_f_row, x_z_row, x_o_row, tl.cast(t, tl.int64) * x_stride_time, mask & valid, COMPUTE,
+    )
+    s = tl.load(s_row + here - channels, mask=mask & valid & (t > 0), other=0.0).to(COMPUTE)
     s = tl.where(t > 0, s, s_first)
-    y = tl.load(y_row + (t - 1) * channels, mask=mask & valid & (t > 0), other=0.0).to(COMPUTE)
+    y = tl.load(y_row + here - channels, mask=mask & valid & (t > 0), other=0.0).to(COMPUTE)
     y = tl.where(t > 0, y, y_first)
-    h = tl.load(h_row + (t - 1) * channels, mask=mask & valid & (t > 0), other=0.0).to(COMPUTE)
+    h = tl.load(h_row + here - channels, mask=mask & valid & (t > 0), other=0.0).to(COMPUTE)
     h = tl.where(t > 0, h, h_first)
     g_s = tl.zeros_like(s)
     if HAS_G_S:
-        g_s = tl.load(g_s_row + t * channels, mask=mask & valid, other=0.0).to(COMPUTE)
+        g_s = tl.load(g_s_row + here, mask=mask & valid, other=0.0).to(COMPUTE)
     g_y = tl.zeros_like(y)
     if HAS_G_Y:
-        g_y = tl.load(g_y_row + t * channels, mask=mask & valid, other=0.0).to(COMPUTE)
+        g_y = tl.load(g_y_row + here, mask=mask & valid, other=0.0).to(COMPUTE)
     g_h = tl.zeros_like(h)
     if HAS_G_H:
-        g_h = tl.load(g_h_row + t * channels, mask=mask & valid, other=0.0).to(COMPUTE)
+        g_h = tl.load(g_h_row + here, mask=mask & valid, other=0.0).to(COMPUTE)
     cut = False
     if HAS_RESET:
         cut = tl.load(reset_row + t, mask=valid, other=0) != 0
@@ -764,13 +771,14 @@ def retreat(
     channels, mask, HAS_RESET: tl.constexpr,
 ):
     """One step back: stores the gradients of the inputs, adds those of the params, returns the carry before it."""
+    here = tl.cast(t, tl.int64) * channels
     to_s, to_y, to_h, to_x_i, to_x_f, to_x_z, to_x_o, to_r_i, to_r_f, to_r_z, to_r_o = pullback(
         s, y, h, x_i, x_f, x_z, x_o, r_i, r_f, r_z, r_o, g_s + carry_s, g_y + carry_y, g_h + carry_h,
     )
-    tl.store(to_x_i_row + t * channels, to_x_i.to(to_x_i_row.dtype.element_ty), mask=mask & valid)
-    tl.store(to_x_f_row + t * channels, to_x_f.to(to_x_f_row.dtype.element_ty), mask=mask & valid)
-    tl.store(to_x_z_row + t * channels, to_x_z.to(to_x_z_row.dtype.element_ty), mask=mask & valid)
-    tl.store(to_x_o_row + t * channels, to_x_o.to(to_x_o_row.dtype.element_ty), mask=mask & valid)
+    tl.store(to_x_i_row + here, to_x_i.to(to_x_i_row.dtype.element_ty), mask=mask & valid)
+    tl.store(to_x_f_row + here, to_x_f.to(to_x_f_row.dtype.element_ty), mask=mask & valid)
+    tl.store(to_x_z_row + here, to_x_z.to(to_x_z_row.dtype.element_ty), mask=mask & valid)
+    tl.store(to_x_o_row + here, to_x_o.to(to_x_o_row.dtype.element_ty), mask=mask & valid)
     sum_r_i, lost_r_i = add_compensated(sum_r_i, lost_r_i, tl.where(valid, to_r_i, 0.0))
     sum_r_f, lost_r_f = add_compensated(sum_r_f, lost_r_f, tl.where(valid, to_r_f, 0.0))
     sum_r_z, lost_r_z = add_compensated(sum_r_z, lost_r_z, tl.where(valid, to_r_z, 0.0))
@@ -802,7 +810,7 @@ def backward_kernel(
     mask = channel < channels
     batch = (program // blocks % batches).to(tl.int64)
     piece = program // blocks // batches
-    start = piece.to(tl.int64) * length
+    start = piece * length
     stop = tl.minimum(start + length, time)
     here = batch * channels + channel
     reset_row = reset_ptr + batch * time
@@ -925,7 +933,7 @@ def backward_maps_kernel(
     mask = channel < channels
     batch = (program // blocks % batches).to(tl.int64)
     piece = program // blocks // batches
-    start = piece.to(tl.int64) * length
+    start = piece * length
     stop = tl.minimum(start + length, time)
     here = batch * channels + channel
     reset_row = reset_ptr + batch * time

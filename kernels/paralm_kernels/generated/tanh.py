@@ -70,7 +70,8 @@ def advance(h, m_h_h, x, a, h_row, reset_row, t, stop, channels, mask, HAS_RESET
         m_h_h = tl.where(valid, new_m_h_h, m_h_h)
     else:
         next_h = step(h, x, a)
-    tl.store(h_row + t * channels, next_h.to(h_row.dtype.element_ty), mask=mask & valid)
+    here = tl.cast(t, tl.int64) * channels
+    tl.store(h_row + here, next_h.to(h_row.dtype.element_ty), mask=mask & valid)
     h = tl.where(valid, next_h, h)
     return h, m_h_h
 
@@ -78,25 +79,26 @@ def advance(h, m_h_h, x, a, h_row, reset_row, t, stop, channels, mask, HAS_RESET
 @triton.jit
 def walk_piece(
     h, m_h_h, x_row, a, h_row, h_check_row, reset_row, start, stop, x_stride_time, channels, mask, tol,
-    HAS_RESET: tl.constexpr, PIECES: tl.constexpr, MEET: tl.constexpr, COMPUTE: tl.constexpr, CHECK: tl.constexpr,
+    HAS_RESET: tl.constexpr, PIECES: tl.constexpr, JACOBIAN: tl.constexpr, MEET: tl.constexpr, COMPUTE: tl.constexpr,
+    CHECK: tl.constexpr,
 ):
-    """Walks from start to stop, or until the state meets the stored one. With PIECES it carries the product of
-    Jacobians and keeps a checkpoint every CHECK steps; start is a multiple of that."""
-    x_0 = load_inputs(x_row, (start) * x_stride_time, mask & (start < stop), COMPUTE)
-    x_1 = load_inputs(x_row, (start + 1) * x_stride_time, mask & (start + 1 < stop), COMPUTE)
-    x_2 = load_inputs(x_row, (start + 2) * x_stride_time, mask & (start + 2 < stop), COMPUTE)
-    x_3 = load_inputs(x_row, (start + 3) * x_stride_time, mask & (start + 3 < stop), COMPUTE)
+    """Walks from start to stop, with MEET until the state meets the stored one. With PIECES it keeps a checkpoint
+    every CHECK steps (start is a multiple of that), with JACOBIAN the product of Jacobians."""
+    x_0 = load_inputs(x_row, tl.cast(start, tl.int64) * x_stride_time, mask & (start < stop), COMPUTE)
+    x_1 = load_inputs(x_row, tl.cast(start + 1, tl.int64) * x_stride_time, mask & (start + 1 < stop), COMPUTE)
+    x_2 = load_inputs(x_row, tl.cast(start + 2, tl.int64) * x_stride_time, mask & (start + 2 < stop), COMPUTE)
+    x_3 = load_inputs(x_row, tl.cast(start + 3, tl.int64) * x_stride_time, mask & (start + 3 < stop), COMPUTE)
     t = start
     met = 0
     while (t < stop) & (met == 0):
-        x_ahead_0 = load_inputs(x_row, (t + 4) * x_stride_time, mask & (t + 4 < stop), COMPUTE)
-        x_ahead_1 = load_inputs(x_row, (t + 5) * x_stride_time, mask & (t + 5 < stop), COMPUTE)
-        x_ahead_2 = load_inputs(x_row, (t + 6) * x_stride_time, mask & (t + 6 < stop), COMPUTE)
-        x_ahead_3 = load_inputs(x_row, (t + 7) * x_stride_time, mask & (t + 7 < stop), COMPUTE)
-        h, m_h_h = advance(h, m_h_h, x_0, a, h_row, reset_row, t, stop, channels, mask, HAS_RESET, PIECES)
-        h, m_h_h = advance(h, m_h_h, x_1, a, h_row, reset_row, t + 1, stop, channels, mask, HAS_RESET, PIECES)
-        h, m_h_h = advance(h, m_h_h, x_2, a, h_row, reset_row, t + 2, stop, channels, mask, HAS_RESET, PIECES)
-        h, m_h_h = advance(h, m_h_h, x_3, a, h_row, reset_row, t + 3, stop, channels, mask, HAS_RESET, PIECES)
+        x_ahead_0 = load_inputs(x_row, tl.cast(t + 4, tl.int64) * x_stride_time, mask & (t + 4 < stop), COMPUTE)
+        x_ahead_1 = load_inputs(x_row, tl.cast(t + 5, tl.int64) * x_stride_time, mask & (t + 5 < stop), COMPUTE)
+        x_ahead_2 = load_inputs(x_row, tl.cast(t + 6, tl.int64) * x_stride_time, mask & (t + 6 < stop), COMPUTE)
+        x_ahead_3 = load_inputs(x_row, tl.cast(t + 7, tl.int64) * x_stride_time, mask & (t + 7 < stop), COMPUTE)
+        h, m_h_h = advance(h, m_h_h, x_0, a, h_row, reset_row, t, stop, channels, mask, HAS_RESET, JACOBIAN)
+        h, m_h_h = advance(h, m_h_h, x_1, a, h_row, reset_row, t + 1, stop, channels, mask, HAS_RESET, JACOBIAN)
+        h, m_h_h = advance(h, m_h_h, x_2, a, h_row, reset_row, t + 2, stop, channels, mask, HAS_RESET, JACOBIAN)
+        h, m_h_h = advance(h, m_h_h, x_3, a, h_row, reset_row, t + 3, stop, channels, mask, HAS_RESET, JACOBIAN)
         x_0 = x_ahead_0
         x_1 = x_ahead_1
         x_2 = x_ahead_2
@@ -105,7 +107,7 @@ def walk_piece(
         if PIECES:
             edge = ((t - start) % CHECK == 0) | (t >= stop)
             if edge:
-                here = (tl.minimum(t, stop) - 1) // CHECK * channels
+                here = tl.cast((tl.minimum(t, stop) - 1) // CHECK, tl.int64) * channels
                 if MEET:
                     moved = 0.0
                     old = tl.load(h_check_row + here, mask=mask, other=0.0)
@@ -133,7 +135,7 @@ def walk_kernel(
     a = load_params(a_ptr, channel, mask)
     h = tl.load(h_first_ptr + here, mask=mask, other=0.0)
     h, _m_h_h, _t, _met = walk_piece(
-        h, h, x_row, a, h_row, h_row, reset_row, batch * 0, time, x_stride_time, channels, mask, 0.0, HAS_RESET, False,
+        h, h, x_row, a, h_row, h_row, reset_row, 0, time, x_stride_time, channels, mask, 0.0, HAS_RESET, False, False,
         False, COMPUTE, 1,
     )
     tl.store(h_final_ptr + here, h, mask=mask)
@@ -255,7 +257,7 @@ def segments_kernel(
     mask = channel < channels
     batch = (program // blocks % batches).to(tl.int64)
     piece = program // blocks // batches
-    start = piece.to(tl.int64) * length
+    start = piece * length
     stop = tl.minimum(start + length, time)
     here = batch * channels + channel
     reset_row = reset_ptr + batch * time
@@ -278,7 +280,7 @@ def segments_kernel(
         m_h_h = tl.zeros_like(h_entry) + 1.0
         h, m_h_h, t, met = walk_piece(
             h, m_h_h, x_row, a, h_row, h_check_row, reset_row, start, stop, x_stride_time, channels, mask, tol,
-            HAS_RESET, True, AGAIN, COMPUTE, CHECK,
+            HAS_RESET, True, True, AGAIN, COMPUTE, CHECK,
         )
         if met == 0:
             tl.store(h_end_ptr + at, h, mask=mask)
@@ -337,7 +339,7 @@ def segments_finish_kernel(
     pieces_walked = 0
     worst = 0.0
     for piece in range(0, pieces):
-        start = tl.cast(piece, tl.int64) * length
+        start = piece * length
         stop = tl.minimum(start + length, time)
         at = tl.cast(piece, tl.int64) * batches * channels + here
         moved = 0.0
@@ -346,10 +348,10 @@ def segments_finish_kernel(
         h_end = tl.load(h_end_ptr + at, mask=mask, other=0.0)
         if moved > tol:
             h = h_entry
-            m_h_h = tl.zeros_like(h_entry) + 1.0
-            h, m_h_h, t, met = walk_piece(
+            m_h_h = h_entry
+            h, _m_h_h, t, met = walk_piece(
                 h, m_h_h, x_row, a, h_row, h_check_row, reset_row, start, stop, x_stride_time, channels, mask, tol,
-                HAS_RESET, True, True, COMPUTE, CHECK,
+                HAS_RESET, True, False, True, COMPUTE, CHECK,
             )
             h_end = tl.where(met == 0, h, h_end)
             walked += (t - start).to(tl.int32)
@@ -369,12 +371,13 @@ def load_step(
     HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr,
 ):
     """Inputs, the state before the step (zero after a reset), cotangents of the state, and whether a reset cuts."""
-    x = load_inputs(x_row, t * x_stride_time, mask & valid, COMPUTE)
-    h = tl.load(h_row + (t - 1) * channels, mask=mask & valid & (t > 0), other=0.0).to(COMPUTE)
+    here = tl.cast(t, tl.int64) * channels
+    x = load_inputs(x_row, tl.cast(t, tl.int64) * x_stride_time, mask & valid, COMPUTE)
+    h = tl.load(h_row + here - channels, mask=mask & valid & (t > 0), other=0.0).to(COMPUTE)
     h = tl.where(t > 0, h, h_first)
     g_h = tl.zeros_like(h)
     if HAS_G_H:
-        g_h = tl.load(g_h_row + t * channels, mask=mask & valid, other=0.0).to(COMPUTE)
+        g_h = tl.load(g_h_row + here, mask=mask & valid, other=0.0).to(COMPUTE)
     cut = False
     if HAS_RESET:
         cut = tl.load(reset_row + t, mask=valid, other=0) != 0
@@ -385,8 +388,9 @@ def load_step(
 @triton.jit
 def retreat(carry_h, sum_a, lost_a, x, h, g_h, cut, a, to_x_row, t, valid, channels, mask, HAS_RESET: tl.constexpr):
     """One step back: stores the gradients of the inputs, adds those of the params, returns the carry before it."""
+    here = tl.cast(t, tl.int64) * channels
     to_h, to_x, to_a = pullback(h, x, a, g_h + carry_h)
-    tl.store(to_x_row + t * channels, to_x.to(to_x_row.dtype.element_ty), mask=mask & valid)
+    tl.store(to_x_row + here, to_x.to(to_x_row.dtype.element_ty), mask=mask & valid)
     sum_a, lost_a = add_compensated(sum_a, lost_a, tl.where(valid, to_a, 0.0))
     if HAS_RESET:
         to_h = tl.where(cut, 0.0, to_h)
@@ -407,7 +411,7 @@ def backward_kernel(
     mask = channel < channels
     batch = (program // blocks % batches).to(tl.int64)
     piece = program // blocks // batches
-    start = piece.to(tl.int64) * length
+    start = piece * length
     stop = tl.minimum(start + length, time)
     here = batch * channels + channel
     reset_row = reset_ptr + batch * time
@@ -466,7 +470,7 @@ def backward_maps_kernel(
     mask = channel < channels
     batch = (program // blocks % batches).to(tl.int64)
     piece = program // blocks // batches
-    start = piece.to(tl.int64) * length
+    start = piece * length
     stop = tl.minimum(start + length, time)
     here = batch * channels + channel
     reset_row = reset_ptr + batch * time
