@@ -33,7 +33,9 @@ def test_kernels_under_the_interpreter(shard):
     environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_")}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-x"]
     tests = Path(__file__).with_name("test_triton_kernels.py")
-    done = subprocess.run([*command, str(tests)], env=environment, capture_output=True, text=True, timeout=550)
+    done = subprocess.run(
+        [*command, str(tests)], env=environment, capture_output=True, text=True, timeout=550, check=False
+    )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     summary = done.stdout.strip().splitlines()[-1]
     assert int(summary.split(" passed")[0].split()[-1]) >= 10 * len(chosen), summary
