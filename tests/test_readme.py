@@ -98,8 +98,8 @@ def test_the_cell_obeys_the_laws_and_trains_on_text_of_ones_own(
 
     monkeypatch.setattr(cell, "_registry", dict(cell._registry))
     monkeypatch.chdir(folder)
-    own = [c for c in COMMANDS if c[0] == "paralm" and any("my_" in word or "mine" in word for word in c)]
-    assert [c[1] for c in own] == ["config", "config", "run", "data", "check", "run"]
+    own = [c for c in COMMANDS if c[0] == "paralm" and any(re.search("my_|mine|exported", word) for word in c)]
+    assert [c[1] for c in own] == ["config", "config", "run", "data", "check", "run", "run", "export", "generate"]
     for command in own:
         small = TINY if command[1] == "run" else []
         code = cli.run(command[1:] + small)
