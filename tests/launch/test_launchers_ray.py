@@ -87,7 +87,7 @@ def test_a_killed_worker_is_started_again_and_a_cluster_of_its_own_goes(
     home: Path, start: Start, reference: list[float], tmp_path: Path
 ) -> None:
     run = tmp_path / "tiny"
-    process = start("launcher.kind=ray", "launcher.ranks=2", "run.root=.", prefix=("env", "-C", str(tmp_path)))
+    process = start("launcher.kind=ray", "launcher.ranks=1", "run.root=.", prefix=("env", "-C", str(tmp_path)))
     wait_for_step(process, run, 3)
     driver = psutil.Process(process.pid)
     everything = driver.children(recursive=True)

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from paralm.training.loop import TrainResult
 
 
+LOST = "lost the other ranks"  # how the failure of a rank begins that only met another's
+
+
 class Exchange:
     """The folder of one launch; made by the launcher, opened by the ranks."""
 

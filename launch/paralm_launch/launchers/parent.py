@@ -14,8 +14,7 @@ import psutil
 
 from paralm.config import Config
 from paralm.errors import RunError
-from paralm_launch.launchers.exchange import Exchange, restore_error, restore_result
-from paralm_launch.launchers.worker import LOST
+from paralm_launch.launchers.exchange import LOST, Exchange, restore_error, restore_result
 
 if TYPE_CHECKING:
     from paralm.training.loop import TrainResult

@@ -16,10 +16,9 @@ from pathlib import Path
 from paralm.errors import StoppedError
 from paralm.user_modules import load_modules
 from paralm_launch import discovery
-from paralm_launch.launchers.exchange import Exchange, describe, describe_result, trace_of
+from paralm_launch.launchers.exchange import LOST, Exchange, describe, describe_result, trace_of
 
 EXIT_AGAIN = 1
-LOST = "lost the other ranks"
 # What gloo, NCCL and the store say in the ranks that remain when one has gone.
 _LOST = re.compile(
     r"connection (was )?(closed|reset|refused)|broken pipe|timed? ?out|socket closed|remote process|failed to recv|"
