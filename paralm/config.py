@@ -7,7 +7,7 @@ this module is the schema alone. Every section refuses unknown keys.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -160,7 +160,7 @@ class SpikeConfig(Section):
 class OptimizerConfig(Section):
     name: str = Field(default="adamw", description="a registered optimizer")
     lr: PositiveFloat = 3e-3
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.1
     clip_grad_norm: NonNegativeFloat = Field(default=1.0, description="0: no clipping")
@@ -230,7 +230,9 @@ class LauncherConfig(Section):
     )
     stop_grace: PositiveFloat = Field(default=600.0, description="seconds to save after a signal; then ranks are ended")
     nodes: PositiveInt = Field(default=1, description="torchrun: machines that each start this command")
-    rendezvous: str | None = Field(default=None, description="torchrun: HOST:PORT of one node, where nodes meet")
+    rendezvous: str | None = Field(
+        default=None, pattern=r"^[^:\s]+:\d+$", description="torchrun: HOST:PORT of one node, where nodes meet"
+    )
     hosts: str | None = Field(default=None, description="mpi: HOST:SLOTS,...; default: this machine")
     mpirun: list[str] = Field(default_factory=list, description="mpi: further arguments of mpirun")
     max_preemptions: int = Field(default=-1, ge=-1, description="ray: starts after a node was preempted; -1: any")

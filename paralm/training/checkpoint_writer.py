@@ -181,7 +181,8 @@ class CheckpointWrite:
     def _complete(self) -> str | None:
         """Rank 0: the records, the manifest, the name, ``latest``, retention. Returns why not, or None."""
         plan = self.plan
-        ckpt.remove_unfinished(plan.checkpoints, but=plan.folder)
+        if not plan.superseded():  # a later attempt's folder is not ours to tidy up
+            ckpt.remove_unfinished(plan.checkpoints, but=plan.folder)
         files: list[ckpt.RankFile] = []
         for rank in range(plan.world_size):
             record = self._record(rank)

@@ -35,6 +35,10 @@ _OWNED = (
     "fp16",
     "zero_optimization.stage",
     "zero_optimization.compute_grad_norm",  # without it nothing notices a NaN
+    "zero_optimization.offload_optimizer",
+    "zero_optimization.offload_param",
+    "zero_optimization.mics_shard_size",  # checkpoints assume that a parameter is cut over all ranks
+    "zero_optimization.zero_hpz_partition_size",
     "managed_gradient_accumulation",
 )
 
@@ -67,6 +71,8 @@ def deepspeed_config(config: Config, world_size: int, parameters: int) -> dict[s
             "check_grad_overflow": True,
         },
         "data_types": {"grad_accum_dtype": "fp32"},
+        # Sums over ranks too: in bf16 their rounding grows with the number of ranks.
+        "communication_data_type": "fp32",
         "steps_per_print": None,
         "wall_clock_breakdown": False,
     }

@@ -6,8 +6,10 @@ cuts every line past it (and a line that a crash left unfinished) and purges Ten
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -81,14 +83,26 @@ class MetricsWriter:
 
         metrics.parent.mkdir(parents=True, exist_ok=True)
         cut_metrics(metrics, step)
+        self._path = metrics
         self._file = metrics.open("a", encoding="utf-8")
         purge = step + 1 if tensorboard.exists() else None
         self._board = SummaryWriter(str(tensorboard), purge_step=purge, flush_secs=10)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row; every number in it becomes a scalar ``kind/key`` (nested: ``kind/key/sub``)."""
-        self._file.write(json.dumps(_plain(row)) + "\n")
-        self._file.flush()
+        """Append one row; every number in it becomes a scalar ``kind/key`` (nested: ``kind/key/sub``).
+
+        Raises OSError when the storage refuses; the file then ends with its last whole row.
+        """
+        before = self._path.stat().st_size
+        try:
+            self._file.write(json.dumps(_plain(row)) + "\n")
+            self._file.flush()
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._file.close()  # it would write what it still holds
+            os.truncate(self._path, before)
+            self._file = self._path.open("a", encoding="utf-8")
+            raise
         name = f"{row['kind']}/{row['set']}" if "set" in row else str(row["kind"])
         self._scalars(name, {k: v for k, v in row.items() if k not in ("kind", "step", "set")}, row["step"])
 

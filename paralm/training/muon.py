@@ -47,17 +47,24 @@ class MatrixUpdate:
     """The exchange for one flat tensor. Building and calling it are collective.
 
     ``fragments``: this rank's, of parameters with two or more dimensions; the last two are the matrix's, those
-    before count matrices. ``device``: where the products are made (the pieces may be offloaded).
+    before count matrices. ``device``: where the products are made (the pieces may be offloaded). ``whole``: every
+    rank has all of it (stage 0), and makes the update itself.
     """
 
     def __init__(
-        self, fragments: Sequence[Fragment], shapes: Mapping[str, tuple[int, ...]], device: torch.device
+        self,
+        fragments: Sequence[Fragment],
+        shapes: Mapping[str, tuple[int, ...]],
+        device: torch.device,
+        whole: bool = False,
     ) -> None:
         self.device = device
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.rank, self.world_size = (0, 1) if whole else (dist.get_rank(), dist.get_world_size())
         self.mine = [(f.name, f.offset, f.numel) for f in fragments]
-        everyone: list[list[tuple[str, int, int]]] = [[] for _ in range(self.world_size)]
-        dist.all_gather_object(everyone, self.mine)
+        everyone: list[list[tuple[str, int, int]]] = [self.mine]
+        if self.world_size > 1:
+            everyone = [[] for _ in range(self.world_size)]
+            dist.all_gather_object(everyone, self.mine)
         names = sorted({name for part in everyone for name, _, _ in part})
         self.shapes = {name: shapes[name] for name in names}
         self.owner = _owners(self.shapes, self.world_size)

@@ -36,11 +36,11 @@ class GradientNoise:
         for block in range(fragment.offset // _NOISE_BLOCK, -(-end // _NOISE_BLOCK)):
             key = f"{self.seed}/{step}/{fragment.name}/{block}".encode()
             value = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
-            generator = torch.Generator(grad.device).manual_seed(value)
-            noise = torch.empty(_NOISE_BLOCK, device=grad.device).normal_(0.0, std, generator=generator)
+            # On the CPU always: a device draws other numbers, and states may be offloaded.
+            noise = torch.empty(_NOISE_BLOCK).normal_(0.0, std, generator=torch.Generator().manual_seed(value))
             start = block * _NOISE_BLOCK
             low, high = max(start, fragment.offset), min(start + _NOISE_BLOCK, end)
-            grad[low - fragment.offset : high - fragment.offset] += noise[low - start : high - start]
+            grad[low - fragment.offset : high - fragment.offset] += noise[low - start : high - start].to(grad.device)
 
 
 class Partitioned(torch.optim.Optimizer):
@@ -101,7 +101,7 @@ class Muon(Partitioned, torch.optim.AdamW):
     def bind(self, fragments: EngineFragments, shapes: Mapping[str, tuple[int, ...]], device: torch.device) -> None:
         super().bind(fragments, shapes, device)
         self._updates = {  # in the order of the flat tensors, which is the same on every rank
-            flat: MatrixUpdate(self.layout[flat], shapes, device)
+            flat: MatrixUpdate(self.layout[flat], shapes, device, whole=fragments.stage == 0)
             for flat, group in zip(fragments.flats, fragments.groups, strict=True)
             if self.param_groups[group]["matrix"]
         }

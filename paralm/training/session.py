@@ -58,6 +58,7 @@ class Session:
         self.bad_steps = 0
         self.bad_in_row = 0
         self.spikes = 0
+        self._metrics_refused = False
         self.started = time.monotonic()
         self.metrics: MetricsWriter | None = None
         self.saver = Saver(self)
@@ -243,6 +244,11 @@ class Session:
             self.stepper.spikes.load(manifest.get("losses", []))
         if source.world_size == self.world_size:
             rng.restore(source.rank_tensors(self.rank, "rng"))
+        elif self.config.model.dropout and self.rank == 0:
+            self.warn(
+                f"{source.world_size} ranks before, {self.world_size} now: model.dropout draws other numbers from here "
+                "on; without dropout the losses would be the same"
+            )
         theirs, mine = manifest["loader"], self.loader.state_dict()
         same_order = all(theirs.get(key) == mine[key] for key in mine if key != "step")
         if self.config.training.carry_state and manifest["carried"] and same_order:
@@ -309,8 +315,14 @@ class Session:
     def write(self, row: dict[str, Any]) -> None:
         """Metrics, on rank 0, and what a checkpoint written meanwhile has come to."""
         self.saver.report()
-        if self.metrics is not None:
+        if self.metrics is None:
+            return
+        try:
             self.metrics.write(row)
+        except OSError as error:  # training can do without; a checkpoint that cannot be written is another matter
+            if not self._metrics_refused:
+                self.warn(f"{self.folder.metrics}: a row could not be written: {error.strerror or error}")
+            self._metrics_refused = True
 
     def close(self) -> None:
         """Take the engine down; nothing is begun, but a checkpoint that is being written is finished."""

@@ -34,7 +34,7 @@ def choose_together(rank: int, world_size: int, choose: Callable[[FindDamage], C
 
     try:
         chosen = choose(find_damage)
-    except UserError as error:
+    except (UserError, OSError) as error:
         broadcast(("failed", str(error)))
         raise CheckpointError(str(error)) from None
     broadcast(("chosen", chosen.directory if chosen else None))

@@ -144,6 +144,7 @@ class Watch:
         self._write(phase=phase, step=step)
 
     def _write(self, sync: bool = False, **changes: object) -> None:
+        copy = None
         with self._lock, contextlib.suppress(OSError):  # a full disk must not end a run that can do without notes
             self._note = replace(self._note, **changes)  # type: ignore[arg-type]
             if self._file is None:
@@ -154,8 +155,11 @@ class Watch:
                 path.unlink(missing_ok=True)
                 self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
             os.pwrite(self._file, json.dumps(asdict(self._note)).ljust(_WIDTH - 1).encode() + b"\n", 0)
-            if sync:
-                os.fsync(self._file)  # to the other nodes
+            copy = os.dup(self._file) if sync else None
+        if copy is not None:  # to the other nodes; without the lock, so that slow storage holds up no step
+            with contextlib.suppress(OSError):
+                os.fsync(copy)
+            os.close(copy)
 
     def _run(self) -> None:
         while not self._done.wait(self.period):
@@ -199,6 +203,10 @@ class Watch:
         if self._since != since or self._waited() <= self._limit:
             return
         missing = missing_ranks(before, after)
+        if not missing and _on_gpu():
+            # Everyone works, on something long: a validation, a load, a save. A device that hangs is NCCL's to end.
+            self._since = time.monotonic()
+            return
         line = lost_message(missing, after, self._note, self._waited())
         present = [rank for rank in range(self._world_size) if rank not in missing]
         with contextlib.suppress(OSError):

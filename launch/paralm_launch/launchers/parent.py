@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,7 @@ from paralm_launch.launchers.exchange import LOST, Exchange, restore_error, rest
 if TYPE_CHECKING:
     from paralm.training.loop import TrainResult
 
+_ERROR_GRACE = 20.0  # seconds that ranks have to notice another's error
 _POLL_SECONDS = 0.1
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -87,9 +90,22 @@ class Launch:
         self._grace.start()
 
     def _follow(self) -> None:
+        failed_since: float | None = None
         while not self._done.wait(_POLL_SECONDS):
             self._show()
+            if failed_since is None and any(o.get("error", "StoppedError") != "StoppedError" for o in self._outcomes()):
+                failed_since = time.monotonic()
+            if failed_since is not None and time.monotonic() - failed_since > _ERROR_GRACE:
+                # One rank has ended in an error that all share in the end; the others may wait for it for very long.
+                failed_since = math.inf
+                self.end()
         self._show()
+
+    def _outcomes(self) -> list[dict[str, Any]]:
+        try:
+            return self.exchange.outcomes()
+        except (OSError, ValueError):  # being written, or being removed
+            return []
 
     def _show(self) -> None:
         found, self._position = self.exchange.read_progress(self._position)

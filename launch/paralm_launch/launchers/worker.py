@@ -104,6 +104,9 @@ def main() -> None:
     from paralm.training.rendezvous import leave
 
     leave()
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and mpi.Is_initialized():
+        mpi.Finalize()  # mpirun ends every rank when one leaves without it
     sys.stdout.flush()
     os._exit(0)
 
