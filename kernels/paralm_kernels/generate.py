@@ -42,6 +42,7 @@ _FUNCTIONS = (
     "add_compensated",
     "constant",
     "finite",
+    "flag_at",
     "largest_size",
     "largest_update",
     "power",

@@ -31,8 +31,7 @@ def load_step(names: Names) -> str:
     for h, row, name in zip(names.state, g_rows, g, strict=True):
         lines += [f"    {name} = tl.zeros_like({h})", f"    if HAS_{name.upper()}:"]
         lines += [f"        {name} = tl.load({row} + here, mask=mask & valid, other=0.0).to(COMPUTE)"]
-    lines += ["    cut = False", "    if HAS_RESET:"]
-    lines += ["        cut = tl.load(reset_row + t, mask=valid, other=0) != 0"]
+    lines += ["    cut = flag_at(reset_row, t, valid, HAS_RESET)", "    if HAS_RESET:"]
     lines += [f"        {h} = tl.where(cut, 0.0, {h})" for h in names.state]
     return function(
         "load_step",

@@ -209,3 +209,12 @@ def largest_update(new, delta, mask):
     size = tl.abs(delta) / (1.0 + tl.abs(new))
     size = tl.where(size == size, size, float("inf"))
     return tl.max(tl.ravel(tl.where(mask, size, 0.0).to(tl.float32)))
+
+
+@triton.jit
+def flag_at(row, t, inside, PRESENT: tl.constexpr):
+    """Whether the byte at t is set; false outside, and where there are no flags."""
+    if PRESENT:
+        return tl.load(row + t, mask=inside, other=0) != 0
+    else:
+        return inside & False

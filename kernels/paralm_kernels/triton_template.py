@@ -196,8 +196,7 @@ def advance(names: Names) -> str:
     """One step of a walk."""
     rows = names.row(names.state)
     lines = ["    valid = t < stop"]
-    lines += ["    if HAS_RESET:", "        cut = tl.load(reset_row + t, mask=valid, other=0) != 0"]
-    lines += [f"        {h} = tl.where(cut, 0.0, {h})" for h in names.state]
+    lines += ["    if HAS_RESET:", *(f"        {h} = tl.where(cut, 0.0, {h})" for h in names.state)]
     new = [f"next_{h}" for h in names.state]
     given = [*names.state, *names.inputs, *names.params]
     lines += ["    if JACOBIAN:", *assign([*new, *names.jacobian], "linearised", given, 8)]
@@ -215,7 +214,7 @@ def advance(names: Names) -> str:
     return function(
         "advance",
         [
-            *(*names.state, *names.product, *names.inputs, *names.params, *rows, "reset_row", "t", "stop", "channels"),
+            *(*names.state, *names.product, *names.inputs, *names.params, "cut", *rows, "t", "stop", "channels"),
             *("mask", "HAS_RESET: tl.constexpr", "JACOBIAN: tl.constexpr"),
         ],
         "One step of a walk: the state after it, which is stored, and the product of Jacobians.",
@@ -230,7 +229,9 @@ def walk_piece(names: Names) -> str:
 
     def load(suffix: str, when: str, indent: int) -> list[str]:
         args = [*x_rows, f"tl.cast({when}, tl.int64) * x_stride_time", f"mask & ({when} < stop)", "COMPUTE"]
-        return assign([f"{x}_{suffix}" for x in names.inputs], "load_inputs", args, indent)
+        lines = assign([f"{x}_{suffix}" for x in names.inputs], "load_inputs", args, indent)
+        flag = f"cut_{suffix} = flag_at(reset_row, {when}, {when} < stop, HAS_RESET)"
+        return [*lines, " " * indent + flag]
 
     lines: list[str] = []
     for u in range(names.unroll):
@@ -239,11 +240,12 @@ def walk_piece(names: Names) -> str:
     for u in range(names.unroll):
         lines += load(f"ahead_{u}", plus("t", names.unroll + u), 8)
     for u in range(names.unroll):
-        rest = [*rows, "reset_row", plus("t", u), "stop", "channels", "mask", "HAS_RESET", "JACOBIAN"]
+        rest = [f"cut_{u}", *rows, plus("t", u), "stop", "channels", "mask", "HAS_RESET", "JACOBIAN"]
         args = [*carried, *(f"{x}_{u}" for x in names.inputs), *names.params, *rest]
         lines += assign(carried, "advance", args, 8)
     for u in range(names.unroll):
-        lines += move([f"{x}_{u}" for x in names.inputs], [f"{x}_ahead_{u}" for x in names.inputs], 8)
+        moved = [*names.inputs, "cut"]
+        lines += move([f"{x}_{u}" for x in moved], [f"{x}_ahead_{u}" for x in moved], 8)
     lines += [f"        t += {names.unroll}", "        if PIECES:"]
     lines += ["            edge = ((t - start) % CHECK == 0) | (t >= stop)", "            if edge:"]
     lines += ["                here = tl.cast((tl.minimum(t, stop) - 1) // CHECK, tl.int64) * channels"]

@@ -16,7 +16,17 @@ Not edited by hand: python -m paralm_kernels.generate writes this file again.
 import triton
 import triton.language as tl
 
-from ..triton_math import add_compensated, finite, largest_size, largest_update, relative_change, sigmoid, spread, tanh
+from ..triton_math import (
+    add_compensated,
+    finite,
+    flag_at,
+    largest_size,
+    largest_update,
+    relative_change,
+    sigmoid,
+    spread,
+    tanh,
+)
 
 
 @triton.jit
@@ -113,13 +123,12 @@ def load_params(a_u_ptr, b_ptr, a_v_ptr, a_o_ptr, p_ptr, q_ptr, channel, mask):
 
 @triton.jit
 def advance(
-    u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, x_u, x_v, x_o, a_u, b, a_v, a_o, p, q,
-    u_row, v_row, h_row, reset_row, t, stop, channels, mask, HAS_RESET: tl.constexpr, JACOBIAN: tl.constexpr,
+    u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, x_u, x_v, x_o, a_u, b, a_v, a_o, p, q, cut,
+    u_row, v_row, h_row, t, stop, channels, mask, HAS_RESET: tl.constexpr, JACOBIAN: tl.constexpr,
 ):
     """One step of a walk: the state after it, which is stored, and the product of Jacobians."""
     valid = t < stop
     if HAS_RESET:
-        cut = tl.load(reset_row + t, mask=valid, other=0) != 0
         u = tl.where(cut, 0.0, u)
         v = tl.where(cut, 0.0, v)
         h = tl.where(cut, 0.0, h)
@@ -179,28 +188,32 @@ def walk_piece(
     x_u_0, x_v_0, x_o_0 = load_inputs(
         x_u_row, x_v_row, x_o_row, tl.cast(start, tl.int64) * x_stride_time, mask & (start < stop), COMPUTE,
     )
+    cut_0 = flag_at(reset_row, start, start < stop, HAS_RESET)
     x_u_1, x_v_1, x_o_1 = load_inputs(
         x_u_row, x_v_row, x_o_row, tl.cast(start + 1, tl.int64) * x_stride_time, mask & (start + 1 < stop), COMPUTE,
     )
+    cut_1 = flag_at(reset_row, start + 1, start + 1 < stop, HAS_RESET)
     t = start
     met = 0
     while (t < stop) & (met == 0):
         x_u_ahead_0, x_v_ahead_0, x_o_ahead_0 = load_inputs(
             x_u_row, x_v_row, x_o_row, tl.cast(t + 2, tl.int64) * x_stride_time, mask & (t + 2 < stop), COMPUTE,
         )
+        cut_ahead_0 = flag_at(reset_row, t + 2, t + 2 < stop, HAS_RESET)
         x_u_ahead_1, x_v_ahead_1, x_o_ahead_1 = load_inputs(
             x_u_row, x_v_row, x_o_row, tl.cast(t + 3, tl.int64) * x_stride_time, mask & (t + 3 < stop), COMPUTE,
         )
+        cut_ahead_1 = flag_at(reset_row, t + 3, t + 3 < stop, HAS_RESET)
         u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h = advance(
             u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, x_u_0, x_v_0, x_o_0, a_u, b, a_v,
-            a_o, p, q, u_row, v_row, h_row, reset_row, t, stop, channels, mask, HAS_RESET, JACOBIAN,
+            a_o, p, q, cut_0, u_row, v_row, h_row, t, stop, channels, mask, HAS_RESET, JACOBIAN,
         )
         u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h = advance(
             u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, x_u_1, x_v_1, x_o_1, a_u, b, a_v,
-            a_o, p, q, u_row, v_row, h_row, reset_row, t + 1, stop, channels, mask, HAS_RESET, JACOBIAN,
+            a_o, p, q, cut_1, u_row, v_row, h_row, t + 1, stop, channels, mask, HAS_RESET, JACOBIAN,
         )
-        x_u_0, x_v_0, x_o_0 = x_u_ahead_0, x_v_ahead_0, x_o_ahead_0
-        x_u_1, x_v_1, x_o_1 = x_u_ahead_1, x_v_ahead_1, x_o_ahead_1
+        x_u_0, x_v_0, x_o_0, cut_0 = x_u_ahead_0, x_v_ahead_0, x_o_ahead_0, cut_ahead_0
+        x_u_1, x_v_1, x_o_1, cut_1 = x_u_ahead_1, x_v_ahead_1, x_o_ahead_1, cut_ahead_1
         t += 2
         if PIECES:
             edge = ((t - start) % CHECK == 0) | (t >= stop)
@@ -681,9 +694,8 @@ def load_step(
     g_h = tl.zeros_like(h)
     if HAS_G_H:
         g_h = tl.load(g_h_row + here, mask=mask & valid, other=0.0).to(COMPUTE)
-    cut = False
+    cut = flag_at(reset_row, t, valid, HAS_RESET)
     if HAS_RESET:
-        cut = tl.load(reset_row + t, mask=valid, other=0) != 0
         u = tl.where(cut, 0.0, u)
         v = tl.where(cut, 0.0, v)
         h = tl.where(cut, 0.0, h)

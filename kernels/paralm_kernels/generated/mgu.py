@@ -14,7 +14,7 @@ Not edited by hand: python -m paralm_kernels.generate writes this file again.
 import triton
 import triton.language as tl
 
-from ..triton_math import add_compensated, finite, largest_size, largest_update, relative_change, sigmoid, tanh
+from ..triton_math import add_compensated, finite, flag_at, largest_size, largest_update, relative_change, sigmoid, tanh
 
 
 @triton.jit
@@ -75,13 +75,11 @@ def load_params(a_f_ptr, a_h_ptr, channel, mask):
 
 @triton.jit
 def advance(
-    h, m_h_h, x_f, x_h, a_f, a_h, h_row, reset_row, t, stop, channels, mask, HAS_RESET: tl.constexpr,
-    JACOBIAN: tl.constexpr,
+    h, m_h_h, x_f, x_h, a_f, a_h, cut, h_row, t, stop, channels, mask, HAS_RESET: tl.constexpr, JACOBIAN: tl.constexpr,
 ):
     """One step of a walk: the state after it, which is stored, and the product of Jacobians."""
     valid = t < stop
     if HAS_RESET:
-        cut = tl.load(reset_row + t, mask=valid, other=0) != 0
         h = tl.where(cut, 0.0, h)
     if JACOBIAN:
         next_h, j_h_h = linearised(h, x_f, x_h, a_f, a_h)
@@ -108,46 +106,52 @@ def walk_piece(
     x_f_0, x_h_0 = load_inputs(
         x_f_row, x_h_row, tl.cast(start, tl.int64) * x_stride_time, mask & (start < stop), COMPUTE,
     )
+    cut_0 = flag_at(reset_row, start, start < stop, HAS_RESET)
     x_f_1, x_h_1 = load_inputs(
         x_f_row, x_h_row, tl.cast(start + 1, tl.int64) * x_stride_time, mask & (start + 1 < stop), COMPUTE,
     )
+    cut_1 = flag_at(reset_row, start + 1, start + 1 < stop, HAS_RESET)
     x_f_2, x_h_2 = load_inputs(
         x_f_row, x_h_row, tl.cast(start + 2, tl.int64) * x_stride_time, mask & (start + 2 < stop), COMPUTE,
     )
+    cut_2 = flag_at(reset_row, start + 2, start + 2 < stop, HAS_RESET)
     x_f_3, x_h_3 = load_inputs(
         x_f_row, x_h_row, tl.cast(start + 3, tl.int64) * x_stride_time, mask & (start + 3 < stop), COMPUTE,
     )
+    cut_3 = flag_at(reset_row, start + 3, start + 3 < stop, HAS_RESET)
     t = start
     met = 0
     while (t < stop) & (met == 0):
         x_f_ahead_0, x_h_ahead_0 = load_inputs(
             x_f_row, x_h_row, tl.cast(t + 4, tl.int64) * x_stride_time, mask & (t + 4 < stop), COMPUTE,
         )
+        cut_ahead_0 = flag_at(reset_row, t + 4, t + 4 < stop, HAS_RESET)
         x_f_ahead_1, x_h_ahead_1 = load_inputs(
             x_f_row, x_h_row, tl.cast(t + 5, tl.int64) * x_stride_time, mask & (t + 5 < stop), COMPUTE,
         )
+        cut_ahead_1 = flag_at(reset_row, t + 5, t + 5 < stop, HAS_RESET)
         x_f_ahead_2, x_h_ahead_2 = load_inputs(
             x_f_row, x_h_row, tl.cast(t + 6, tl.int64) * x_stride_time, mask & (t + 6 < stop), COMPUTE,
         )
+        cut_ahead_2 = flag_at(reset_row, t + 6, t + 6 < stop, HAS_RESET)
         x_f_ahead_3, x_h_ahead_3 = load_inputs(
             x_f_row, x_h_row, tl.cast(t + 7, tl.int64) * x_stride_time, mask & (t + 7 < stop), COMPUTE,
         )
+        cut_ahead_3 = flag_at(reset_row, t + 7, t + 7 < stop, HAS_RESET)
+        h, m_h_h = advance(h, m_h_h, x_f_0, x_h_0, a_f, a_h, cut_0, h_row, t, stop, channels, mask, HAS_RESET, JACOBIAN)
         h, m_h_h = advance(
-            h, m_h_h, x_f_0, x_h_0, a_f, a_h, h_row, reset_row, t, stop, channels, mask, HAS_RESET, JACOBIAN,
+            h, m_h_h, x_f_1, x_h_1, a_f, a_h, cut_1, h_row, t + 1, stop, channels, mask, HAS_RESET, JACOBIAN,
         )
         h, m_h_h = advance(
-            h, m_h_h, x_f_1, x_h_1, a_f, a_h, h_row, reset_row, t + 1, stop, channels, mask, HAS_RESET, JACOBIAN,
+            h, m_h_h, x_f_2, x_h_2, a_f, a_h, cut_2, h_row, t + 2, stop, channels, mask, HAS_RESET, JACOBIAN,
         )
         h, m_h_h = advance(
-            h, m_h_h, x_f_2, x_h_2, a_f, a_h, h_row, reset_row, t + 2, stop, channels, mask, HAS_RESET, JACOBIAN,
+            h, m_h_h, x_f_3, x_h_3, a_f, a_h, cut_3, h_row, t + 3, stop, channels, mask, HAS_RESET, JACOBIAN,
         )
-        h, m_h_h = advance(
-            h, m_h_h, x_f_3, x_h_3, a_f, a_h, h_row, reset_row, t + 3, stop, channels, mask, HAS_RESET, JACOBIAN,
-        )
-        x_f_0, x_h_0 = x_f_ahead_0, x_h_ahead_0
-        x_f_1, x_h_1 = x_f_ahead_1, x_h_ahead_1
-        x_f_2, x_h_2 = x_f_ahead_2, x_h_ahead_2
-        x_f_3, x_h_3 = x_f_ahead_3, x_h_ahead_3
+        x_f_0, x_h_0, cut_0 = x_f_ahead_0, x_h_ahead_0, cut_ahead_0
+        x_f_1, x_h_1, cut_1 = x_f_ahead_1, x_h_ahead_1, cut_ahead_1
+        x_f_2, x_h_2, cut_2 = x_f_ahead_2, x_h_ahead_2, cut_ahead_2
+        x_f_3, x_h_3, cut_3 = x_f_ahead_3, x_h_ahead_3, cut_ahead_3
         t += 4
         if PIECES:
             edge = ((t - start) % CHECK == 0) | (t >= stop)
@@ -429,9 +433,8 @@ def load_step(
     g_h = tl.zeros_like(h)
     if HAS_G_H:
         g_h = tl.load(g_h_row + here, mask=mask & valid, other=0.0).to(COMPUTE)
-    cut = False
+    cut = flag_at(reset_row, t, valid, HAS_RESET)
     if HAS_RESET:
-        cut = tl.load(reset_row + t, mask=valid, other=0) != 0
         h = tl.where(cut, 0.0, h)
     return x_f, x_h, h, g_h, cut
 

@@ -16,7 +16,7 @@ Not edited by hand: python -m paralm_kernels.generate writes this file again.
 import triton
 import triton.language as tl
 
-from ..triton_math import add_compensated, finite, largest_size, largest_update, relative_change, sigmoid, tanh
+from ..triton_math import add_compensated, finite, flag_at, largest_size, largest_update, relative_change, sigmoid, tanh
 
 
 @triton.jit
@@ -101,13 +101,12 @@ def load_params(a_f_ptr, a_c_ptr, a_o_ptr, p_f_ptr, p_o_ptr, channel, mask):
 
 @triton.jit
 def advance(
-    c, h, m_c_c, m_c_h, m_h_c, m_h_h, x_f, x_c, x_o, a_f, a_c, a_o, p_f, p_o, c_row, h_row, reset_row, t, stop,
-    channels, mask, HAS_RESET: tl.constexpr, JACOBIAN: tl.constexpr,
+    c, h, m_c_c, m_c_h, m_h_c, m_h_h, x_f, x_c, x_o, a_f, a_c, a_o, p_f, p_o, cut, c_row, h_row, t, stop, channels,
+    mask, HAS_RESET: tl.constexpr, JACOBIAN: tl.constexpr,
 ):
     """One step of a walk: the state after it, which is stored, and the product of Jacobians."""
     valid = t < stop
     if HAS_RESET:
-        cut = tl.load(reset_row + t, mask=valid, other=0) != 0
         c = tl.where(cut, 0.0, c)
         h = tl.where(cut, 0.0, h)
     if JACOBIAN:
@@ -146,28 +145,32 @@ def walk_piece(
     x_f_0, x_c_0, x_o_0 = load_inputs(
         x_f_row, x_c_row, x_o_row, tl.cast(start, tl.int64) * x_stride_time, mask & (start < stop), COMPUTE,
     )
+    cut_0 = flag_at(reset_row, start, start < stop, HAS_RESET)
     x_f_1, x_c_1, x_o_1 = load_inputs(
         x_f_row, x_c_row, x_o_row, tl.cast(start + 1, tl.int64) * x_stride_time, mask & (start + 1 < stop), COMPUTE,
     )
+    cut_1 = flag_at(reset_row, start + 1, start + 1 < stop, HAS_RESET)
     t = start
     met = 0
     while (t < stop) & (met == 0):
         x_f_ahead_0, x_c_ahead_0, x_o_ahead_0 = load_inputs(
             x_f_row, x_c_row, x_o_row, tl.cast(t + 2, tl.int64) * x_stride_time, mask & (t + 2 < stop), COMPUTE,
         )
+        cut_ahead_0 = flag_at(reset_row, t + 2, t + 2 < stop, HAS_RESET)
         x_f_ahead_1, x_c_ahead_1, x_o_ahead_1 = load_inputs(
             x_f_row, x_c_row, x_o_row, tl.cast(t + 3, tl.int64) * x_stride_time, mask & (t + 3 < stop), COMPUTE,
         )
+        cut_ahead_1 = flag_at(reset_row, t + 3, t + 3 < stop, HAS_RESET)
         c, h, m_c_c, m_c_h, m_h_c, m_h_h = advance(
-            c, h, m_c_c, m_c_h, m_h_c, m_h_h, x_f_0, x_c_0, x_o_0, a_f, a_c, a_o, p_f, p_o, c_row, h_row, reset_row, t,
+            c, h, m_c_c, m_c_h, m_h_c, m_h_h, x_f_0, x_c_0, x_o_0, a_f, a_c, a_o, p_f, p_o, cut_0, c_row, h_row, t,
             stop, channels, mask, HAS_RESET, JACOBIAN,
         )
         c, h, m_c_c, m_c_h, m_h_c, m_h_h = advance(
-            c, h, m_c_c, m_c_h, m_h_c, m_h_h, x_f_1, x_c_1, x_o_1, a_f, a_c, a_o, p_f, p_o, c_row, h_row, reset_row,
-            t + 1, stop, channels, mask, HAS_RESET, JACOBIAN,
+            c, h, m_c_c, m_c_h, m_h_c, m_h_h, x_f_1, x_c_1, x_o_1, a_f, a_c, a_o, p_f, p_o, cut_1, c_row, h_row, t + 1,
+            stop, channels, mask, HAS_RESET, JACOBIAN,
         )
-        x_f_0, x_c_0, x_o_0 = x_f_ahead_0, x_c_ahead_0, x_o_ahead_0
-        x_f_1, x_c_1, x_o_1 = x_f_ahead_1, x_c_ahead_1, x_o_ahead_1
+        x_f_0, x_c_0, x_o_0, cut_0 = x_f_ahead_0, x_c_ahead_0, x_o_ahead_0, cut_ahead_0
+        x_f_1, x_c_1, x_o_1, cut_1 = x_f_ahead_1, x_c_ahead_1, x_o_ahead_1, cut_ahead_1
         t += 2
         if PIECES:
             edge = ((t - start) % CHECK == 0) | (t >= stop)
@@ -546,9 +549,8 @@ def load_step(
     g_h = tl.zeros_like(h)
     if HAS_G_H:
         g_h = tl.load(g_h_row + here, mask=mask & valid, other=0.0).to(COMPUTE)
-    cut = False
+    cut = flag_at(reset_row, t, valid, HAS_RESET)
     if HAS_RESET:
-        cut = tl.load(reset_row + t, mask=valid, other=0) != 0
         c = tl.where(cut, 0.0, c)
         h = tl.where(cut, 0.0, h)
     return x_f, x_c, x_o, c, h, g_c, g_h, cut

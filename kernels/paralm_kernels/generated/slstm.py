@@ -22,6 +22,7 @@ from ..triton_math import (
     constant,
     exp,
     finite,
+    flag_at,
     largest_size,
     largest_update,
     log1p,
@@ -173,13 +174,12 @@ def load_params(r_i_ptr, r_f_ptr, r_z_ptr, r_o_ptr, channel, mask):
 
 @triton.jit
 def advance(
-    s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, x_i, x_f, x_z, x_o, r_i, r_f, r_z, r_o,
-    s_row, y_row, h_row, reset_row, t, stop, channels, mask, HAS_RESET: tl.constexpr, JACOBIAN: tl.constexpr,
+    s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, x_i, x_f, x_z, x_o, r_i, r_f, r_z, r_o, cut,
+    s_row, y_row, h_row, t, stop, channels, mask, HAS_RESET: tl.constexpr, JACOBIAN: tl.constexpr,
 ):
     """One step of a walk: the state after it, which is stored, and the product of Jacobians."""
     valid = t < stop
     if HAS_RESET:
-        cut = tl.load(reset_row + t, mask=valid, other=0) != 0
         s = tl.where(cut, 0.0, s)
         y = tl.where(cut, 0.0, y)
         h = tl.where(cut, 0.0, h)
@@ -239,10 +239,12 @@ def walk_piece(
     x_i_0, x_f_0, x_z_0, x_o_0 = load_inputs(
         x_i_row, x_f_row, x_z_row, x_o_row, tl.cast(start, tl.int64) * x_stride_time, mask & (start < stop), COMPUTE,
     )
+    cut_0 = flag_at(reset_row, start, start < stop, HAS_RESET)
     x_i_1, x_f_1, x_z_1, x_o_1 = load_inputs(
         x_i_row, x_f_row, x_z_row, x_o_row, tl.cast(start + 1, tl.int64) * x_stride_time, mask & (start + 1 < stop),
         COMPUTE,
     )
+    cut_1 = flag_at(reset_row, start + 1, start + 1 < stop, HAS_RESET)
     t = start
     met = 0
     while (t < stop) & (met == 0):
@@ -250,20 +252,22 @@ def walk_piece(
             x_i_row, x_f_row, x_z_row, x_o_row, tl.cast(t + 2, tl.int64) * x_stride_time, mask & (t + 2 < stop),
             COMPUTE,
         )
+        cut_ahead_0 = flag_at(reset_row, t + 2, t + 2 < stop, HAS_RESET)
         x_i_ahead_1, x_f_ahead_1, x_z_ahead_1, x_o_ahead_1 = load_inputs(
             x_i_row, x_f_row, x_z_row, x_o_row, tl.cast(t + 3, tl.int64) * x_stride_time, mask & (t + 3 < stop),
             COMPUTE,
         )
+        cut_ahead_1 = flag_at(reset_row, t + 3, t + 3 < stop, HAS_RESET)
         s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h = advance(
             s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, x_i_0, x_f_0, x_z_0, x_o_0, r_i,
-            r_f, r_z, r_o, s_row, y_row, h_row, reset_row, t, stop, channels, mask, HAS_RESET, JACOBIAN,
+            r_f, r_z, r_o, cut_0, s_row, y_row, h_row, t, stop, channels, mask, HAS_RESET, JACOBIAN,
         )
         s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h = advance(
             s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, x_i_1, x_f_1, x_z_1, x_o_1, r_i,
-            r_f, r_z, r_o, s_row, y_row, h_row, reset_row, t + 1, stop, channels, mask, HAS_RESET, JACOBIAN,
+            r_f, r_z, r_o, cut_1, s_row, y_row, h_row, t + 1, stop, channels, mask, HAS_RESET, JACOBIAN,
         )
-        x_i_0, x_f_0, x_z_0, x_o_0 = x_i_ahead_0, x_f_ahead_0, x_z_ahead_0, x_o_ahead_0
-        x_i_1, x_f_1, x_z_1, x_o_1 = x_i_ahead_1, x_f_ahead_1, x_z_ahead_1, x_o_ahead_1
+        x_i_0, x_f_0, x_z_0, x_o_0, cut_0 = x_i_ahead_0, x_f_ahead_0, x_z_ahead_0, x_o_ahead_0, cut_ahead_0
+        x_i_1, x_f_1, x_z_1, x_o_1, cut_1 = x_i_ahead_1, x_f_ahead_1, x_z_ahead_1, x_o_ahead_1, cut_ahead_1
         t += 2
         if PIECES:
             edge = ((t - start) % CHECK == 0) | (t >= stop)
@@ -755,9 +759,8 @@ def load_step(
     g_h = tl.zeros_like(h)
     if HAS_G_H:
         g_h = tl.load(g_h_row + here, mask=mask & valid, other=0.0).to(COMPUTE)
-    cut = False
+    cut = flag_at(reset_row, t, valid, HAS_RESET)
     if HAS_RESET:
-        cut = tl.load(reset_row + t, mask=valid, other=0) != 0
         s = tl.where(cut, 0.0, s)
         y = tl.where(cut, 0.0, y)
         h = tl.where(cut, 0.0, h)
