@@ -30,7 +30,7 @@ def reference(corpus: Path, prepared: Path, tmp_path_factory: pytest.TempPathFac
 def start(corpus: Path, prepared: Path, tmp_path: Path) -> Iterator[Start]:
     """``start(*overrides, prefix=[])``: a ``paralm train`` of the run ``tmp_path / "tiny"``; ended with the test."""
     path = tmp_path / "run.yaml"
-    made = settings(corpus, prepared, tmp_path, training={"max_steps": STEPS}, checkpoint={"every": 2})
+    made = settings(corpus, prepared, tmp_path, training={"max_steps": STEPS}, checkpoint={"every": 4})
     path.write_text(yaml.safe_dump(made))
     started: list[subprocess.Popen[str]] = []
 

@@ -11,7 +11,7 @@ import psutil
 
 from paralm.training.metrics import read_metrics
 
-STEPS = 8
+STEPS = 40  # enough of them that a signal or a kill comes before the last
 Start = Callable[..., subprocess.Popen[str]]
 
 

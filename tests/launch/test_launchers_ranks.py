@@ -16,7 +16,7 @@ import pytest
 
 from paralm.training.watch import read_note
 from tests.conftest import settings
-from tests.launch.launching import Start, finish, losses, outside_the_loopback, ranks_of, wait_for_step
+from tests.launch.launching import STEPS, Start, finish, losses, outside_the_loopback, ranks_of, wait_for_step
 
 
 @pytest.mark.slow
@@ -34,7 +34,7 @@ def test_torchrun_starts_lost_ranks_again_and_the_run_is_the_same(
     assert f"rank 1 ({note.host}) has not finished step" in output
     assert "start 1 of at most 3, from the newest checkpoint" in output
     assert "Traceback" not in output
-    assert "8 steps" in output
+    assert f"{STEPS} steps" in output
     assert losses(tmp_path / "tiny") == pytest.approx(reference, rel=1e-5)
     assert not any(psutil.pid_exists(pid) for pid in first)
     assert not (tmp_path / "tiny" / "launches").exists()
@@ -45,7 +45,7 @@ def test_mpirun_from_outside_passes_a_signal_on_and_mpirun_from_inside_continues
     start: Start, reference: list[float], tmp_path: Path
 ) -> None:
     run = tmp_path / "tiny"
-    outside = start("launcher.kind=mpi", "launcher.ranks=2", "training.max_steps=8")
+    outside = start("launcher.kind=mpi", "launcher.ranks=2")
     wait_for_step(outside, run, 2)
     outside.send_signal(signal.SIGTERM)
     output = finish(outside, code=75)
@@ -54,7 +54,7 @@ def test_mpirun_from_outside_passes_a_signal_on_and_mpirun_from_inside_continues
     mpirun = str(Path(sys.executable).parent / "mpirun")
     inside = start("launcher.kind=mpi", prefix=(mpirun, "-n", "2", "--allow-run-as-root", "--oversubscribe"))
     output = finish(inside)
-    assert output.count("training: 8 steps") == 1, "one of the ranks speaks"
+    assert output.count(f"training: {STEPS} steps") == 1, "one of the ranks speaks"
     assert losses(run) == pytest.approx(reference, rel=1e-5)
 
 
