@@ -15,7 +15,7 @@ from paralm.config import Config, OptimizerConfig
 from paralm.training.fragments import EngineFragments, Fragment
 from paralm.training.loop import train
 from paralm.training.metrics import read_metrics
-from paralm.training.muon import newton_schulz
+from paralm.training.muon import MatrixUpdate, newton_schulz
 from paralm.training.optimizers import OPTIMIZERS, GradientNoise, build_optimizer
 from paralm.training.rendezvous import start_distributed
 from paralm.training.replicated import Replicated
@@ -115,6 +115,28 @@ def test_newton_schulz_keeps_the_singular_vectors_and_levels_the_values() -> Non
     assert float((core - torch.diag_embed(values)).abs().max()) < 1e-4
     assert 0.6 < float(values.min()) <= float(values.max()) < 1.3
     torch.testing.assert_close(newton_schulz(matrix.mT.contiguous(), 5), found.mT, rtol=1e-4, atol=1e-5)
+
+
+def test_pieces_come_back_to_where_they_were_taken() -> None:
+    """Fragments in any order, a parameter in two of them: each gets its own part of what was made of the whole."""
+    start_distributed(60.0)
+    shapes = {"a": (2, 3), "b": (4, 2), "c": (2, 2)}
+    flat = torch.arange(18.0)
+    places = [("b", 0, 5), ("c", 0, 4), ("a", 0, 6), ("b", 5, 3)]
+    starts = [0, 5, 9, 15]
+    fragments = [Fragment(name, at, n, flat, start) for (name, at, n), start in zip(places, starts, strict=True)]
+    exchange = MatrixUpdate(fragments, shapes, torch.device("cpu"))
+    seen: list[torch.Tensor] = []
+
+    def update(matrix: torch.Tensor) -> torch.Tensor:
+        seen.append(matrix.clone())
+        return 2 * matrix
+
+    found = exchange([fragment.view(flat) for fragment in fragments], update)
+    assert [piece.tolist() for piece in found] == [(2 * fragment.view(flat)).tolist() for fragment in fragments]
+    assert sorted(map(tuple, (matrix.shape for matrix in seen))) == sorted(shapes.values())
+    whole = next(matrix for matrix in seen if matrix.shape == (4, 2))
+    assert whole.flatten().tolist() == [0, 1, 2, 3, 4, 15, 16, 17]
 
 
 def test_muon_is_torchs_muon_on_whole_matrices() -> None:

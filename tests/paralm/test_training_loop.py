@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from paralm.models import LanguageModel
 from paralm.training import checkpoint as ckpt
 from paralm.training.load import load_model
 from paralm.training.loop import train
-from paralm.training.metrics import read_metrics
+from paralm.training.metrics import MetricsWriter, read_metrics
 from paralm.training.optimizers import OPTIMIZERS
 from paralm.training.session import Session
 from tests.conftest import settings
@@ -91,6 +92,24 @@ def test_deterministic_runs_are_equal_to_the_last_bit(make: Any, optimizer: str)
         found.append([(row["loss"], row.get("grad_norm")) for row in read_metrics(config.run_dir / "metrics.jsonl")])
     assert found[0] == found[1]
     assert len(found[0]) == 13
+
+
+def test_metrics_that_cannot_be_written_are_said_once_and_end_nothing(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = MetricsWriter.write
+
+    def write(self: MetricsWriter, row: dict[str, Any]) -> None:
+        if row["step"] in (3, 4):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(self, row)
+
+    monkeypatch.setattr(MetricsWriter, "write", write)
+    said: list[str] = []
+    config = make("a", training={"max_steps": 6})
+    assert train(config, say=said.append).step == 6
+    assert [row["step"] for row in rows(config)] == [1, 2, 5, 6]
+    assert [line for line in said if "metrics.jsonl" in line and "No space left" in line] == said
 
 
 def test_a_finished_run_has_nothing_left_to_do(make: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -89,6 +90,30 @@ def test_metrics_are_cut_at_the_checkpoint_and_a_torn_line_is_dropped(tmp_path: 
     rows = read_metrics(path)
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert rows[0]["loss"] == 1 / 3  # floats survive to the last bit
+
+
+def test_a_row_that_the_storage_refuses_is_left_out_whole(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tb", 0)
+    writer.write({"kind": "train", "step": 1, "loss": 1.0})
+    real = writer._file
+
+    class Full:
+        """Takes half of a row, as a full disk does."""
+
+        def write(self, text: str) -> None:
+            real.write(text[: len(text) // 2])
+            real.flush()
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def close(self) -> None:
+            real.close()
+
+    writer._file = Full()  # type: ignore[assignment]
+    with pytest.raises(OSError, match="No space left"):
+        writer.write({"kind": "train", "step": 2, "loss": 2.0})
+    writer.write({"kind": "train", "step": 3, "loss": 3.0})
+    writer.close()
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 3]
 
 
 def test_a_damaged_metrics_line_is_named(tmp_path: Path) -> None:
