@@ -195,47 +195,56 @@ def disturbed(
     config: Path,
     run: Path,
     launcher: str,
-    sizes: tuple[int, ...],
+    ranks: int,
     span: float,
     rng: random.Random,
     outcome: Outcome,
     say: Say,
     more: Callable[[], bool],
 ) -> None:
-    """A run under fire until it ends. ``sizes``: its world sizes, the next after each kill of the driver that the run
-    came forward before; all but one size means that only drivers are hit. ``more``: whether to go on killing.
-    """
-    at, steps = 0, 0
-    driver = Driver(config, run, launcher, sizes[0])
+    """A run under fire until it ends. ``more``: whether to go on killing."""
+    driver = Driver(config, run, launcher, ranks)
     deadline = time.monotonic() + 40 * span + PATIENCE
     try:
         while True:
             moment = rng.uniform(0, span)
             if driver.finished(moment if more() else PATIENCE):
                 break
-            if not more():
-                raise TimeoutError
-            target = "driver" if len(sizes) > 1 else rng.choice(TARGETS)
-            if strike(driver, target, rng, moment, outcome, say) == "driver":
-                done = len(losses_so_far(run))
-                if at + 1 < len(sizes) and done > steps:
-                    at, steps = at + 1, done
-                driver = Driver(config, run, launcher, sizes[at])
-            if time.monotonic() > deadline:
-                raise TimeoutError
-    except TimeoutError:
-        outcome.problems.append(f"{run.name}: did not end; its last words: {driver.tail()}")
+            if not more() or time.monotonic() > deadline:
+                outcome.problems.append(f"{run.name}: did not end; its last words: {driver.tail()}")
+                return
+            if strike(driver, rng.choice(TARGETS), rng, moment, outcome, say) == "driver":
+                driver = Driver(config, run, launcher, ranks)
     finally:
         driver.end()
     if driver.process.returncode != 0:
         outcome.problems.append(f"{run.name}: ended with {driver.process.returncode}: {driver.tail()}")
-    if len(sizes) > 1 and at + 1 < len(sizes):
-        outcome.problems.append(f"{run.name}: only the sizes {sizes[: at + 1]} were reached")
 
 
-def losses_so_far(run: Path) -> dict[int, Any]:
-    """As :func:`losses`, of a run that may have been cut anywhere."""
-    return {row["step"]: row for row in read_metrics(run / "metrics.jsonl") if row["kind"] == "train"}
+def moving(config: Path, run: Path, launcher: str, span: float, rng: random.Random, outcome: Outcome, say: Say) -> None:
+    """A run whose driver is killed at each world size but the last, a moment after its first step at that size."""
+    for ranks in ELASTIC:
+        driver = Driver(config, run, launcher, ranks)
+        try:
+            start = time.monotonic()
+            if ranks == ELASTIC[-1]:
+                if not driver.finished(PATIENCE) or driver.process.returncode != 0:
+                    outcome.problems.append(f"{run.name}: did not end well: {driver.tail()}")
+                return
+            while not stepped(driver):
+                if driver.finished(0.05) or time.monotonic() - start > PATIENCE:
+                    outcome.problems.append(f"{run.name}: no step on {ranks} ranks: {driver.tail()}")
+                    return
+            driver.finished(rng.uniform(0, span / 20))
+            strike(driver, "driver", rng, time.monotonic() - start, outcome, say)
+        finally:
+            driver.end()
+
+
+def stepped(driver: Driver) -> bool:
+    """Whether this start of the run has finished a step."""
+    pids = {process.pid for process in driver.workers()}
+    return phase_of(driver.run, pids)[0] == "save"
 
 
 def compare(run: Path, reference: dict[int, tuple[Any, ...]], exact: bool, outcome: Outcome) -> None:
@@ -275,10 +284,8 @@ def campaign(
         reference, span = undisturbed(config, root, launcher, ranks)
         say(f"{launcher}: undisturbed, {ranks} ranks, {span:.0f} s")
         if launcher == last and elastic:
-            run = root / "elastic"
-            # More ranks on the same machine take longer to start.
-            disturbed(config, run, launcher, ELASTIC, 2 * span, rng, outcome, say, lambda: not _sizes_done(outcome))
-            compare(run, reference, False, outcome)
+            moving(config, root / "moving", launcher, span, rng, outcome, say)
+            compare(root / "moving", reference, False, outcome)
         before, number = len(outcome.kills), 0
 
         def more(launcher: str = launcher, before: int = before, quota: int = quota) -> bool:
@@ -287,15 +294,10 @@ def campaign(
 
         while more() and len(outcome.problems) < 3:
             run = root / f"{launcher}-{number}"
-            disturbed(config, run, launcher, (ranks,), span, rng, outcome, say, more)
+            disturbed(config, run, launcher, ranks, span, rng, outcome, say, more)
             compare(run, reference, True, outcome)
             number += 1
     return outcome
-
-
-def _sizes_done(outcome: Outcome) -> bool:
-    """Whether the elastic run has come to its last size."""
-    return len({kill.ranks for kill in outcome.kills if kill.run == "elastic"}) >= len(ELASTIC)
 
 
 def table(outcome: Outcome) -> str:
@@ -319,7 +321,7 @@ def write_config(folder: Path, **sections: dict[str, Any]) -> Path:
         },
         "model": {"d_model": 640, "n_layers": 8, "dropout": 0.1, "mixer": {"name": "paragru", "n_heads": 4}},
         "training": {
-            "max_steps": 8,
+            "max_steps": 10,
             "seq_len": 32,
             "global_batch_size": 4,
             "micro_batch_size": 2,
