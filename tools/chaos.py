@@ -231,7 +231,9 @@ def moving(config: Path, run: Path, launcher: str, span: float, rng: random.Rand
                 if not driver.finished(PATIENCE) or driver.process.returncode != 0:
                     outcome.problems.append(f"{run.name}: did not end well: {driver.tail()}")
                 return
-            while not stepped(driver):
+            begun = 0
+            while not (begun and progress(driver) > begun):
+                begun = begun or progress(driver)
                 if driver.finished(0.05) or time.monotonic() - start > PATIENCE:
                     outcome.problems.append(f"{run.name}: no step on {ranks} ranks: {driver.tail()}")
                     return
@@ -241,10 +243,10 @@ def moving(config: Path, run: Path, launcher: str, span: float, rng: random.Rand
             driver.end()
 
 
-def stepped(driver: Driver) -> bool:
-    """Whether this start of the run has finished a step."""
-    pids = {process.pid for process in driver.workers()}
-    return phase_of(driver.run, pids)[0] == "save"
+def progress(driver: Driver) -> int:
+    """The step that this start of the run is in, or has just finished; 0 before its first."""
+    phase, step = phase_of(driver.run, {process.pid for process in driver.workers()})
+    return {"step": step, "save": step + 1}.get(phase, 0)
 
 
 def compare(run: Path, reference: dict[int, tuple[Any, ...]], exact: bool, outcome: Outcome) -> None:
