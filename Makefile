@@ -20,10 +20,11 @@ JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ "$$n" -gt 8 ] && echo 8 || 
 BIN := $(VENV)/bin
 BASE := $(VENV)/.paralm-installed
 DEV := $(VENV)/.paralm-dev-installed
+PEERS := $(VENV)/.paralm-peers-installed
 SOURCES := paralm kernels data_pipeline launch tests benchmarks tools
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint format bench gpu-check gpu-wheels mutants chaos clean
+.PHONY: help quickstart test peers lint format bench gpu-check gpu-wheels mutants chaos clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | awk -F ':.*  ## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -31,7 +32,7 @@ help:  ## this list
 quickstart: $(BASE)  ## text → tokenizer → trained model → report, on this machine, in minutes
 	$(BIN)/paralm run quickstart
 
-test: $(DEV)  ## every test that needs no GPU
+test: $(DEV) $(PEERS)  ## every test that needs no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not gpu" tests
 
 lint: $(DEV)  ## ruff (lint and format) and mypy
@@ -43,7 +44,9 @@ format: $(DEV)  ## let ruff rewrite what lint would complain about
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-mutants: $(DEV)  ## plant known defects one at a time; each must make its test fail
+peers: $(PEERS)  ## what tests compare with: others' implementations, each in a folder of its own
+
+mutants: $(DEV) $(PEERS)  ## plant known defects one at a time; each must make its test fail
 	$(BIN)/python tools/mutants.py --jobs $(JOBS)
 
 chaos: $(DEV)  ## kill training at random moments, 30 times at least, and compare its losses; about 20 minutes
@@ -93,4 +96,10 @@ $(BASE): pyproject.toml
 
 $(DEV): $(BASE)
 	$(BIN)/python -m pip install -q -e '.[dev]'
+	@touch $@
+
+$(PEERS): tests/peers.txt $(DEV)
+	rm -rf $(VENV)/peers
+	@set -e; grep -v '^#' tests/peers.txt | while IFS=: read -r name packages; do \
+	  echo "peer: $$name"; $(BIN)/python -m pip install -q --no-deps --target $(VENV)/peers/$$name $$packages; done
 	@touch $@

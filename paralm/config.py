@@ -94,9 +94,17 @@ class ModelConfig(Section):
     mixer: dict[str, Any] = Field(
         default_factory=lambda: {"name": "paragru"}, description="name and the mixer's own keys; see the registry"
     )
+    mixers: list[str | dict[str, Any]] | None = Field(
+        default=None,
+        description="a hybrid: NAME, NAME*COUNT or {name, count, keys}, repeated over the layers; "
+        "keys of `mixer` hold for its name",
+    )
     mlp: MLPConfig = Field(default_factory=MLPConfig)
     vocab_size: PositiveInt | None = Field(default=None, description="default: the tokenizer's; larger pads")
     tie_embeddings: bool = True
+    embedding_std: PositiveFloat | None = Field(
+        default=None, description="of the initial embedding and head; default: 1/sqrt(d_model)"
+    )
     norm_eps: PositiveFloat = 1e-5
     dropout: float = Field(default=0.0, ge=0, lt=1, description="on each residual branch")
     init: Literal["released", "language_model"] = Field(

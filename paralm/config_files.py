@@ -317,16 +317,25 @@ def _complete_model(config: Config, layer: _Layer) -> None:
     see that a model, an optimizer and an engine can be made of it, the model on the device that allocates nothing.
     """
     from paralm.models import build_model  # torch comes with it
+    from paralm.models.hybrid import mixer_pattern
     from paralm.registry import validate_mixer
     from paralm.training.engine import deepspeed_config
     from paralm.training.optimizers import OPTIMIZERS
 
-    spec = config.model.mixer
-    try:
+    where: tuple[str, ...] = ("model", "mixer")
+
+    def complete(spec: dict[str, Any]) -> dict[str, Any]:
         entry, checked = validate_mixer(spec)
         keys = {key: value for key, value in spec.items() if key != "name"}
         entry.config.model_validate_json(json.dumps(keys), strict=True)
-        config.model.mixer = {"name": entry.name, **checked.model_dump(mode="json", by_alias=True)}
+        return {"name": entry.name, **checked.model_dump(mode="json", by_alias=True)}
+
+    try:
+        pattern = mixer_pattern(config.model)
+        config.model.mixer = complete(config.model.mixer)
+        if config.model.mixers is not None:
+            where = ("model", "mixers")
+            config.model.mixers = [{**complete(spec), "count": count} for spec, count in pattern]
         given = config.data.tokenizer.model is not None  # then its size is known when it has been read
         build_model(config.model, 1 if given else config.data.tokenizer.vocab_size, config.run.seed, device="meta")
         if config.optimizer.name not in OPTIMIZERS:
@@ -334,7 +343,7 @@ def _complete_model(config: Config, layer: _Layer) -> None:
             raise ConfigError(f"optimizer.name: no optimizer '{config.optimizer.name}'; nearest: {near[0]}")
         deepspeed_config(config, world_size=1, parameters=1)
     except ValidationError as error:
-        raise ConfigError(one_line(error, layer.place, ("model", "mixer"))) from None
+        raise ConfigError(one_line(error, layer.place, where)) from None
     except ConfigError as error:
         key = re.match(r"[\w.]*", str(error))
         _, place = layer.place(tuple(key.group().split(".")) if key else ())

@@ -2,13 +2,14 @@
 
 `Cell` defines a recurrence; `solve` runs it over time (sequential loop with an analytic adjoint, or Newton's method),
 `step` advances it by one for decoding; `causal_conv` and the linear scans (`diagonal_scan`, `matrix_scan`) are the
-recurrences that need no cell.
+recurrences that need no cell. `dense_rnn` runs those that are dense within a head (LSTM, GRU, sLSTM, Elman).
 """
 
 from .affine import AffineMap
 from .cell import Cell, cells, get_cell, register
-from .cell_library import MGU, SLSTM, FastSlow, ParaGRU, ParaLSTM, Tanh
+from .cell_library import MGU, FastSlow, ParaGRU, ParaLSTM, SLSTMDiagonal, Tanh
 from .conv import causal_conv
+from .dense_rnn import dense_rnn, dense_state, reference_dense_rnn
 from .errors import ArgumentError, CellError, NotConverged
 from .problem import SolveInfo
 from .scan import Scan, diagonal_scan, matrix_scan
@@ -16,7 +17,6 @@ from .solve import Trajectory, solve, step
 
 __all__ = [
     "MGU",
-    "SLSTM",
     "AffineMap",
     "ArgumentError",
     "Cell",
@@ -25,15 +25,19 @@ __all__ = [
     "NotConverged",
     "ParaGRU",
     "ParaLSTM",
+    "SLSTMDiagonal",
     "Scan",
     "SolveInfo",
     "Tanh",
     "Trajectory",
     "causal_conv",
     "cells",
+    "dense_rnn",
+    "dense_state",
     "diagonal_scan",
     "get_cell",
     "matrix_scan",
+    "reference_dense_rnn",
     "register",
     "solve",
     "step",

@@ -13,6 +13,7 @@ object's metadata.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import re
 import subprocess
@@ -54,6 +55,11 @@ class Usage:
     @property
     def ok(self) -> bool:
         return not self.error and self.spills == 0
+
+
+WRITTEN: dict[str, str] = {}
+"""Kernels that are written, not generated: a name → the module of this package whose `default_launches(dtypes)` lists
+their default configurations as `triton_launch.Launch`."""
 
 
 def checked_cells() -> dict[str, Cell]:
@@ -125,7 +131,10 @@ def read_metadata(text: str) -> tuple[int, int]:
 
 
 def compile_cell(name: str, target: str, dtypes: Sequence[str]) -> list[Usage]:
-    """Every kernel of a cell in its default configurations, for inputs of these dtypes."""
+    """Every kernel of a cell, or of an entry of WRITTEN, in its default configurations, for inputs of these dtypes."""
+    if name in WRITTEN:
+        module = importlib.import_module(f".{WRITTEN[name]}", __package__)
+        return [compile_launch(name, launch, target) for launch in module.default_launches(dtypes)]
     from .triton_solver import default_launches
 
     return [compile_launch(name, launch, target) for launch in default_launches(checked_cells()[name], dtypes)]
@@ -167,13 +176,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser("paralm_kernels.compiled", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--target", action="append", choices=list(TARGETS), help="default: all")
-    parser.add_argument("--cell", action="append", choices=list(checked_cells()), help="default: all")
+    parser.add_argument("--cell", action="append", choices=[*checked_cells(), *WRITTEN], help="default: all")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="of the inputs; default: bf16 and fp32")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: Triton would interpret instead of compiling; unset it")
-    names, targets = options.cell or list(checked_cells()), options.target or list(TARGETS)
+    names, targets = options.cell or [*checked_cells(), *WRITTEN], options.target or list(TARGETS)
     return report(compile_all(names, targets, options.dtype or ["bf16", "fp32"], max(1, options.jobs)))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from paralm.evaluation.perplexity import PerplexityResult
 from paralm.evaluation.record import Record
 from paralm.evaluation.result import eval_dir, read_json
 from paralm.evaluation.samples import SamplesResult
+from paralm.models.hybrid import mixer_names, mixer_pattern
 from paralm.training.run_folder import RunFolder
 
 
@@ -87,7 +89,7 @@ def write_report(run_dir: str | Path) -> Path:
 
 def _head(config: Config, curves: Curves, results: ResultSet) -> str:
     step, last = int(curves.step[-1]), config.training.max_steps
-    what = f"A {config.model.mixer.get('name', '?')} language model"
+    what = f"A {mixer_names(config.model)} language model"
     if results.record is not None:
         what += f" of {short(results.record.parameters)} parameters"
     trained = f"trained on {short(float(curves.tokens[-1]))} tokens in {md.duration(float(curves.seconds[-1]))}"
@@ -214,13 +216,17 @@ def _text(results: ResultSet) -> list[str]:
 # -- circumstances -------------------------------------------------------------------------------------------
 
 
+def _mixer_row(spec: Mapping[str, Any]) -> str:
+    keys = ", ".join(f"{k} {v}" for k, v in spec.items() if k != "name")
+    return str(spec["name"]) + (f" ({keys})" if keys else "")
+
+
 def _made_from(config: Config, curves: Curves, results: ResultSet) -> list[str]:
     model, training, optimizer = config.model, config.training, config.optimizer
-    mixer = ", ".join(f"{k} {v}" for k, v in model.mixer.items() if k != "name")
     source = config.data.source
     rows = [
         ["text", source.dataset or (", ".join(source.paths) if source.paths else source.kind)],
-        ["mixer", str(model.mixer.get("name", "?")) + (f" ({mixer})" if mixer else "")],
+        *(["mixer", _mixer_row(spec)] for spec, _ in mixer_pattern(model)),
         ["layers × width", f"{model.n_layers} × {model.d_model}"],
         ["parameters", f"{results.record.parameters:,}" if results.record is not None else ""],
         ["sequence length", f"{training.seq_len:,} tokens" + (", state carried" if training.carry_state else "")],

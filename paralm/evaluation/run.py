@@ -138,7 +138,7 @@ def _open_stores(config: Config, run: Path) -> dict[str, TokenStore]:
 
 def _bounded(config: Config) -> bool:
     """Whether the state of the run's model is bounded, known from its mixers without building it."""
-    from paralm.models.lm import layer_mixers
+    from paralm.models.hybrid import layer_mixers
     from paralm.registry import get_mixer
 
     return all(get_mixer(spec["name"]).value.bounded_state for spec in layer_mixers(config.model))

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from paralm.config import ModelConfig
 from paralm.errors import ConfigError
 from paralm.models import loss as losses
+from paralm.models.hybrid import layer_mixers
 from paralm.models.mixers.base import LayerContext, Mixer, State
 from paralm.models.mlp import SwiGLU
 from paralm.models.norms import RMSNorm
@@ -81,7 +82,7 @@ class Head(nn.Module):
         self.cap = config.logit_cap
         self.weight = None if config.tie_embeddings else nn.Parameter(torch.empty(vocab_size, config.d_model))
         if self.weight is not None:
-            declare(self, "weight", normal(embedding_std(config.d_model)), decay=True, matrix=False)
+            declare(self, "weight", normal(_embedding_std(config)), decay=True, matrix=False)
 
     def forward(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """(batch, time, d_model) → (batch, time, vocab), at least float32."""
@@ -101,7 +102,7 @@ class LanguageModel(nn.Module):
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = Head(config, vocab_size)
         self.activation_checkpointing = False
-        declare(self.embedding, "weight", normal(embedding_std(config.d_model)), decay=True, matrix=False)
+        declare(self.embedding, "weight", normal(_embedding_std(config)), decay=True, matrix=False)
 
     @property
     def layers(self) -> list[Block]:
@@ -209,9 +210,8 @@ class LanguageModel(nn.Module):
         return parameter_groups(self)
 
 
-def layer_mixers(config: ModelConfig) -> list[dict[str, Any]]:
-    """The mixer specification of each layer."""
-    return [config.mixer] * config.n_layers
+def _embedding_std(config: ModelConfig) -> float:
+    return config.embedding_std or embedding_std(config.d_model)
 
 
 def build_mixer(spec: dict[str, Any], config: ModelConfig, layer: int) -> Mixer:

@@ -16,6 +16,7 @@ from paralm.config import Config
 from paralm.config_files import dump_yaml, frozen_differences
 from paralm.errors import CheckpointError, ConfigError, RunError, UserError
 from paralm.models import build_model
+from paralm.models.hybrid import mixer_names
 from paralm.models.parameters import initial_value, specs
 from paralm.training import checkpoint as ckpt
 from paralm.training import rng
@@ -205,7 +206,7 @@ class Session:
         self.blueprint = build_model(config.model, self.tokenizer.vocab_size, seed=config.run.seed, device="meta")
         if config.training.carry_state and not self.blueprint.bounded_state:
             raise ConfigError(
-                f"training.carry_state: the state of mixer '{config.model.mixer['name']}' grows with the "
+                f"training.carry_state: the state of mixer {mixer_names(config.model)} grows with the "
                 "sequence; use a recurrent mixer"
             )
         self.parameters = sum(p.numel() for p in self.blueprint.parameters())

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from paralm_kernels import SLSTM, NotConverged, cells, get_cell, solve
-from paralm_kernels.cell_library.slstm import coordinate, log_normaliser
+from paralm_kernels import NotConverged, SLSTMDiagonal, cells, get_cell, solve
+from paralm_kernels.cell_library.slstm_diagonal import coordinate, log_normaliser
 from paralm_kernels.laws import by, deviation, outcome, random_case, reference
 
 
@@ -74,13 +74,13 @@ def textbook_slstm(inputs, params):
 @pytest.mark.parametrize("shift", [0.0, 30.0, -30.0, -200.0, -5000.0])
 def test_the_slstm_is_the_textbooks_from_minus_infinity_in_values_and_gradients(shift):
     """Whatever the size of the input gate: it is relative, and nothing over- or underflows."""
-    case = random_case(SLSTM(), time=40, weights=1.0, resets=0.0)
+    case = random_case(SLSTMDiagonal(), time=40, weights=1.0, resets=0.0)
     shifted = tuple(
         (3 * x + (shift if k == 0 else 0.0)).requires_grad_() for k, x in enumerate(case.inputs)
     )  # the first input is the input gate's
     params = tuple(p.clone().requires_grad_() for p in case.params)
     leaves = (*shifted, *params)
-    s, y, h = solve(SLSTM(), shifted, params).states
+    s, y, h = solve(SLSTMDiagonal(), shifted, params).states
     expected_h, expected_log_n, expected_y = textbook_slstm(shifted, params)
     torch.testing.assert_close(h, expected_h, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(y, expected_y, rtol=1e-10, atol=1e-10)
@@ -94,7 +94,7 @@ def test_a_fresh_slstm_takes_its_first_input_whole_and_passes_no_gradient_back()
     inputs = [torch.randn(1, 3, 4, dtype=torch.float64) for _ in range(4)]
     state = tuple(torch.zeros(1, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
     zero = (torch.zeros(4, dtype=torch.float64),) * 4
-    s, y, _ = solve(SLSTM(), inputs, zero, state).states
+    s, y, _ = solve(SLSTMDiagonal(), inputs, zero, state).states
     torch.testing.assert_close(y[:, 0], torch.tanh(inputs[2][:, 0]), rtol=1e-15, atol=0)
     torch.testing.assert_close(log_normaliser(s)[:, 0], inputs[0][:, 0], rtol=1e-12, atol=1e-12)
     for gradient in torch.autograd.grad(y.sum(), state, allow_unused=True, materialize_grads=True)[:2]:
@@ -117,7 +117,7 @@ def test_the_slstm_stays_finite_in_float32_at_any_input_gate():
         inputs = [torch.randn(2, 50, 3) for _ in range(4)]
         inputs[0] = (inputs[0] + shift).requires_grad_()
         params = tuple(torch.rand(3) for _ in range(4))
-        result = solve(SLSTM(), inputs, params)
+        result = solve(SLSTMDiagonal(), inputs, params)
         assert all(torch.isfinite(h).all() for h in result.states)
         (gradient,) = torch.autograd.grad(result.states[2].sum(), inputs[0])
         assert bool(torch.isfinite(gradient).all())
@@ -126,18 +126,18 @@ def test_the_slstm_stays_finite_in_float32_at_any_input_gate():
 @pytest.mark.parametrize("time", [300, 2048])
 def test_newton_solves_the_slstm_over_long_sequences(time):
     """One tile: the guess f(0, x) is far off, the Picard sweeps mend it."""
-    case = random_case(SLSTM(), batch=1, time=time, channel=2, weights=1.0, resets=0.005)
+    case = random_case(SLSTMDiagonal(), batch=1, time=time, channel=2, weights=1.0, resets=0.005)
     worst, where = deviation(outcome(case, by("newton", tile=time)), outcome(case, by("sequential")), 1e-10)
     assert worst <= 1, where
 
 
 def test_picard_sweeps_save_newton_iterations_of_the_slstm():
-    class Cold(SLSTM):
+    class Cold(SLSTMDiagonal):
         picard = 0
 
-    case = random_case(SLSTM(), time=512, channel=8, weights=1.0, resets=0.0)
+    case = random_case(SLSTMDiagonal(), time=512, channel=8, weights=1.0, resets=0.0)
     arguments = (case.inputs, case.params)
-    warm = solve(SLSTM(), *arguments, method="newton", tile=512).info.iterations
+    warm = solve(SLSTMDiagonal(), *arguments, method="newton", tile=512).info.iterations
     try:
         cold = solve(Cold(), *arguments, method="newton", tile=512).info.iterations
     except NotConverged:

@@ -4,7 +4,7 @@ from .fastslow import FastSlow
 from .mgu import MGU
 from .paragru import ParaGRU
 from .paralstm import ParaLSTM
-from .slstm import SLSTM
+from .slstm_diagonal import SLSTMDiagonal
 from .tanh import Tanh
 
-__all__ = ["MGU", "SLSTM", "FastSlow", "ParaGRU", "ParaLSTM", "Tanh"]
+__all__ = ["MGU", "FastSlow", "ParaGRU", "ParaLSTM", "SLSTMDiagonal", "Tanh"]

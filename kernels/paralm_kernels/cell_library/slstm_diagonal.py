@@ -28,8 +28,8 @@ _START = 1e-6
 
 
 @register
-class SLSTM(Cell):
-    name = "slstm"
+class SLSTMDiagonal(Cell):
+    name = "slstm_diagonal"
     state = ("s", "y", "h")
     inputs = ("x_i", "x_f", "x_z", "x_o")
     params = ("r_i", "r_f", "r_z", "r_o")
