@@ -26,6 +26,9 @@ CONFIGS: list[tuple[str, dict[str, object]]] = [
     ("paralstm", {"method": "sequential"}),
     ("attention", {"n_heads": 4, "n_kv_heads": 2}),
     ("attention", {"n_heads": 2, "n_kv_heads": 1, "rope_theta": 100.0}),
+    ("lstm", {"n_heads": 4, "recurrent_init": "uniform"}),
+    ("gru", {"n_heads": 2, "d_head": 5}),
+    ("elman", {"n_heads": 3, "d_head": 7}),
 ]
 
 

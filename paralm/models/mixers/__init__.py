@@ -2,6 +2,7 @@
 
 from paralm.models.mixers.attention import Attention
 from paralm.models.mixers.base import LayerContext, Mixer, State
+from paralm.models.mixers.dense import GRU, LSTM, DenseMixer, Elman
 from paralm.models.mixers.pararnn import CellMixer
 
-__all__ = ["Attention", "CellMixer", "LayerContext", "Mixer", "State"]
+__all__ = ["GRU", "LSTM", "Attention", "CellMixer", "DenseMixer", "Elman", "LayerContext", "Mixer", "State"]

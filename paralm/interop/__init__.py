@@ -1,0 +1,1 @@
+"""Weights of other implementations, loaded into ours and given back."""
