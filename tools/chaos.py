@@ -44,8 +44,8 @@ ELASTIC = (4, 2, 1, 3)
 NO_DROPOUT = "model.dropout=0"
 """Dropout draws by rank: at another world size the losses are others."""
 RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
-"""Ray's own helpers outlive a killed driver by 61 s: so long they try to tell a control store that is gone. They take no
-part in training and end by themselves."""
+"""Ray's own helpers outlive a killed driver by 61 s: so long they try to reach a control store that is gone. They take
+no part in training and end by themselves."""
 WORKER = "paralm_launch.launchers.worker"
 PATIENCE = 300.0  # seconds for anything that must end by itself
 Say = Callable[[str], None]
