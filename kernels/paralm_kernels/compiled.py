@@ -77,7 +77,9 @@ def compile_launch(cell: str, launch: Any, target: str) -> Usage:
     blank = Usage(cell, launch.name, target, launch.num_warps)
     start = time.perf_counter()
     try:
-        source = ASTSource(launch.function, dict(launch.signature), dict(launch.constexprs))
+        names = launch.function.arg_names
+        aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned}
+        source = ASTSource(launch.function, dict(launch.signature), dict(launch.constexprs), aligned)
         options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
         built = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
         read = _amd if "amdgcn" in built.asm else _nvidia

@@ -35,7 +35,8 @@ _INTEGERS = {"iterations", "steps", "walked", "rounds", "last_walked", "last_rou
 class Launch:
     """One compilation of one kernel: what `triton.compile(ASTSource(function, signature, constexprs))` needs.
 
-    signature: every argument's type, "constexpr" for those in constexprs.
+    signature: every argument's type, "constexpr" for those in constexprs. aligned: the arguments that Triton's launcher
+    would see to be multiples of 16, for which it compiles wider loads.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Launch:
     constexprs: dict[str, Any] = field(default_factory=dict)
     num_warps: int = 1
     num_stages: int = 1
+    aligned: tuple[str, ...] = ()
 
 
 @cache
