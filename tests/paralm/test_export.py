@@ -18,15 +18,16 @@ from paralm_launch import cli
 from safetensors.torch import load_file
 
 import paralm
-import paralm.export as export_module
+from paralm import weight_files
 from paralm.config import Config
 from paralm.errors import EXIT_USER, CheckpointError, ConfigError, RunError
-from paralm.export import CONFIG, INDEX, TOKENIZER, export, parse_size, plan_shards
+from paralm.export import CONFIG, TOKENIZER, export
 from paralm.models import LanguageModel, build_model
 from paralm.training import checkpoint as ckpt
 from paralm.training import tensor_file
 from paralm.training.load import load_model
 from paralm.training.tensor_file import TensorSpec
+from paralm.weight_files import INDEX, parse_size, plan_shards
 from tests.conftest import settings
 
 
@@ -82,7 +83,7 @@ def exported(run: Path) -> Path:
 def test_the_exported_model_is_the_model(
     corpus: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_size: int, tied: bool
 ) -> None:
-    monkeypatch.setattr(export_module, "_PIECE", 100)  # far smaller than the tensors, as for a large model
+    monkeypatch.setattr(weight_files, "PIECE", 100)  # far smaller than the tensors, as for a large model
     monkeypatch.setattr(tensor_file, "PIECE", 1000)
     model = write_run(corpus, prepared, tmp_path / "run", world_size, model={"tie_embeddings": tied})
     done = export(tmp_path / "run", tmp_path / "out", max_shard_size=20_000)

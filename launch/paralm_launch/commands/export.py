@@ -29,7 +29,7 @@ def export(
     The folder is taken by 'paralm generate' and by paralm.load(DIR) in Python.
     """
     from paralm.export import export as write
-    from paralm.export import parse_size
+    from paralm.weight_files import parse_size
 
     with ProgressLine() as line:
         done = write(
