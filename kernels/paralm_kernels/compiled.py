@@ -57,7 +57,7 @@ class Usage:
         return not self.error and self.spills == 0
 
 
-WRITTEN: dict[str, str] = {}
+WRITTEN: dict[str, str] = {"dense_rnn": "triton_dense"}
 """Kernels that are written, not generated: a name → the module of this package whose `default_launches(dtypes)` lists
 their default configurations as `triton_launch.Launch`."""
 
@@ -136,7 +136,8 @@ def compile_cell(name: str, target: str, dtypes: Sequence[str]) -> list[Usage]:
     """Every kernel of a cell, or of an entry of WRITTEN, in its default configurations, for inputs of these dtypes."""
     if name in WRITTEN:
         module = importlib.import_module(f".{WRITTEN[name]}", __package__)
-        return [compile_launch(name, launch, target) for launch in module.default_launches(dtypes)]
+        meant = (launch for launch in module.default_launches(dtypes) if not launch.targets or target in launch.targets)
+        return [compile_launch(name, launch, target) for launch in meant]
     from .triton_solver import default_launches
 
     return [compile_launch(name, launch, target) for launch in default_launches(checked_cells()[name], dtypes)]

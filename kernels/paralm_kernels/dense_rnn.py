@@ -5,12 +5,15 @@
 W x is given, computed for the whole sequence at once; what is left is the loop over time, whose cost is that R is read
 again at every step unless it stays on chip (FlashRNN, arXiv 2412.07752). With one head "lstm", "gru" and "elman" are
 `torch.nn.LSTM`, `torch.nn.GRU` and `torch.nn.RNN`; "slstm" is xLSTM's (arXiv 2405.04517). Faces with one result:
-`reference_dense_rnn`, the loop under autograd; "torch", the loop with its adjoint written out (dense_torch.py).
+`reference_dense_rnn`, the loop under autograd; "torch", the loop with its adjoint written out (dense_torch.py);
+"triton", one kernel for the whole sequence (triton_dense.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -21,7 +24,7 @@ from .dense_cells import KINDS, DenseKind, Tensors
 from .dense_torch import DensePlan, decode, dense_torch
 from .errors import ArgumentError
 
-METHODS = ("auto", "torch")
+METHODS = ("auto", "torch", "triton")
 
 
 def dense_rnn(
@@ -48,7 +51,8 @@ def dense_rnn(
     for sLSTM's m. reset: bool (batch, time); where true the state before that step is the initial one and no gradient
     passes. Computed in at least float32; float64 does not mix.
 
-    method: "torch", or "auto", the fastest.
+    method: "torch", "triton" (fused kernels on a GPU, R on the chip: d_head up to 128 with 16-bit weights, 64 with
+    float32 ones), or "auto", the fastest: triton on a GPU where R fits.
 
     Returns y (batch, time, head, d_head) in the dtype of inputs, and the state in the compute dtype. A backward pass
     keeps the arguments and the states. sLSTM's m is part of the state and has its true gradient. Raises ArgumentError.
@@ -60,7 +64,19 @@ def dense_rnn(
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in every)
     if inputs.shape[1] == 1 and not keep:
         return decode(cell, inputs, weight, bias, begin, reset, dtype)
-    return dense_torch(DensePlan(cell, dtype, keep), inputs, weight, bias, begin, reset)
+    plan = DensePlan(cell, dtype, keep)
+    if method == "triton" or (method == "auto" and inputs.device.type == "cuda" and _triton_is_there()):
+        kernels = _triton()
+        if kernels.fits(weight, dtype):
+            result: tuple[Tensor, Tensors] = kernels.dense_triton(plan, inputs, weight, bias, begin, reset)
+            return result
+        if method == "triton":
+            raise ArgumentError(
+                f"dense_rnn: method 'triton' takes d_head up to {kernels.LARGEST[weight.element_size()]} for weights "
+                f"in {weight.dtype} (float64: by the interpreter only), got {weight.shape[-1]} on "
+                f"{weight.device.type}; use method='auto'"
+            )
+    return dense_torch(plan, inputs, weight, bias, begin, reset)
 
 
 def reference_dense_rnn(
@@ -103,6 +119,21 @@ def dense_state(
     """The initial state of a kind: (batch, heads, d_head) each, in at least float32. Raises ArgumentError."""
     wide = torch.promote_types(dtype, torch.float32)
     return tuple(torch.full((batch, heads, d_head), value, dtype=wide, device=device) for value in _kind(kind).initial)
+
+
+def _triton() -> Any:
+    """The module with the kernels; imported where it is used, as Triton is not on every platform."""
+    try:
+        from . import triton_dense
+    except ImportError as error:
+        message = f"dense_rnn: method 'triton' needs the package triton ({error}); use method='auto'"
+        raise ArgumentError(message) from None
+    return triton_dense
+
+
+@cache
+def _triton_is_there() -> bool:
+    return find_spec("triton") is not None
 
 
 def _kind(kind: str) -> DenseKind:

@@ -12,7 +12,7 @@ time, batch, row, d_head), so that each head's matmul over a piece needs no copy
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,10 @@ from .dense_cells import DenseKind, Tensors
 
 PIECE = 256
 """Steps whose rows and coefficients are in memory at once."""
+
+Walk = Callable[[Tensor, Tensors, Tensors, int, int], Tensors]
+"""(rows of a piece, the states its steps start from, gradients of the state after it, where it starts, steps of the
+whole sequence) → gradients of the state before it; rows are overwritten with theirs."""
 
 
 @dataclass(frozen=True)
@@ -162,9 +166,11 @@ def pull_back(
     trajectory: Tensors,
     grad_y: Tensor | None,
     grad_final: tuple[Tensor | None, ...],
+    walk: Walk | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensors]:
     """Gradients of inputs, weight and bias in their dtypes, and of the state (batch, head, d_head) in the compute
-    dtype. begin, trajectory: as `run` takes and gives them; grad_y, grad_final: of what `dense_rnn` returns."""
+    dtype. begin, trajectory: as `run` takes and gives them; grad_y, grad_final: of what `dense_rnn` returns; walk: what
+    does the loop over a piece instead of `_walk_back`, for products in the dtype of the weights."""
     kind, dtype = plan.kind, plan.dtype
     batch, time, gates, heads, d_head = inputs.shape
     matrix = matrix_of(weight, dtype)
@@ -176,14 +182,19 @@ def pull_back(
     for start, stop in reversed(list(pieces(time))):
         cut = None if reset is None else reset[:, start:stop]
         before = before_of(kind, begin, trajectory, start, stop, cut)
-        after = tuple(part[:, start:stop] for part in trajectory)
         rows = rows_of(kind, inputs[:, start:stop], bias, dtype)
         hidden = before[0].flatten(1, 2)
+        if walk is not None:  # kernels multiply in the dtype of the weights
+            hidden = hidden.to(weight.dtype).to(dtype)
         rows[..., : kind.recurrent, :] += torch.bmm(hidden, matrix).view(*before[0].shape[:3], kind.recurrent, d_head)
-        coefficients = kind.linearize(rows.unbind(3), before, after)
-        to_rows = rows  # no longer needed, and of the right shape
-        came = None if grad_y is None else grad_y[:, start:stop].permute(2, 1, 0, 3).to(dtype)
-        grads = _walk_back(kind, coefficients, came, grads, matrix, cut, to_rows)
+        to_rows = rows  # what follows needs them no longer, and the shape is right
+        if walk is not None:
+            grads = walk(rows, before, grads, start, time)
+        else:
+            after = tuple(part[:, start:stop] for part in trajectory)
+            coefficients = kind.linearize(rows.unbind(3), before, after)
+            came = None if grad_y is None else grad_y[:, start:stop].permute(2, 1, 0, 3).to(dtype)
+            grads = _walk_back(kind, coefficients, came, grads, matrix, cut, to_rows)
         product = to_rows[..., : kind.recurrent, :].reshape(heads, -1, kind.recurrent * d_head)
         to_matrix += torch.bmm(hidden.mT, product)
         to_bias += to_rows.sum((1, 2))

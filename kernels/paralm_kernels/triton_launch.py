@@ -36,7 +36,8 @@ class Launch:
     """One compilation of one kernel: what `triton.compile(ASTSource(function, signature, constexprs))` needs.
 
     signature: every argument's type, "constexpr" for those in constexprs. aligned: the arguments that Triton's launcher
-    would see to be multiples of 16, for which it compiles wider loads.
+    would see to be multiples of 16, for which it compiles wider loads. targets: those it is meant for (names as in
+    compiled.py), all if empty.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Launch:
     num_warps: int = 1
     num_stages: int = 1
     aligned: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
 
 
 @cache

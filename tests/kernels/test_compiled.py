@@ -36,10 +36,10 @@ def test_every_kernel_of_every_cell_compiles_without_spills(target):
 
 SCRIPT = """
 import sys
-from types import SimpleNamespace
 import triton
 import triton.language as tl
 from paralm_kernels.compiled import compile_launch, report
+from paralm_kernels.triton_launch import Launch
 
 
 @triton.jit
@@ -59,9 +59,7 @@ def broken(x, y, SIZE: tl.constexpr, STEPS: tl.constexpr):
 def launch(function, size):
     signature = {"x": "*fp32", "y": "*fp32", "SIZE": "constexpr", "STEPS": "constexpr"}
     constexprs = {"SIZE": size, "STEPS": 2000}
-    return SimpleNamespace(
-        name=function.__name__, function=function, signature=signature, constexprs=constexprs, num_warps=1, num_stages=1
-    )
+    return Launch(function.__name__, function, signature, constexprs)
 
 
 target, large = sys.argv[1], int(sys.argv[2])

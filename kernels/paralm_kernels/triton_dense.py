@@ -1,0 +1,202 @@
+"""Launches the dense recurrences' kernels (triton_dense_kernels.py): forward in one launch, backward in one a piece.
+
+The backward pass is dense_torch.py's with its loop over time replaced: rows are made again with one matmul for a piece,
+the kernel turns them into their gradients from the last step to the first, and ∂R is one matmul of the piece; no atomic
+sums, so the same numbers every time. With weights in bfloat16 or float16 the products take h and δ rounded to that,
+as any such matmul does, and sum in float32; states are float32. Products in float32 are exact to float32 (three TF32
+products each on NVIDIA, never one).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .dense_cells import KINDS, DenseKind, Tensors
+from .dense_torch import DensePlan, pull_back
+from .triton_dense_kernels import backward_kernel, forward_kernel
+from .triton_launch import COMPUTE, Launch
+from .triton_solver import check_device, interpreted
+
+BLOCK_BATCH = 16
+"""Rows of the batch in a program: the fewest that a matrix unit takes."""
+LARGEST = {2: 128, 4: 64, 8: 64}
+"""d_head up to which R's gates fit one multiprocessor, by the bytes of a weight."""
+_DOT = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+def fits(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the kernels take these weights; float64 only where they are interpreted."""
+    if dtype == torch.float64 and weight.device.type != "cpu":
+        return False
+    return weight.shape[-1] <= LARGEST[weight.element_size()]
+
+
+def dense_triton(
+    plan: DensePlan, inputs: Tensor, weight: Tensor, bias: Tensor | None, state: Tensors, reset: Tensor | None
+) -> tuple[Tensor, Tensors]:
+    """y and the final state of checked arguments that fit, differentiable. Raises ArgumentError on a CPU that does not
+    interpret."""
+    check_device(inputs.device)
+    y, *end = _Dense.apply(plan, inputs, weight, bias, reset, *state)
+    return y, tuple(end)
+
+
+def _options(weight: Tensor, plan: DensePlan) -> dict[str, Any]:
+    """The constants that both kernels share, and their warps."""
+    d_head = weight.shape[-1]
+    vendor = "hip" if torch.version.hip else "cuda"
+    constants = _constants(plan.kind, d_head, _DOT[weight.dtype], COMPUTE[plan.dtype], vendor)
+    if interpreted():
+        constants["PRECISION"] = "wide"
+    return {**constants, "num_warps": _warps(constants["BLOCK_D"], vendor), "num_stages": 1}
+
+
+def _constants(kind: DenseKind, d_head: int, dot: tl.dtype, compute: tl.dtype, vendor: str) -> dict[str, Any]:
+    block = max(16, triton.next_power_of_2(d_head))
+    precision = "tf32x3" if dot == tl.float32 and vendor == "cuda" else "ieee"
+    sizes = {"D": d_head, "BLOCK_B": BLOCK_BATCH, "BLOCK_D": block}
+    return {"KIND": kind.name, "COMPUTE": compute, "DOT": dot, "PRECISION": precision, **sizes}
+
+
+def _warps(block: int, vendor: str) -> int:
+    """One for each tile of the matrix unit in a row of h: 8 columns on NVIDIA, 16 on AMD."""
+    return min(8, block // (8 if vendor == "cuda" else 16))
+
+
+def _grid(batch: int, heads: int) -> tuple[int, int]:
+    return triton.cdiv(batch, BLOCK_BATCH), heads
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+class _Dense(torch.autograd.Function):
+    """As dense_torch's, by the kernels."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        plan: DensePlan,
+        inputs: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        reset: Tensor | None,
+        *state: Tensor,
+    ) -> tuple[Tensor, ...]:
+        batch, time, _, heads, d_head = inputs.shape
+        begin = torch.stack([part.to(plan.dtype).transpose(0, 1) for part in state])
+        y = torch.empty((batch, time, heads, d_head), dtype=inputs.dtype, device=inputs.device)
+        steps = time if plan.keep else 1
+        kept = torch.empty((len(state), heads, steps, batch, d_head), dtype=plan.dtype, device=inputs.device)
+        with _on(inputs.device):
+            forward_kernel[_grid(batch, heads)](
+                inputs.contiguous(),
+                weight.contiguous(),
+                begin if bias is None else bias.to(plan.dtype).contiguous(),
+                begin,
+                begin if reset is None else reset.contiguous().view(torch.uint8),
+                y,
+                kept,
+                time,
+                batch,
+                heads,
+                HAS_BIAS=bias is not None,
+                HAS_RESET=reset is not None,
+                KEEP=plan.keep,
+                **_options(weight, plan),
+            )
+        ctx.plan, ctx.state_dtypes = plan, [part.dtype for part in state]
+        if plan.keep:
+            ctx.save_for_backward(inputs, weight, bias, reset, begin, kept)
+        ctx.set_materialize_grads(False)
+        return (y, *(part[:, -1].transpose(0, 1).contiguous() for part in kept.unbind(0)))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_y: Tensor | None, *grad_final: Tensor | None) -> tuple[Tensor | None, ...]:
+        inputs, weight, bias, reset, begin, kept = ctx.saved_tensors
+        walk = _Walk(ctx.plan, weight, reset, grad_y)
+        trajectory = (begin.unbind(0), kept.unbind(0))
+        grads = pull_back(ctx.plan, inputs, weight, bias, reset, *trajectory, grad_y, grad_final, walk)
+        to_state = (grad.to(dtype) for grad, dtype in zip(grads[3], ctx.state_dtypes, strict=True))
+        return None, *grads[:3], None, *to_state
+
+
+class _Walk:
+    """The backward loop over a piece, by the kernel."""
+
+    def __init__(self, plan: DensePlan, weight: Tensor, reset: Tensor | None, grad_y: Tensor | None) -> None:
+        self.kind, self.options = plan.kind, _options(weight, plan)
+        self.weight = weight.contiguous()
+        self.reset = None if reset is None else reset.contiguous().view(torch.uint8)
+        self.came = None if grad_y is None else grad_y.contiguous()
+
+    def __call__(self, rows: Tensor, before: Tensors, grads: Tensors, start: int, whole: int) -> Tensors:
+        """rows become their gradients; returns those of the state before the piece, (head, batch, d_head)."""
+        heads, time, batch = rows.shape[:3]
+        after = torch.stack(grads)
+        to = torch.empty_like(after)
+        needed = before if self.kind.name == "gru" else before[1:]
+        given = [part.contiguous() for part in needed] + [rows] * (3 - len(needed))
+        with _on(rows.device):
+            backward_kernel[_grid(batch, heads)](
+                rows,
+                *given,
+                self.weight,
+                rows if self.reset is None else self.reset,
+                rows if self.came is None else self.came,
+                after,
+                to,
+                time,
+                batch,
+                heads,
+                whole,
+                start,
+                HAS_RESET=self.reset is not None,
+                HAS_CAME=self.came is not None,
+                **self.options,
+            )
+        return to.unbind(0)
+
+
+_CHECKED = {"bf16": (128, 64), "fp16": (128, 64), "fp32": (64, 32), "fp64": ()}
+"""d_head of the kernels compiled by default; the second for one kind only."""
+_ALIKE = {"x_ptr", "y_ptr", "weight_ptr", "came_ptr"}
+"""Arguments in the dtype of the inputs."""
+
+
+def default_launches(dtypes: Sequence[str] = ("bf16", "fp32")) -> list[Launch]:
+    """Every kind's kernels at the largest d_head that they take, and sLSTM's at half of it, for each vendor."""
+    launches = []
+    for given in dtypes:
+        for vendor, targets in (("cuda", ("sm_80", "sm_90")), ("hip", ("gfx942",))):
+            for index, d_head in enumerate(_CHECKED[given]):
+                for kind in KINDS.values() if index == 0 else [KINDS["slstm"]]:
+                    launches += _launches(kind, given, d_head, vendor, targets)
+    return launches
+
+
+def _launches(kind: DenseKind, given: str, d_head: int, vendor: str, targets: tuple[str, ...]) -> list[Launch]:
+    dot = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[given]
+    constants = _constants(kind, d_head, dot, tl.float32, vendor)
+    constants |= {"HAS_BIAS": True, "HAS_RESET": True, "HAS_CAME": True, "KEEP": True}
+    launches = []
+    for kernel in (forward_kernel, backward_kernel):
+        signature = {}
+        for name in kernel.arg_names:
+            pointer = "*u8" if name == "reset_ptr" else f"*{given if name in _ALIKE else 'fp32'}"
+            signature[name] = "constexpr" if name.isupper() else pointer if name.endswith("_ptr") else "i32"
+        chosen = {name: constants[name] for name in signature if name.isupper()}
+        aligned = tuple(name for name in signature if name.endswith("_ptr") and name != "reset_ptr")
+        label = f"{kernel.__name__} {kind.name} {d_head} {given}"
+        warps = _warps(constants["BLOCK_D"], vendor)
+        launches.append(Launch(label, kernel, signature, chosen, warps, aligned=aligned, targets=targets))
+    return launches
