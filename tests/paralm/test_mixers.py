@@ -26,6 +26,8 @@ CONFIGS: list[tuple[str, dict[str, object]]] = [
     ("paralstm", {"method": "sequential"}),
     ("attention", {"n_heads": 4, "n_kv_heads": 2}),
     ("attention", {"n_heads": 2, "n_kv_heads": 1, "rope_theta": 100.0}),
+    ("mamba2", {"n_groups": 2, "head_dim": 16, "d_state": 8, "chunk_size": 4}),
+    ("mamba2", {"expand": 1, "head_dim": 8, "d_conv": 2, "bias": True, "conv_bias": False, "dt_limit": [0.01, 0.5]}),
     ("lstm", {"n_heads": 4, "recurrent_init": "uniform"}),
     ("gru", {"n_heads": 2, "d_head": 5}),
     ("elman", {"n_heads": 3, "d_head": 7}),
