@@ -2,12 +2,14 @@
 
 `Cell` defines a recurrence; `solve` runs it over time (sequential loop with an analytic adjoint, or Newton's method),
 `step` advances it by one for decoding; `causal_conv` and the linear scans (`diagonal_scan`, `matrix_scan`) are the
-recurrences that need no cell. `dense_rnn` runs those that are dense within a head (LSTM, GRU, sLSTM, Elman).
+recurrences that need no cell. `dense_rnn` runs those that are dense within a head (LSTM, GRU, sLSTM, Elman),
+`chunkwise` those whose state is a matrix with a scalar decay (Mamba2's SSD, mLSTM).
 """
 
 from .affine import AffineMap
 from .cell import Cell, cells, get_cell, register
 from .cell_library import MGU, FastSlow, ParaGRU, ParaLSTM, SLSTMDiagonal, Tanh
+from .chunkwise import chunkwise, reference_chunkwise
 from .conv import causal_conv
 from .dense_rnn import dense_rnn, dense_state, reference_dense_rnn
 from .errors import ArgumentError, CellError, NotConverged
@@ -32,11 +34,13 @@ __all__ = [
     "Trajectory",
     "causal_conv",
     "cells",
+    "chunkwise",
     "dense_rnn",
     "dense_state",
     "diagonal_scan",
     "get_cell",
     "matrix_scan",
+    "reference_chunkwise",
     "reference_dense_rnn",
     "register",
     "solve",
