@@ -75,11 +75,12 @@ def _model_config(keys: Keys) -> tuple[ModelConfig, int]:
 def _dt_limit(keys: Keys) -> list[float | None]:
     """time_step_limit, whose upper bound may be infinite: as Python's JSON writes that, or tagged by transformers 5."""
     given = keys.content.get("time_step_limit", [0.0, math.inf])
-    limits = [value.get("__float__") if isinstance(value, dict) else value for value in given or ()]
-    limits = [math.inf if value == "Infinity" else value for value in limits]
-    if len(limits) != 2 or not all(isinstance(v, int | float) and not math.isnan(v) for v in limits):
+    values = [value.get("__float__") if isinstance(value, dict) else value for value in given or ()]
+    limits = [math.inf if v == "Infinity" else v for v in values if v == "Infinity" or isinstance(v, int | float)]
+    if len(values) != 2 or len(limits) != 2 or any(math.isnan(limit) for limit in limits):
         raise keys.fault("time_step_limit", "two numbers")
-    return [float(limits[0]), None if limits[1] == math.inf else float(limits[1])]
+    low, high = (float(limit) for limit in limits)
+    return [low, None if high == math.inf else high]
 
 
 def _keys(model: LanguageModel) -> dict[str, Any]:

@@ -25,12 +25,22 @@ class LoadedModel:
     """A model in eval mode on ``device`` and what belongs to it."""
 
     model: LanguageModel
-    tokenizer: Tokenizer
+    own_tokenizer: Tokenizer | None  # None: imported without one
     config: Config
     step: int
     tokens: int  # trained on
     run_dir: Path  # or the export's folder
     data_dir: Path
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises RunError, one line, where none came along."""
+        if self.own_tokenizer is None:
+            raise RunError(
+                f"{self.run_dir}: imported without a tokenizer, so it takes token ids only (paralm.load(…).model); "
+                "import it again with --tokenizer FILE, a sentencepiece model"
+            )
+        return self.own_tokenizer
 
 
 @dataclass(frozen=True)
@@ -100,7 +110,7 @@ def load_model(
         return _load_export(path, step if step is not None else named, device, dtype)
     source = open_run_model(run, step, warnings.warn)
     config = source.config
-    model = _empty(config, source.tokenizer, device, dtype)
+    model = _empty(config, source.tokenizer.vocab_size, device, dtype)
     with torch.no_grad():
         shapes = source.shapes
         for name, parameter in model.named_parameters():
@@ -116,17 +126,18 @@ def _load_export(
     if step is not None and step != source.step:
         raise RunError(f"{path}: an export of step {source.step}, there is no step {step} in it")
     load_modules(source.config.imports)
-    tokenizer = Tokenizer.load(path / TOKENIZER)
-    model = _empty(source.config, tokenizer, device, dtype)
+    tokenizer = Tokenizer.load(path / TOKENIZER) if TOKENIZER in source.content["files"] else None
+    vocab_size = source.content["vocab_size"] if tokenizer is None else tokenizer.vocab_size
+    model = _empty(source.config, vocab_size, device, dtype)
     source.fill(model)
     return LoadedModel(model, tokenizer, source.config, source.step, source.content["tokens"], path, path)
 
 
 def _empty(
-    config: Config, tokenizer: Tokenizer, device: torch.device | str | None, dtype: torch.dtype | None
+    config: Config, vocab_size: int, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> LanguageModel:
     """The model in eval mode, without values yet."""
     default = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
-    model = build_model(config.model, tokenizer.vocab_size, seed=0, device="meta", dtype=dtype or default)
+    model = build_model(config.model, vocab_size, seed=0, device="meta", dtype=dtype or default)
     model.to_empty(device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return model.eval()
