@@ -329,10 +329,7 @@ def _pull_back(
     grad_u += (block.mixed.transpose(4, 5) @ by_head).transpose(3, 4)
     flow = (y * grad).sum(-1) - (block.u * grad_u).sum(-1)
     at_end = (states[1:] * grad_states[1:]).unflatten(-1, (problem.shared, problem.columns)).sum((3, 5))
-    passing = flow.transpose(3, 4).flip(-1).cumsum(-1).flip(-1) + at_end.unsqueeze(-1)
-    if problem.reset is not None:
-        cut = block.problem.reset[:, where[0] : where[0] + block.chunks * block.size]  # type: ignore[index]
-        passing.masked_fill_(cut.unflatten(1, (block.chunks, block.size)).transpose(0, 1)[:, :, None, None], 0.0)
+    passing = _past(block, flow.transpose(3, 4), at_end.unsqueeze(-1))
     if problem.plan.normalized:
         grad_v, grad_gain = grad_u[..., :-1], (block.u * grad_u).sum(-1)
     else:
@@ -343,3 +340,14 @@ def _pull_back(
     problem.gate(grads[3], where).copy_(passing)
     problem.gate(grads[4], where).copy_(grad_gain.transpose(3, 4))
     return grad_states[0].clone()
+
+
+def _past(block: _Block, flow: Tensor, at_end: Tensor) -> Tensor:
+    """What flows past every step: the sum of flow from it to the end of its sequence or chunk, where it goes on."""
+    if block.sequence is None:
+        return flow.flip(-1).cumsum(-1).flip(-1) + at_end
+    same = (block.sequence.unsqueeze(-1) == block.sequence.unsqueeze(-2)).triu()
+    past = (same.to(flow.dtype) @ flow.unsqueeze(-1)).squeeze(-1)
+    past += torch.where(block.sequence == block.sequence[..., -1:], at_end, 0.0)
+    first = torch.cat((block.sequence[..., :1], block.sequence.diff(dim=-1)), -1) > 0
+    return past.masked_fill_(first, 0.0)
