@@ -6,25 +6,28 @@ W x is given, computed for the whole sequence at once; what is left is the loop 
 again at every step unless it stays on chip (FlashRNN, arXiv 2412.07752). With one head "lstm", "gru" and "elman" are
 `torch.nn.LSTM`, `torch.nn.GRU` and `torch.nn.RNN`; "slstm" is xLSTM's (arXiv 2405.04517). Faces with one result:
 `reference_dense_rnn`, the loop under autograd; "torch", the loop with its adjoint written out (dense_torch.py);
-"triton", one kernel for the whole sequence (triton_dense.py).
+"triton", one kernel for the whole sequence (triton_dense.py); "newton", a parallel solve (dense_newton.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .checks import DTYPES, compute_dtype, same_device, shape
 from .dense_cells import KINDS, DenseKind, Tensors
+from .dense_newton import newton_run
 from .dense_torch import DensePlan, decode, dense_torch
 from .errors import ArgumentError
+from .newton import NewtonOptions
 
-METHODS = ("auto", "torch", "triton")
+METHODS = ("auto", "torch", "newton", "triton")
 
 
 def dense_rnn(
@@ -35,6 +38,11 @@ def dense_rnn(
     state: Sequence[Tensor] | None = None,
     reset: Tensor | None = None,
     method: str = "auto",
+    *,
+    tol: float | None = None,
+    max_iter: int | None = None,
+    tile: int | None = None,
+    on_failure: Literal["raise", "sequential"] = "raise",
 ) -> tuple[Tensor, Tensors]:
     """The outputs h of a sequence and the state that continues it; differentiable in all inputs and the state.
 
@@ -52,19 +60,24 @@ def dense_rnn(
     passes. Computed in at least float32; float64 does not mix.
 
     method: "torch", "triton" (fused kernels on a GPU, R on the chip: d_head up to 128 with 16-bit weights, 64 with
-    float32 ones), or "auto", the fastest: triton on a GPU where R fits.
+    float32 ones), "newton" (all steps of a tile at once, dense_newton.py; the backward pass is the loop), or "auto", the
+    fastest: triton on a GPU where R fits, else torch. Measured on a CPU (benchmarks/dense_rnn.py), "newton" beats the
+    loop only where a step is a few numbers and R is small, so "auto" never takes it. tol, max_iter, tile, on_failure: of
+    "newton", as in `solve`; it looks at every iteration, on a GPU as well.
 
     Returns y (batch, time, head, d_head) in the dtype of inputs, and the state in the compute dtype. A backward pass
-    keeps the arguments and the states. sLSTM's m is part of the state and has its true gradient. Raises ArgumentError.
+    keeps the arguments and the states. sLSTM's m is part of the state and has its true gradient. Raises ArgumentError,
+    NotConverged.
     """
     cell, begin, dtype = _prepared(kind, inputs, weight, bias, state, reset)
-    if method not in METHODS:
-        raise ArgumentError(f"dense_rnn: method is {method!r}; expected one of {', '.join(METHODS)}")
+    _check_options(method, tol, max_iter, tile, on_failure)
     every = (inputs, weight, *(() if bias is None else (bias,)), *begin)
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in every)
     if inputs.shape[1] == 1 and not keep:
         return decode(cell, inputs, weight, bias, begin, reset, dtype)
     plan = DensePlan(cell, dtype, keep)
+    if method == "newton":
+        plan = replace(plan, solve=newton_run(NewtonOptions(tile, tol, max_iter), on_failure))
     if method == "triton" or (method == "auto" and inputs.device.type == "cuda" and _triton_is_there()):
         kernels = _triton()
         if kernels.fits(weight, dtype):
@@ -119,6 +132,18 @@ def dense_state(
     """The initial state of a kind: (batch, heads, d_head) each, in at least float32. Raises ArgumentError."""
     wide = torch.promote_types(dtype, torch.float32)
     return tuple(torch.full((batch, heads, d_head), value, dtype=wide, device=device) for value in _kind(kind).initial)
+
+
+def _check_options(method: str, tol: float | None, max_iter: int | None, tile: int | None, on_failure: str) -> None:
+    if method not in METHODS:
+        raise ArgumentError(f"dense_rnn: method is {method!r}; expected one of {', '.join(METHODS)}")
+    if on_failure not in ("raise", "sequential"):
+        raise ArgumentError(f"dense_rnn: on_failure is {on_failure!r}; expected 'raise' or 'sequential'")
+    for name, value in (("max_iter", max_iter), ("tile", tile)):
+        if value is not None and value < 1:
+            raise ArgumentError(f"dense_rnn: {name} is {value}; expected at least 1")
+    if tol is not None and not tol > 0:
+        raise ArgumentError(f"dense_rnn: tol is {tol}; expected a number above 0")
 
 
 def _triton() -> Any:

@@ -24,6 +24,9 @@ from .dense_cells import DenseKind, Tensors
 PIECE = 256
 """Steps whose rows and coefficients are in memory at once."""
 
+Solve = Callable[["DensePlan", Tensor, Tensor, "Tensor | None", Tensors, "Tensor | None"], tuple[Tensors, Tensors]]
+"""As `run`."""
+
 Walk = Callable[[Tensor, Tensors, Tensors, int, int], Tensors]
 """(rows of a piece, the states its steps start from, gradients of the state after it, where it starts, steps of the
 whole sequence) → gradients of the state before it; rows are overwritten with theirs."""
@@ -31,11 +34,13 @@ whole sequence) → gradients of the state before it; rows are overwritten with 
 
 @dataclass(frozen=True)
 class DensePlan:
-    """What passes through autograd besides tensors. keep: whether a backward pass may come."""
+    """What passes through autograd besides tensors. keep: whether a backward pass may come. solve: what is taken
+    instead of the loop `run`."""
 
     kind: DenseKind
     dtype: torch.dtype
     keep: bool
+    solve: Solve | None = None
 
 
 def matrix_of(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -137,7 +142,7 @@ class _Dense(torch.autograd.Function):
         *state: Tensor,
     ) -> tuple[Tensor, ...]:
         begin = tuple(part.to(plan.dtype).transpose(0, 1) for part in state)
-        trajectory, end = run(plan, inputs, weight, bias, begin, reset)
+        trajectory, end = (plan.solve or run)(plan, inputs, weight, bias, begin, reset)
         ctx.plan, ctx.state_dtypes = plan, [part.dtype for part in state]
         if plan.keep:
             ctx.save_for_backward(inputs, weight, bias, reset, *begin, *trajectory)

@@ -57,7 +57,7 @@ def solve_newton(problem: Problem, options: NewtonOptions) -> tuple[Tensors, Sol
     entry = torch.stack(problem.state)
     iterations, updates = 0, []
     for start in range(0, time, length):
-        tile = _Tile(problem, entry, start, min(start + length, time))
+        tile = Tile(problem, entry, start, min(start + length, time))
         solved, used, update = tile.solve(tol, options.max_iter)
         for component, part in zip(states, solved, strict=True):
             component[:, start : tile.stop] = part
@@ -67,7 +67,7 @@ def solve_newton(problem: Problem, options: NewtonOptions) -> tuple[Tensors, Sol
     return states, problem.info(iterations, torch.stack(updates).amax(), "newton")
 
 
-class _Tile:
+class Tile:
     """Some steps of a problem, from a known state before them."""
 
     def __init__(self, problem: Problem, entry: Tensor, start: int, stop: int) -> None:

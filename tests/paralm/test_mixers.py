@@ -31,6 +31,7 @@ CONFIGS: list[tuple[str, dict[str, object]]] = [
     ("lstm", {"n_heads": 4, "recurrent_init": "uniform"}),
     ("gru", {"n_heads": 2, "d_head": 5}),
     ("elman", {"n_heads": 3, "d_head": 7}),
+    ("lstm", {"n_heads": 2, "method": "newton"}),
 ]
 
 

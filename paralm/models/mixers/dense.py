@@ -36,7 +36,9 @@ class DenseConfig(EntryConfig):
     )
     d_head: PositiveInt | None = Field(default=None, description="channels of a head; default: d_model / n_heads")
     recurrent_init: Literal["orthogonal", "uniform"] = Field(default="orthogonal", description="of the matrices R")
-    method: Literal["auto", "torch", "triton"] = Field(default="auto", description="of the recurrence")
+    method: Literal["auto", "torch", "newton", "triton"] = Field(
+        default="auto", description="of the recurrence; newton walks the sequence where it does not converge"
+    )
 
 
 class LSTMConfig(DenseConfig):
@@ -80,7 +82,14 @@ class DenseMixer(Mixer):
         """See :class:`Mixer`. State: a tuple of (batch, n_heads, d_head), h first, in at least float32."""
         inputs = self.in_proj(x).unflatten(-1, (self.gates, self.n_heads, self.d_head))
         h, state = paralm_kernels.dense_rnn(
-            self.kind, inputs, self.recurrent, self.bias, state, reset, method=self.config.method
+            self.kind,
+            inputs,
+            self.recurrent,
+            self.bias,
+            state,
+            reset,
+            method=self.config.method,
+            on_failure="sequential",
         )
         return self.out_proj(h.flatten(2)), state
 
