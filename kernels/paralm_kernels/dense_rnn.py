@@ -60,10 +60,10 @@ def dense_rnn(
     passes. Computed in at least float32; float64 does not mix.
 
     method: "torch", "triton" (fused kernels on a GPU, R on the chip: d_head up to 128 with 16-bit weights, 64 with
-    float32 ones), "newton" (all steps of a tile at once, dense_newton.py; the backward pass is the loop), or "auto", the
-    fastest: triton on a GPU where R fits, else torch. Measured on a CPU (benchmarks/dense_rnn.py), "newton" beats the
-    loop only where a step is a few numbers and R is small, so "auto" never takes it. tol, max_iter, tile, on_failure: of
-    "newton", as in `solve`; it looks at every iteration, on a GPU as well.
+    float32 ones), "newton" (all steps of a tile at once, dense_newton.py; the backward pass is the loop), or "auto",
+    the fastest: triton on a GPU where R fits, else torch. Measured on a CPU (benchmarks/dense_rnn.py), "newton" beats
+    the loop only where a step is a few numbers and R is small, so "auto" never takes it. tol, max_iter, tile,
+    on_failure: of "newton", as in `solve`; it looks at every iteration, on a GPU as well.
 
     Returns y (batch, time, head, d_head) in the dtype of inputs, and the state in the compute dtype. A backward pass
     keeps the arguments and the states. sLSTM's m is part of the state and has its true gradient. Raises ArgumentError,
