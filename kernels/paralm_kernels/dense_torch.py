@@ -100,12 +100,21 @@ def run(
     for start, stop in pieces(inputs.shape[1]):
         rows = rows_of(kind, inputs[:, start:stop], bias, plan.dtype)
         cuts = cuts_of(None if reset is None else reset[:, start:stop], stop - start)
-        for row, cut in zip(rows.unbind(1), cuts, strict=True):
+        # Views of all steps at once: in the loop, on a CPU, a call costs as much as the arithmetic of a small step.
+        recurrent, rest = rows[..., :width, :].flatten(3).unbind(1), _steps(rows[..., width:, :])
+        for row, others, cut in zip(recurrent, rest, cuts, strict=True):
             state = fresh(kind, state, cut)
-            product = torch.baddbmm(row[:, :, :width].flatten(2), state[0], matrix).unflatten(2, (width, -1))
-            state = kind.step((*product.unbind(2), *row[:, :, width:].unbind(2)), state)
+            product = torch.baddbmm(row, state[0], matrix)
+            state = kind.step((*product.chunk(width, 2), *others), state)
             every.append(state if plan.keep else state[:1])
     return tuple(torch.stack(parts, 1) for parts in zip(*every, strict=True)), state
+
+
+def _steps(rows: Tensor) -> list[Tensors]:
+    """For each step its rows, (head, batch, d_head) each, of rows (head, time, batch, row, d_head)."""
+    if rows.shape[3] == 0:
+        return [()] * rows.shape[1]
+    return list(zip(*(row.unbind(1) for row in rows.unbind(3)), strict=True))
 
 
 def decode(
@@ -234,12 +243,13 @@ def _walk_back(
     time, width = to_rows.shape[1], kind.recurrent
     transposed, cuts = matrix.mT, cuts_of(cut, time)
     steps = list(zip(*(coefficient.unbind(1) for coefficient in coefficients), strict=True))
-    targets = to_rows.unbind(1)
+    targets, products = _steps(to_rows), to_rows[..., :width, :].flatten(3).unbind(1)
+    arrivals = None if came is None else came.unbind(1)
     for t in range(time - 1, -1, -1):
-        if came is not None:
-            grads = (grads[0] + came[:, t], *grads[1:])
-        direct, *rest = kind.pull(steps[t], grads, targets[t].unbind(2))
-        product = targets[t][:, :, :width].flatten(2)
+        if arrivals is not None:
+            grads = (grads[0] + arrivals[t], *grads[1:])
+        direct, *rest = kind.pull(steps[t], grads, targets[t])
+        product = products[t]
         back = torch.bmm(product, transposed) if direct is None else torch.baddbmm(direct, product, transposed)
         grads = (back, *(grad for grad in rest if grad is not None))
         mask = cuts[t]
