@@ -130,7 +130,9 @@ class TrainingConfig(Section):
     log_every: PositiveInt = 1
     max_bad_steps: PositiveInt = Field(default=5, description="non-finite steps in a row before training stops")
     stop_after_seconds: PositiveFloat | None = Field(default=None, description="save and leave cleanly (exit code 75)")
-    init_from: str | None = Field(default=None, description="RUN or RUN@STEP whose weights (only) to start from")
+    init_from: str | None = Field(
+        default=None, description="RUN, RUN@STEP or an export's folder whose weights (only) to start from"
+    )
     fork_from: str | None = Field(default=None, description="RUN@STEP to continue from, optimizer and all, in this run")
     hang_timeout: PositiveFloat = Field(default=1800.0, description="seconds without a step before stacks are dumped")
     profile_steps: tuple[int, int] | None = Field(default=None, description="first and last step of a profiler trace")

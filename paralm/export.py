@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -150,27 +151,56 @@ class Exported:
             raise CheckpointError(f"{path / CONFIG}: {str(error).splitlines()[0]}") from None
         self.step: int = self.content["step"]
 
-    def verify(self) -> Exported:
-        """Raise CheckpointError, one line, for a file that is missing or not as it was written."""
-        for name, entry in self.content["files"].items():
+    def damage(self, share: int = 0, shares: int = 1) -> str | None:
+        """The first file that is missing or not as it was written, or None. ``share`` of ``shares`` splits the files
+        over ranks."""
+        for name, entry in sorted(self.content["files"].items())[share::shares]:
             found = ckpt.file_damage(self.path / name, entry["bytes"], entry["sha256"])
             if found:
-                raise CheckpointError(f"damaged export: {found.replace('the manifest', CONFIG)}")
+                return f"damaged export: {found.replace('the manifest', CONFIG)}"
+        return None
+
+    def verify(self) -> Exported:
+        """Raise CheckpointError, one line, for a file that is missing or not as it was written."""
+        found = self.damage()
+        if found:
+            raise CheckpointError(found)
         return self
+
+    @cached_property
+    def _files(self) -> dict[str, TensorFile]:
+        """Parameter name → its file."""
+        try:
+            index = json.loads((self.path / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            files = {name: TensorFile(self.path / name) for name in set(index.values())}
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{self.path}: cannot be read: {str(error).splitlines()[0]}") from None
+        return {key: files[name] for key, name in index.items()}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Parameter name → shape. Raises CheckpointError, one line."""
+        return {name: file.specs[name].shape for name, file in self._files.items()}
+
+    def read(self, kind: str, name: str, offset: int, numel: int) -> torch.Tensor:
+        """As :meth:`paralm.training.checkpoint.Checkpoint.read`; the only kind there is, is the weights themselves."""
+        assert kind == MASTER
+        try:
+            return self._files[name].read(name, offset, offset + numel)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self._files[name].path}: cannot be read: {error}") from None
 
     @torch.no_grad()
     def fill(self, model: torch.nn.Module) -> None:
         """Copy the weights into a model. Raises CheckpointError, one line, when it is another's."""
-        index = json.loads((self.path / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        files = {name: TensorFile(self.path / name) for name in set(index.values())}
+        shapes = self.shapes
         for name, parameter in model.named_parameters():
-            spec = files[index[name]].specs[name] if name in index else None
-            if spec is None or spec.shape != tuple(parameter.shape):
+            if shapes.get(name) != tuple(parameter.shape):
                 raise CheckpointError(
-                    f"{self.path}: parameter {name} is {spec.shape if spec else 'absent'} there, "
+                    f"{self.path}: parameter {name} is {shapes.get(name, 'absent')} there, "
                     f"{tuple(parameter.shape)} in the model of {CONFIG}"
                 )
             low, flat = 0, parameter.view(-1)
-            for part in files[index[name]].pieces(name):
+            for part in self._files[name].pieces(name):
                 flat[low : low + part.numel()].copy_(part)
                 low += part.numel()

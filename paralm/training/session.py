@@ -15,6 +15,7 @@ from paralm_data import DataError, Loader, Tokenizer, TokenStore
 from paralm.config import Config
 from paralm.config_files import dump_yaml, frozen_differences
 from paralm.errors import CheckpointError, ConfigError, RunError, UserError
+from paralm.export import Exported, is_export
 from paralm.models import build_model
 from paralm.models.hybrid import mixer_names
 from paralm.models.parameters import initial_value, specs
@@ -255,17 +256,27 @@ class Session:
         if self.config.training.carry_state and manifest["carried"] and same_order:
             self._restore_carried(source)
 
-    def _check_shapes(self, source: ckpt.Checkpoint) -> None:
-        theirs = source.shapes
+    def _check_shapes(self, source: ckpt.Checkpoint | Exported) -> None:
+        theirs, where = source.shapes, source.path if isinstance(source, Exported) else source.directory
         for name in sorted(set(theirs) | set(self.shapes)):
             if theirs.get(name) != self.shapes.get(name):
                 raise CheckpointError(
-                    f"{source.directory}: parameter {name} is {theirs.get(name, 'absent')} there and "
+                    f"{where}: parameter {name} is {theirs.get(name, 'absent')} there and "
                     f"{self.shapes.get(name, 'absent')} in this model; the model sections must agree"
                 )
 
     def _start_from(self, path: Path, step: int | None) -> None:
-        """Weights of another run, nothing else of it."""
+        """Weights of another run or of an export, nothing else of it."""
+        if is_export(path):
+            if step is not None:
+                raise CheckpointError(f"{path}: an export has no steps; leave @{step} out")
+            exported = Exported(path)
+            damage = next((found for found in gather(exported.damage(self.rank, self.world_size)) if found), None)
+            if damage:
+                raise CheckpointError(damage)
+            self._check_shapes(exported)
+            self.fragments.load(exported.read, lambda name: (), {})
+            return
         source = choose_together(
             self.rank, self.world_size, lambda find_damage: open_checkpoint(path, step, self.warn, find_damage)
         )

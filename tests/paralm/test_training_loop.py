@@ -12,6 +12,7 @@ import torch
 
 from paralm.config import Config
 from paralm.errors import CheckpointError, ConfigError, DivergedError, RunError, StoppedError
+from paralm.export import export
 from paralm.models import LanguageModel
 from paralm.training import checkpoint as ckpt
 from paralm.training.load import load_model
@@ -231,6 +232,30 @@ def test_init_from_takes_weights_only_and_fork_from_everything(make: Any) -> Non
         train(make("other", training={"fork_from": f"{parent.run_dir}@4"}), say=quiet)
     with pytest.raises(CheckpointError, match="the model sections must agree"):
         train(make("wide", model={"d_model": 64}, training={"init_from": str(parent.run_dir)}), say=quiet)
+
+
+def test_init_from_takes_an_export(make: Any) -> None:
+    parent = make("parent", training={"max_steps": 2})
+    train(parent, say=quiet)
+    exported = export(parent.run_dir, parent.run_dir.parent / "exported", max_shard_size=20_000).path
+    child = make("child", training={"max_steps": 1, "init_from": str(exported)}, optimizer={"lr": 1e-9})
+    train(child, say=quiet)
+    weights = ckpt.open_step(parent.run_dir / "checkpoints", 2)
+    inherited = ckpt.open_step(child.run_dir / "checkpoints", 1)
+    for name in weights.shapes:
+        torch.testing.assert_close(inherited.tensor(name), weights.tensor(name), rtol=0, atol=1e-6)
+    for damaged, section, text in (
+        (False, {"init_from": f"{exported}@2"}, "an export has no steps"),
+        (True, {"init_from": str(exported)}, "damaged export"),
+    ):
+        if damaged:
+            shard = sorted(exported.glob("*.safetensors"))[1]
+            shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+        with pytest.raises(CheckpointError, match=text):
+            train(make("x", training=section), say=quiet)
+    export(parent.run_dir, exported, force=True)
+    with pytest.raises(CheckpointError, match="the model sections must agree"):
+        train(make("wide", model={"d_model": 64}, training={"init_from": str(exported)}), say=quiet)
 
 
 def test_a_later_attempt_ends_an_earlier_one_before_it_writes(make: Any) -> None:
