@@ -1,4 +1,5 @@
-"""RMSNorm, y = x / √(mean(x²) + eps) ⊙ w (Zhang & Sennrich 2019), plain and gated: RMSNorm(x) ⊙ SiLU(g).
+"""RMSNorm, y = x / √(mean(x²) + eps) ⊙ w (Zhang & Sennrich 2019), plain and gated: RMSNorm(x) ⊙ SiLU(g); and LayerNorm
+(Ba et al. 2016) within each head.
 
 Statistics are taken in at least float32 whatever the input's dtype; the result has the weight's dtype.
 """
@@ -6,6 +7,7 @@ Statistics are taken in at least float32 whatever the input's dtype; the result 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paralm.models.functional import rms_norm
@@ -35,3 +37,22 @@ class GatedRMSNorm(RMSNorm):
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
         """(..., size) and (..., size) → (..., size) in the weight's dtype."""
         return rms_norm(x, self.weight, self.eps, gate)
+
+
+class HeadLayerNorm(nn.Module):
+    """w ⊙ (x − mean) / √(var + eps) within each head, w (head · width) starting at 1: a group norm without bias."""
+
+    def __init__(self, n_heads: int, d_head: int, eps: float) -> None:
+        super().__init__()
+        self.n_heads, self.d_head, self.eps = n_heads, d_head, eps
+        self.weight = nn.Parameter(torch.empty(n_heads * d_head))
+        declare(self, "weight", constant(1.0), decay=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, time, head, d_head) of any floating dtype → (batch, time, head · d_head) in the weight's dtype."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        normed = F.layer_norm(x.to(wide), (self.d_head,), eps=self.eps)
+        return (normed.flatten(-2) * self.weight.to(wide)).to(self.weight.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.n_heads} × {self.d_head}, eps={self.eps}"

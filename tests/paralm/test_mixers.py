@@ -32,6 +32,10 @@ CONFIGS: list[tuple[str, dict[str, object]]] = [
     ("gru", {"n_heads": 2, "d_head": 5}),
     ("elman", {"n_heads": 3, "d_head": 7}),
     ("lstm", {"n_heads": 2, "method": "newton"}),
+    ("mlstm", {"n_heads": 2, "chunk_size": 4, "input_gate_bias": 0.0}),
+    ("mlstm", {"n_heads": 4, "qk_dim_factor": 0.25, "v_dim_factor": 2, "gate_soft_cap": 5.0, "input_gate_bias": 3.0}),
+    ("slstm", {"n_heads": 4, "output_projection": True}),
+    ("slstm", {"n_heads": 8, "d_conv": 2, "method": "newton"}),
 ]
 
 

@@ -4,6 +4,21 @@ from paralm.models.mixers.attention import Attention
 from paralm.models.mixers.base import LayerContext, Mixer, State
 from paralm.models.mixers.dense import GRU, LSTM, DenseMixer, Elman
 from paralm.models.mixers.mamba2 import Mamba2
+from paralm.models.mixers.mlstm import MLSTM
 from paralm.models.mixers.pararnn import CellMixer
+from paralm.models.mixers.slstm import SLSTM
 
-__all__ = ["GRU", "LSTM", "Attention", "CellMixer", "DenseMixer", "Elman", "LayerContext", "Mamba2", "Mixer", "State"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "MLSTM",
+    "SLSTM",
+    "Attention",
+    "CellMixer",
+    "DenseMixer",
+    "Elman",
+    "LayerContext",
+    "Mamba2",
+    "Mixer",
+    "State",
+]
