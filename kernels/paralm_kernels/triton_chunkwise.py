@@ -1,10 +1,10 @@
-"""Launches chunkwise's kernels (triton_chunkwise_kernels.py), forward and backward.
+"""Launches chunkwise's kernels (triton_chunkwise_kernels.py, triton_chunkwise_backward.py), forward and backward.
 
-Time goes in segments of whole chunks, so that the states at the starts of chunks never take more than a set room; forward
-and backward both make them anew. Backward keeps the arguments and, normalized, y and n·q̃. With q, k and v in bfloat16 or
-float16 the products take their operands, states among them, rounded to that and sum in float32; states are carried in
-float32. Products in float32 are exact to float32 (three TF32 products each on NVIDIA). No atomic sums: the same numbers
-every time.
+Time goes in segments of whole chunks, so that the states at the starts of chunks never take more than a set room;
+forward and backward both make them anew. Backward keeps the arguments and, normalized, y and n·q̃. With q, k and v in
+bfloat16 or float16 the products take their operands, states among them, rounded to that and sum in float32; states are
+carried in float32. Products in float32 are exact to float32 (three TF32 products each on NVIDIA). No atomic sums: the
+same numbers every time.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import triton_chunkwise_kernels as kernels
+from . import triton_chunkwise_backward as backward
+from . import triton_chunkwise_kernels as forward
 from .chunkwise_reference import ChunkState
 from .chunkwise_torch import Plan, chunkwise_torch, past
 from .errors import ArgumentError
-from .triton_launch import COMPUTE, Launch
+from .triton_launch import Launch
 from .triton_solver import check_device, interpreted
 
 SEGMENT = 1 << 27
@@ -33,6 +34,8 @@ CHUNKS = (16, 32, 64, 128, 256)
 _DOT = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
 _SCAN = 512
 """Steps that m's scan takes at a time."""
+STAGES = 2
+"""Loads that are under way ahead of a loop's products."""
 
 
 def chunkwise_triton(
@@ -88,14 +91,14 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def constants(
-    plan_normalized: bool, eps: float, given: tl.dtype, d_k: int, d_v: int, chunk: int, vendor: str
+    normalized: bool, eps: float, given: tl.dtype, d_k: int, d_v: int, chunk: int, vendor: str
 ) -> dict[str, Any]:
     """What the kernels are compiled for; given: the dtype of q."""
     compute = tl.float64 if given == tl.float64 else tl.float32
     return {
-        "NORM": plan_normalized,
+        "NORM": normalized,
         "EPS": eps,
-        "SCALE": d_k**-0.5 if plan_normalized else 1.0,
+        "SCALE": d_k**-0.5 if normalized else 1.0,
         "DOT": given,
         "COMPUTE": compute,
         "PRECISION": "tf32x3" if given == tl.float32 and vendor == "cuda" else "ieee",
@@ -115,9 +118,16 @@ def blocks(given: tl.dtype, d_k: int, d_v: int, chunk: int) -> dict[str, int]:
     }
 
 
-def warps(name: str) -> int:
-    """The two that hold three tiles at once spill on four warps."""
-    return 8 if name in ("grad_q_kernel", "grad_k_kernel") else 4
+_TWO_TILES = ("grad_q_kernel", "grad_k_kernel")
+"""These hold a tile of the gradient twice, beside one of steps by steps."""
+
+
+def shaped(name: str, chosen: dict[str, Any], vendor: str) -> tuple[dict[str, Any], int]:
+    """A kernel's constants and warps: those of _TWO_TILES spill with a whole head in a tile, or on four warps on NVIDIA
+    (eight of AMD's have half the registers each)."""
+    if name not in _TWO_TILES:
+        return chosen, 4
+    return {**chosen, "BV": min(chosen["BV"], 32)}, 8 if vendor == "cuda" else 4
 
 
 class _Problem:
@@ -131,9 +141,9 @@ class _Problem:
         self.batch, self.time, self.groups, self.d_k = self.q.shape
         self.heads, self.d_v = self.v.shape[2:]
         self.rows, self.shared = self.batch * self.heads, self.heads // self.groups
-        vendor = "hip" if torch.version.hip else "cuda"
+        self.vendor = "hip" if torch.version.hip else "cuda"
         given = _DOT[self.q.dtype]
-        self.given = constants(plan.normalized, plan.eps, given, self.d_k, self.d_v, plan.chunk_size, vendor)
+        self.given = constants(plan.normalized, plan.eps, given, self.d_k, self.d_v, plan.chunk_size, self.vendor)
         if interpreted():
             self.given["PRECISION"] = "wide"
         self.given |= {"heads": self.heads, "groups": self.groups, "HAS_RESET": reset is not None}
@@ -150,14 +160,10 @@ class _Problem:
         return [(start, min(start + steps, self.time)) for start in range(0, self.time, steps)]
 
     def run(self, name: str, grid: tuple[int, ...], given: dict[str, Any]) -> None:
-        kernel = getattr(kernels, name)
-        every = {**self.given, **given}
-        kernel[grid](
-            **{argument: every[argument] for argument in kernel.arg_names}, num_warps=warps(name), num_stages=STAGES
-        )
-
-
-STAGES = 2
+        kernel = _NAMED[name]
+        every, warps = shaped(name, {**self.given, **given}, self.vendor)
+        arguments = {argument: every[argument] for argument in kernel.arg_names}
+        kernel[grid](**arguments, num_warps=warps, num_stages=STAGES)
 
 
 def _packed(x: Tensor) -> Tensor:
@@ -322,16 +328,23 @@ def _pull_back(segment: _Segment, last: list[Tensor], grads: tuple[Tensor, ...])
 
 
 def _splits(problem: _Problem, chunks: int) -> int:
-    """How many programs share the heads of a group: the fewest that are PROGRAMS, or one for each head."""
+    """How many programs share the heads of a group: the fewest that make PROGRAMS, or one for each head."""
     programs = chunks * problem.subs * problem.batch * problem.groups * problem.tiles_k
-    wanted = max(1, -(-PROGRAMS // programs))
-    return next(
-        count
-        for count in range(1, problem.shared + 1)
-        if problem.shared % count == 0 and count >= wanted or count == problem.shared
-    )
+    counts = [count for count in range(1, problem.shared + 1) if problem.shared % count == 0]
+    return next((count for count in counts if count * programs >= PROGRAMS), problem.shared)
 
 
+_PLAIN_KERNELS = (
+    forward.weights_kernel,
+    forward.states_kernel,
+    forward.outputs_kernel,
+    backward.grad_states_kernel,
+    backward.grad_q_kernel,
+    backward.grad_k_kernel,
+    backward.grad_v_kernel,
+)
+_KERNELS = (*_PLAIN_KERNELS, forward.stabilizer_kernel, backward.norm_back_kernel)
+_NAMED = {kernel.__name__: kernel for kernel in _KERNELS}
 _CHECKED = (("ssd", False, 128, 64, 256), ("mlstm", True, 256, 512, 64))
 """Compiled by default: name, normalized, d_k, d_v and chunk of Mamba2 and of the 7B mLSTM."""
 _ALIKE = {"q", "k", "v", "y", "dy", "dq", "dk", "dv", "s", "ds"}
@@ -350,23 +363,14 @@ def default_launches(dtypes: Sequence[str] = ("bf16", "fp32")) -> list[Launch]:
             for form, normalized, d_k, d_v, chunk in _CHECKED:
                 chosen = constants(normalized, 1e-6, dot, d_k, d_v, chunk, vendor) | {"HAS_RESET": True, "STORE": True}
                 for kernel in _KERNELS if normalized else _PLAIN_KERNELS:
-                    launches.append(_launch(kernel, f"{form} {d_k}x{d_v} {given}", given, chosen, targets))
+                    label = f"{form} {d_k}x{d_v} {given}"
+                    launches.append(_launch(kernel, label, given, *shaped(kernel.__name__, chosen, vendor), targets))
     return launches
 
 
-_PLAIN_KERNELS = (
-    kernels.weights_kernel,
-    kernels.states_kernel,
-    kernels.outputs_kernel,
-    kernels.grad_states_kernel,
-    kernels.grad_q_kernel,
-    kernels.grad_k_kernel,
-    kernels.grad_v_kernel,
-)
-_KERNELS = (*_PLAIN_KERNELS, kernels.stabilizer_kernel, kernels.norm_back_kernel)
-
-
-def _launch(kernel: Any, label: str, given: str, chosen: dict[str, Any], targets: tuple[str, ...]) -> Launch:
+def _launch(
+    kernel: Any, label: str, given: str, chosen: dict[str, Any], warps: int, targets: tuple[str, ...]
+) -> Launch:
     signature = {}
     for name in kernel.arg_names:
         short = name.removesuffix("_ptr")
@@ -376,4 +380,4 @@ def _launch(kernel: Any, label: str, given: str, chosen: dict[str, Any], targets
     aligned = tuple(n for n in signature if n != "reset_ptr" and n.endswith(("_ptr", "_batch", "_step")))
     values = {name: chosen[name] for name in signature if name.isupper()}
     name = f"{kernel.__name__} {label}"
-    return Launch(name, kernel, signature, values, warps(kernel.__name__), STAGES, aligned, targets)
+    return Launch(name, kernel, signature, values, warps, STAGES, aligned, targets)

@@ -1,0 +1,46 @@
+"""chunkwise's fused kernels: their tests under Triton's interpreter, in a process of their own; and refusals."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from paralm_kernels import ArgumentError, chunkwise
+
+from .test_chunkwise import Case
+
+pytest.importorskip("triton")
+
+
+@pytest.mark.slow
+def test_kernels_under_the_interpreter():
+    """Runs test_triton_chunkwise_kernels.py."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-x"]
+    tests = Path(__file__).with_name("test_triton_chunkwise_kernels.py")
+    done = subprocess.run(
+        [*command, str(tests)], env=environment, capture_output=True, text=True, timeout=550, check=False
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    summary = done.stdout.strip().splitlines()[-1]
+    assert int(summary.split(" passed")[0].split()[-1]) >= 29, summary
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter is on")
+def test_a_cpu_is_refused_in_one_line():
+    case = Case(False)
+    with pytest.raises(ArgumentError) as caught:
+        chunkwise(*case.inputs, method="triton")
+    assert str(caught.value).startswith("method 'triton' needs a GPU but inputs are on cpu; use method='auto'")
+    assert "\n" not in str(caught.value)
+
+
+def test_without_triton_the_method_is_refused_by_name(monkeypatch):
+    monkeypatch.setitem(sys.modules, "paralm_kernels.triton_chunkwise", None)
+    monkeypatch.delattr("paralm_kernels.triton_chunkwise", raising=False)
+    with pytest.raises(ArgumentError, match="method 'triton' needs the package triton"):
+        chunkwise(*Case(False).inputs, method="triton")
