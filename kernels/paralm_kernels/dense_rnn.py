@@ -59,10 +59,10 @@ def dense_rnn(
     for sLSTM's m. reset: bool (batch, time); where true the state before that step is the initial one and no gradient
     passes. Computed in at least float32; float64 does not mix.
 
-    method: "torch", "triton" (fused kernels on a GPU, R on the chip: d_head up to 128 with 16-bit weights, 64 with
-    float32 ones), "newton" (all steps of a tile at once, dense_newton.py; the backward pass is the loop), or "auto",
-    the fastest: triton on a GPU where R fits, else torch. Measured on a CPU (benchmarks/dense_rnn.py), "newton" beats
-    the loop only where a step is a few numbers and R is small, so "auto" never takes it. tol, max_iter, tile,
+    method: "torch", "triton" (fused kernels on a GPU, R on the chip: d_head up to 128 where inputs and weights have 16
+    bits, 64 in float32), "newton" (all steps of a tile at once, dense_newton.py; the backward pass is the loop), or
+    "auto", the fastest: triton on a GPU where R fits, else torch. Measured on a CPU (benchmarks/dense_rnn.py), "newton"
+    beats the loop only where a step is a few numbers and R is small, so "auto" never takes it. tol, max_iter, tile,
     on_failure: of "newton", as in `solve`; it looks at every iteration, on a GPU as well.
 
     Returns y (batch, time, head, d_head) in the dtype of inputs, and the state in the compute dtype. A backward pass
@@ -80,14 +80,14 @@ def dense_rnn(
         plan = replace(plan, solve=newton_run(NewtonOptions(tile, tol, max_iter), on_failure))
     if method == "triton" or (method == "auto" and inputs.device.type == "cuda" and _triton_is_there()):
         kernels = _triton()
-        if kernels.fits(weight, dtype):
+        largest = kernels.largest(inputs, weight)
+        if weight.shape[-1] <= largest:
             result: tuple[Tensor, Tensors] = kernels.dense_triton(plan, inputs, weight, bias, begin, reset)
             return result
         if method == "triton":
             raise ArgumentError(
-                f"dense_rnn: method 'triton' takes d_head up to {kernels.LARGEST[weight.element_size()]} for weights "
-                f"in {weight.dtype} (float64: by the interpreter only), got {weight.shape[-1]} on "
-                f"{weight.device.type}; use method='auto'"
+                f"dense_rnn: method 'triton' takes d_head up to {largest} for inputs in {inputs.dtype} and weights in "
+                f"{weight.dtype} on {weight.device.type}, got {weight.shape[-1]}; use method='auto'"
             )
     return dense_torch(plan, inputs, weight, bias, begin, reset)
 

@@ -2,9 +2,9 @@
 
 The backward pass is dense_torch.py's with its loop over time replaced: rows are made again with one matmul for a piece,
 the kernel turns them into their gradients from the last step to the first, and ∂R is one matmul of the piece; no atomic
-sums, so the same numbers every time. With weights in bfloat16 or float16 the products take h and δ rounded to that,
-as any such matmul does, and sum in float32; states are float32. Products in float32 are exact to float32 (three TF32
-products each on NVIDIA, never one).
+sums, so the same numbers every time. With inputs and weights in bfloat16 or float16 the products take h and δ rounded
+to that, as any such matmul does, and sum in float32; states are float32. Products in float32 are exact to float32
+(three TF32 products each on NVIDIA, never one).
 """
 
 from __future__ import annotations
@@ -31,11 +31,15 @@ LARGEST = {2: 128, 4: 64, 8: 64}
 _DOT = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
 
 
-def fits(weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the kernels take these weights; float64 only where they are interpreted."""
-    if dtype == torch.float64 and weight.device.type != "cpu":
-        return False
-    return weight.shape[-1] <= LARGEST[weight.element_size()]
+def largest(inputs: Tensor, weight: Tensor) -> int:
+    """The largest d_head that the kernels take with these dtypes; 0 for float64 on a device."""
+    dtype = _operand(inputs, weight)
+    return 0 if dtype == torch.float64 and weight.device.type != "cpu" else LARGEST[dtype.itemsize]
+
+
+def _operand(inputs: Tensor, weight: Tensor) -> torch.dtype:
+    """What h and R are multiplied in: 16 bits only where the inputs have no more either."""
+    return torch.promote_types(inputs.dtype, weight.dtype)
 
 
 def dense_triton(
@@ -44,7 +48,7 @@ def dense_triton(
     """y and the final state of checked arguments that fit, differentiable. Raises ArgumentError on a CPU that does not
     interpret."""
     check_device(inputs.device)
-    y, *end = _Dense.apply(plan, inputs, weight, bias, reset, *state)
+    y, *end = _Dense.apply(plan, inputs, weight.to(_operand(inputs, weight)), bias, reset, *state)
     return y, tuple(end)
 
 

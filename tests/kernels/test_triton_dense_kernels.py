@@ -132,6 +132,16 @@ def test_slstm_far_out():
         assert (a - b).abs().max() <= 1e-5 * b.abs().max().clamp(min=1)
 
 
+def test_weights_are_rounded_no_further_than_the_inputs():
+    """float32 inputs with bfloat16 weights: products in float32."""
+    inputs, weight, bias, state = arguments("lstm", dtype=torch.float32)
+    weight = weight.bfloat16()
+    got = outcome(dense_rnn, "lstm", inputs, weight, bias, state, method="triton")
+    expected = outcome(dense_rnn, "lstm", inputs, weight, bias, state, method="torch")
+    assert got[4].dtype == torch.bfloat16
+    assert_same([*got[:4], *got[5:]], [*expected[:4], *expected[5:]], 1e-5)
+
+
 def test_strided_arguments():
     """Inputs as a slice of a wider projection, weights as a transpose: copied, never misread."""
     inputs, weight, bias, state = arguments("lstm")
