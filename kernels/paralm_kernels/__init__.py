@@ -13,6 +13,7 @@ from .chunkwise import chunkwise, reference_chunkwise
 from .conv import causal_conv
 from .dense_rnn import dense_rnn, dense_state, reference_dense_rnn
 from .errors import ArgumentError, CellError, NotConverged
+from .neural_memory import memory_state, neural_memory, read_memory
 from .problem import SolveInfo
 from .scan import Scan, diagonal_scan, matrix_scan
 from .solve import Trajectory, solve, step
@@ -40,6 +41,9 @@ __all__ = [
     "diagonal_scan",
     "get_cell",
     "matrix_scan",
+    "memory_state",
+    "neural_memory",
+    "read_memory",
     "reference_chunkwise",
     "reference_dense_rnn",
     "register",

@@ -1,0 +1,141 @@
+"""How ragged rows become tiles: every row's tokens cut at its own chunks, then laid side by side.
+
+Chunks of the neural memory count from a row's own start, so rows of a batch are at different places in theirs, and a
+reset moves one row's chunks but not another's. A row is cut where a chunk starts, where a tile starts inside a chunk,
+and at resets; slot n of the batch is the n-th piece of each row, padded at its end. A batch without resets whose rows
+are at one place in their chunk is only sliced.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Times [begin, end) of the laid-out sequence. ``lengths`` (batch,): tokens that are a row's own, None for all;
+    ``fresh`` (batch,): rows that start anew here; ``ends`` (batch,): rows whose chunk is complete after it."""
+
+    begin: int
+    end: int
+    ends: Tensor | bool
+    lengths: Tensor | None = None
+    fresh: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Slots in order; for rows that were moved, ``source`` (batch, slots · length) and ``target`` (batch, time): where
+    a laid-out place comes from, and where a token went; ``own``: which places hold a token. ``position`` (batch,):
+    tokens read in the chunk that follows."""
+
+    slots: list[Slot]
+    position: Tensor
+    source: Tensor | None = None
+    target: Tensor | None = None
+    own: Tensor | None = None
+
+    def lay(self, x: Tensor) -> Tensor:
+        """(batch, time, …) → (batch, places, …); padding repeats some token."""
+        if self.source is None or self.target is None or self.own is None:
+            return x
+        moved: Tensor = _Move.apply(x, self.source, self.target, None)
+        return moved
+
+    def restore(self, x: Tensor) -> Tensor:
+        """(batch, places, …) → (batch, time, …)."""
+        if self.source is None or self.target is None or self.own is None:
+            return x
+        moved: Tensor = _Move.apply(x, self.target, self.source, self.own)
+        return moved
+
+
+class _Move(torch.autograd.Function):
+    """x at ``index``; the gradient at its inverse, zero where ``own`` is false: a gather both ways, so no atomics."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor, own: Tensor | None) -> Tensor:
+        ctx.save_for_backward(inverse, own)
+        return _at(x, index)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        inverse, own = ctx.saved_tensors
+        grad = _at(grad, inverse)
+        return grad if own is None else grad.masked_fill(~_like(own, grad), 0.0), None, None, None
+
+
+def _like(index: Tensor, x: Tensor) -> Tensor:
+    return index.reshape(*index.shape, *(1,) * (x.dim() - 2))
+
+
+def _at(x: Tensor, index: Tensor) -> Tensor:
+    return x.gather(1, _like(index, x).expand(-1, -1, *x.shape[2:]))
+
+
+def plan(position: Tensor | None, reset: Tensor | None, batch: int, time: int, chunk: int, tile: int) -> Layout:
+    """The layout of ``time`` tokens of rows that are ``position`` (batch,) tokens into their chunk (None: all 0).
+
+    ``reset`` (batch, time): true where a row starts anew; at the first token the caller has seen to the state itself.
+    Looks at the values once (a wait for the device) where there are positions or resets and more than one token.
+    """
+    tile = min(tile, chunk)
+    if position is not None and time == 1:
+        after = position + 1
+        return Layout([Slot(0, 1, after == chunk)], after % chunk)
+    first = 0
+    if position is not None or reset is not None:
+        begin = position if position is not None else torch.zeros(batch, dtype=torch.int64, device=_device(reset))
+        later = reset[:, 1:].any() if reset is not None else torch.zeros((), dtype=torch.bool, device=begin.device)
+        first, highest, moved = torch.stack((begin.min(), begin.max(), later.to(begin.dtype))).tolist()
+        if moved or first != highest:
+            return _ragged(begin, reset, time, chunk, tile)
+    slots, at = [], 0
+    while at < time:
+        inside = (first + at) % chunk
+        end = min(at + tile - inside % tile, at + chunk - inside, time)
+        slots.append(Slot(at, end, (first + end) % chunk == 0))
+        at = end
+    device = position.device if position is not None else _device(reset)
+    return Layout(slots, torch.full((batch,), (first + time) % chunk, dtype=torch.int64, device=device))
+
+
+def _device(reset: Tensor | None) -> torch.device:
+    return torch.device("cpu") if reset is None else reset.device
+
+
+def _ragged(begin: Tensor, reset: Tensor | None, time: int, chunk: int, tile: int) -> Layout:
+    batch, device = len(begin), begin.device
+    index = torch.arange(time, device=device)
+    read = begin[:, None] + index
+    if reset is not None:
+        start = torch.where(reset, index, -1).cummax(1).values
+        read = torch.where(start >= 0, index - start, read)
+    phase = read % chunk
+    cut = phase % tile == 0
+    if reset is not None:
+        cut = cut | reset
+    cut[:, 0] = True
+    slot = cut.cumsum(1) - 1
+    offset = index - torch.where(cut, index, 0).cummax(1).values
+    count, length = (v + 1 for v in torch.stack((slot.max(), offset.max())).tolist())
+    target = slot * length + offset
+    source = torch.zeros(batch, count * length, dtype=torch.int64, device=device)
+    source = source.scatter(1, target, index.expand(batch, -1))
+    own = torch.zeros(batch, count * length, dtype=torch.bool, device=device).scatter(1, target, True)
+    lengths = own.view(batch, count, length).sum(2)
+    last = (source.view(batch, count, length).gather(2, (lengths - 1).clamp(min=0)[..., None])).squeeze(2)
+    ends = (phase.gather(1, last) == chunk - 1) & (lengths > 0)
+    fresh = None
+    if reset is not None:
+        fresh = reset.gather(1, source[:, ::length]) & own[:, ::length]
+    slots = [
+        Slot(n * length, (n + 1) * length, ends[:, n], lengths[:, n], fresh[:, n] if fresh is not None and n else None)
+        for n in range(count)
+    ]
+    return Layout(slots, (phase[:, -1] + 1) % chunk, source, target, own)

@@ -1,0 +1,236 @@
+"""The neural memory: tiles against the loop over tokens, pieces against the whole, resets against fresh starts, and
+titans-pytorch."""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from paralm_kernels import ArgumentError, memory_state, neural_memory, read_memory
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+HEADS, D_IN, D_OUT = 2, 3, 4
+
+
+class Case:
+    """Random arguments in float64, every leaf with a gradient."""
+
+    def __init__(
+        self,
+        time: int = 19,
+        depth: int = 2,
+        biases: bool = False,
+        momentum: bool = True,
+        keep: bool = True,
+        batch: int = 3,
+    ) -> None:
+        self.draws = torch.Generator().manual_seed(time)
+        self.depth, self.batch, self.time = depth, batch, time
+        widths = [D_IN, *[5] * (depth - 1), D_OUT]
+        self.q = self.normal(batch, time, HEADS, D_IN)
+        self.k = self.normal(batch, time, HEADS, D_IN)
+        self.v = self.normal(batch, time, HEADS, D_OUT)
+        self.rate = self.normal(batch, time, HEADS).sigmoid().mul(0.1).detach().requires_grad_()
+        self.log_momentum = self.log() if momentum else None
+        self.log_keep = self.log(2.0) if keep else None
+        self.weights = [self.normal(HEADS, o, i, scale=0.5) for i, o in pairwise(widths)]
+        self.biases = [self.normal(HEADS, o, scale=0.5) for o in widths[1:]] if biases else None
+
+    def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(*shape, generator=self.draws, dtype=torch.float64)).requires_grad_()
+
+    def log(self, shift: float = 0.0) -> Tensor:
+        gate = torch.nn.functional.logsigmoid(self.normal(self.batch, self.time, HEADS) + shift)
+        return gate.detach().requires_grad_()
+
+    def resets(self) -> Tensor:
+        reset = torch.zeros(self.batch, self.time, dtype=torch.bool)
+        reset[0, 0] = reset[0, 7] = reset[1, 4] = reset[1, 5] = True
+        return reset
+
+    def leaves(self) -> list[Tensor]:
+        given = [self.q, self.k, self.v, self.rate, self.log_momentum, self.log_keep, *self.weights]
+        return [x for x in [*given, *(self.biases or ())] if x is not None]
+
+    def run(
+        self, pieces: list[int] | None = None, state: Any = None, reset: Tensor | None = None, **keys: Any
+    ) -> tuple[Tensor, Any]:
+        outputs, at = [], 0
+        for length in pieces or [self.time]:
+            part = slice(at, at + length)
+            cut = [
+                None if x is None else x[:, part]
+                for x in (self.q, self.k, self.v, self.rate, self.log_momentum, self.log_keep)
+            ]
+            now = None if reset is None else reset[:, part]
+            y, state = neural_memory(*cut, self.weights, self.biases, state, now, **{"chunk_size": 4, **keys})
+            outputs.append(y)
+            at += length
+        return torch.cat(outputs, 1), state
+
+
+def attached(state: Any) -> Any:
+    if state is None:
+        return None
+    return pytree.tree_map(lambda x: x.detach().clone().requires_grad_(x.is_floating_point()), state)
+
+
+def floating(tree: Any) -> list[Tensor]:
+    return [x for x in pytree.tree_leaves(tree) if x.is_floating_point()]
+
+
+def gradients(tree: Any, leaves: list[Tensor]) -> list[Tensor]:
+    draws = torch.Generator().manual_seed(5)
+    score = sum((x * torch.randn(x.shape, generator=draws, dtype=x.dtype)).sum() for x in floating(tree))
+    found = torch.autograd.grad(score, leaves, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found)]
+
+
+def close(got: Any, expected: Any, tolerance: float = 1e-9) -> None:
+    left, right = pytree.tree_leaves(got), pytree.tree_leaves(expected)
+    assert len(left) == len(right)
+    for a, b in zip(left, right):
+        assert a.shape == b.shape
+        assert a.dtype == b.dtype
+        assert float((a - b).detach().abs().max() / b.detach().abs().max().clamp(min=1)) <= tolerance
+
+
+KINDS: list[dict[str, Any]] = [
+    {},
+    {"depth": 1},
+    {"depth": 3, "biases": True},
+    {"momentum": False, "biases": True},
+    {"keep": False},
+    {"depth": 1, "momentum": False, "keep": False},
+]
+
+
+@pytest.mark.parametrize("cuts", [False, True])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_tiles_are_the_loop(kind: dict[str, Any], cuts: bool) -> None:
+    """Outputs, final state and all gradients, from the first state and from one in the middle of a chunk."""
+    case = Case(**kind)
+    reset = case.resets() if cuts else None
+    keys: dict[str, Any] = {"activation": "silu"} if kind else {}
+    for state in (None, case.run(reset=case.resets())[1]):
+        start = attached(state)
+        leaves = [*case.leaves(), *(floating(start) if start is not None else [])]
+        expected = case.run(state=start, reset=reset, method="reference", **keys)
+        got = case.run(state=start, reset=reset, **keys)
+        close(got, expected)
+        close(gradients(got, leaves), gradients(expected, leaves))
+
+
+@pytest.mark.parametrize(("chunk", "tile"), [(1, 1), (4, 3), (7, 4), (16, 5), (64, 128)])
+def test_any_tile_of_any_chunk(chunk: int, tile: int) -> None:
+    case = Case(biases=True)
+    for reset in (None, case.resets()):
+        expected = case.run(reset=reset, method="reference", chunk_size=chunk)
+        got = case.run(reset=reset, chunk_size=chunk, tile_size=tile)
+        close(got, expected)
+        close(gradients(got, case.leaves()), gradients(expected, case.leaves()))
+
+
+@pytest.mark.parametrize("cuts", [False, True])
+def test_pieces_are_the_whole(cuts: bool) -> None:
+    case = Case()
+    reset = case.resets() if cuts else None
+    whole = case.run(reset=reset)
+    expected = gradients(whole, case.leaves())
+    for pieces in ([1, 18], [18, 1], [2, 5, 1, 11], [1] * 19):
+        got = case.run(pieces, reset=reset)
+        close(got, whole)
+        close(gradients(got, case.leaves()), expected)
+
+
+def test_a_reset_is_a_fresh_start() -> None:
+    case = Case()
+    reset = torch.zeros(3, 19, dtype=torch.bool)
+    reset[:, 6] = True
+    y, final = case.run(reset=reset)
+    tail = [
+        None if x is None else x[:, 6:] for x in (case.q, case.k, case.v, case.rate, case.log_momentum, case.log_keep)
+    ]
+    expected = neural_memory(*tail, case.weights, chunk_size=4)
+    close((y[:, 6:], final), expected)
+    close(gradients((y[:, 6:], final), case.leaves()), gradients(expected, case.leaves()))
+
+
+def test_exact_zeros_of_gates() -> None:
+    """α = 1 and η = 0: logarithms of −∞, finite outputs and gradients, and the loop's."""
+    case = Case()
+    with torch.no_grad():
+        case.log_keep[0, 3] = case.log_keep[1, 4:6] = case.log_momentum[1, 4] = case.log_momentum[2, 9] = -torch.inf
+    got, expected = case.run(), case.run(method="reference")
+    close(got, expected)
+    assert all(torch.isfinite(g).all() for g in gradients(got, case.leaves()))
+
+
+def test_the_first_state_and_reads() -> None:
+    case = Case(biases=True)
+    first = memory_state(case.weights, case.biases, 3)
+    close(case.run(state=first), case.run())
+    y, state = case.run()
+    read = read_memory(case.q[:, -1:], state["weights"], state["biases"])
+    close(read, y[:, -1:])
+
+
+def test_backward_keeps_few_states() -> None:
+    """Of 64 chunks 8 states are kept; stored states would be 64."""
+    case = Case(time=256, batch=1)
+    saved = 0
+
+    def pack(x: Tensor) -> Tensor:
+        nonlocal saved
+        saved += x.numel()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        case.run()
+    state = 3 * sum(w.numel() for w in case.weights)
+    arguments = sum(x.numel() for x in case.leaves())
+    assert saved <= arguments + 12 * state
+
+
+def test_low_precision() -> None:
+    case = Case()
+    given = [x.detach().bfloat16() for x in (case.q, case.k, case.v, case.rate, case.log_momentum, case.log_keep)]
+    weights = [w.detach().bfloat16() for w in case.weights]
+    y, state = neural_memory(*given, weights, chunk_size=4)
+    assert y.dtype == torch.bfloat16
+    assert all(x.dtype == torch.float32 for x in floating(state))
+    wide, _ = neural_memory(*(x.float() for x in given), [w.float() for w in weights], chunk_size=4)
+    torch.testing.assert_close(y, wide.bfloat16())
+    rounded, _ = neural_memory(*given, weights, chunk_size=4, matmul_dtype=torch.bfloat16)
+    torch.testing.assert_close(rounded.float(), wide, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"chunk_size": 0}, "chunk_size is 0; expected at least 1"),
+        ({"activation": "relu"}, "activation is 'relu'; expected one of gelu, silu"),
+        ({"method": "triton"}, "method is 'triton'"),
+        ({"k": torch.zeros(3, 19, 2, 4)}, "k is (3, 19, 2, 4), expected (3, 19, 2, 3) as q"),
+        ({"rate": torch.zeros(3, 19)}, "rate is (3, 19), expected (3, 19, 2)"),
+        ({"weights": []}, "weights is empty"),
+        ({"weights": [torch.zeros(2, 4, 5)]}, "weights[0] is (2, 4, 5), expected (2, out, 3)"),
+        ({"weights": [torch.zeros(2, 5, 3)]}, "the last of weights gives 5 channels but v has 4"),
+        ({"biases": [torch.zeros(2, 4)]}, "biases has 1 layers but weights 2"),
+        ({"reset": torch.zeros(3, 19)}, "reset must be a bool tensor"),
+        ({"state": {}}, "state['weights'] has 0 layers, expected 2"),
+    ],
+)
+def test_bad_arguments(change: dict[str, Any], message: str) -> None:
+    case = Case()
+    arguments = {
+        **{n: getattr(case, n) for n in ("q", "k", "v", "rate", "log_momentum", "log_keep", "weights")},
+        **change,
+    }
+    with pytest.raises(ArgumentError, match=re.escape(message)) as caught:
+        neural_memory(**arguments)
+    assert "\n" not in str(caught.value)
