@@ -32,7 +32,7 @@ from paralm.weight_files import INDEX, PIECE, SINGLE, OnProgress, Read, WeightFi
 from paralm.weight_files import write_weights as write_shards
 
 CONFIG = "config.json"
-_TABLES = {"mamba2": "paralm.interop.mamba2:MAMBA2"}
+_TABLES = {"mamba2": "paralm.interop.mamba2:MAMBA2", "xlstm": "paralm.interop.xlstm:XLSTM"}
 """model_type → where its table is."""
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
