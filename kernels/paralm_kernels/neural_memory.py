@@ -56,7 +56,8 @@ def neural_memory(
 
     Returns y (batch, time, heads, d_out) like v, and the state, in at least float32: ``{"weights", "biases",
     "start_weights", "start_biases", "momentum_weights", "momentum_biases"}`` (tuples over layers, batch first; start:
-    the weights gradients are taken at) and ``"position"`` int64 (batch,), tokens read of the running chunk.
+    the weights gradients are taken at) and ``"position"`` int64 (batch,), tokens read of the running chunk (−1: a row
+    that has not begun).
     Differentiable in every tensor, through the inner gradient too, and in the state both ways.
 
     method: "reference" is the loop over tokens. tile_size: tokens of a chunk that are taken at once; exact whatever it
@@ -78,6 +79,10 @@ def neural_memory(
     memory, start, momentum, position = initial, initial, zero, None
     if state is not None:
         memory, start, momentum, position = _unpack(state, initial, zero)
+        now = position < 0 if reset is None else (position < 0) | reset[:, 0]
+        memory, start = initial.where(now, memory), initial.where(now, start)
+        momentum = None if momentum is None or zero is None else zero.where(now, momentum)
+        position = torch.where(now, 0, position)
     if method == "reference":
         if position is None:
             position = torch.zeros(batch, dtype=torch.int64, device=q.device)
@@ -92,34 +97,43 @@ def neural_memory(
             activation,
         )
         return y.transpose(1, 2).to(v.dtype), _pack(*after)
-    if reset is not None and state is not None:
-        now = reset[:, 0]
-        memory, start = initial.where(now, memory), initial.where(now, start)
-        momentum = None if momentum is None or zero is None else zero.where(now, momentum)
-        assert position is not None
-        position = torch.where(now, 0, position)
     layout = plan(position, reset if time > 1 else None, batch, time, chunk_size, tile_size)
     laid = tuple(None if x is None else layout.lay(x).transpose(1, 2) for x in (q, k, v, rate, log_momentum, log_keep))
     run = _Run(layout.slots, depth, len(biases or ()), activation, matmul_dtype, wide, momentum is not None)
     flat = [*memory.flat, *start.flat, *(momentum.flat if momentum is not None else ())]
-    y, *final = _Memory.apply(run, *laid, *initial.flat, *flat)
+    final: Sequence[Tensor]
+    if len(layout.slots) == 1:  # nothing to recompute a state for
+        read, final = run.step(layout.slots[0], laid, initial, tuple(flat), read=True)
+        assert read is not None
+        y = read.to(v.dtype)
+    else:
+        y, *final = _Memory.apply(run, *laid, *initial.flat, *flat)
     memory, start, momentum = run.split(tuple(final))
     return layout.restore(y.transpose(1, 2)), _pack(memory, start, momentum, layout.position.to(q.device))
 
 
 def memory_state(
-    weights: Sequence[Tensor], biases: Sequence[Tensor] | None, batch: int, momentum: bool = True
+    batch: int,
+    shapes: Sequence[tuple[int, int, int]],
+    *,
+    biases: bool = False,
+    momentum: bool = True,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> MemoryState:
-    """The state before anything was read: the memory's own first weights, no momentum, position 0."""
-    wide = torch.promote_types(weights[0].dtype, torch.float32)
-    initial = Layers(
-        tuple(w.to(wide).expand(batch, *w.shape).clone() for w in weights),
-        tuple(c.to(wide).expand(batch, *c.shape).clone() for c in biases or ()),
-    )
-    zero = Layers.of(tuple(torch.zeros_like(w) for w in initial.flat), len(weights)) if momentum else None
-    position = torch.zeros(batch, dtype=torch.int64, device=weights[0].device)
-    start = Layers.of(tuple(w.clone() for w in initial.flat), len(weights))
-    return _pack(initial, start, zero, position)
+    """The state before anything was read: position −1, which starts a row from the memory ``neural_memory`` is given,
+    whatever the state holds (zeros), so that its weights get their gradient. shapes: (heads, out, in) of each layer.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def zeros() -> Layers:
+        return Layers(
+            tuple(torch.zeros(batch, *s, device=device, dtype=wide) for s in shapes),
+            tuple(torch.zeros(batch, *s[:2], device=device, dtype=wide) for s in shapes if biases),
+        )
+
+    position = torch.full((batch,), -1, dtype=torch.int64, device=device)
+    return _pack(zeros(), zeros(), zeros() if momentum else None, position)
 
 
 def read_memory(

@@ -1,4 +1,4 @@
-"""The neural memory token by token, the inner gradient by autograd: slow, and obviously the recurrence it stands for."""
+"""The neural memory token by token, the inner gradient by autograd: slow, and obviously the recurrence."""
 
 from __future__ import annotations
 

@@ -172,8 +172,11 @@ def test_exact_zeros_of_gates() -> None:
 
 def test_the_first_state_and_reads() -> None:
     case = Case(biases=True)
-    first = memory_state(case.weights, case.biases, 3)
-    close(case.run(state=first), case.run())
+    first = memory_state(3, [tuple(w.shape) for w in case.weights], biases=True, dtype=torch.float64)
+    for method in ("torch", "reference"):
+        got = case.run(state=first, method=method)
+        close(got, case.run())
+        close(gradients(got, case.leaves()), gradients(case.run(), case.leaves()))
     y, state = case.run()
     read = read_memory(case.q[:, -1:], state["weights"], state["biases"])
     close(read, y[:, -1:])

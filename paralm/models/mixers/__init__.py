@@ -7,6 +7,8 @@ from paralm.models.mixers.mamba2 import Mamba2
 from paralm.models.mixers.mlstm import MLSTM
 from paralm.models.mixers.pararnn import CellMixer
 from paralm.models.mixers.slstm import SLSTM
+from paralm.models.mixers.titans import TitansMAC, TitansMAG, TitansMAL, TitansMemory
+from paralm.models.mixers.windowed import WindowAttention
 
 __all__ = [
     "GRU",
@@ -21,4 +23,9 @@ __all__ = [
     "Mamba2",
     "Mixer",
     "State",
+    "TitansMAC",
+    "TitansMAG",
+    "TitansMAL",
+    "TitansMemory",
+    "WindowAttention",
 ]

@@ -1,0 +1,222 @@
+"""Causal attention over a sliding window with rotary positions and persistent tokens: bounded state.
+
+    softmax over {p_1 … p_P} ∪ {j : i − window < j ≤ i}       scores R_i q_i · R_j k_j and q_i · W_k p_m, over √d_head
+
+Window and rotations as in Mistral 7B (arXiv 2310.06825) and RoFormer (2104.09864); persistent tokens p_m are learned
+and stand before every sequence (Titans, arXiv 2501.00663, section 4). They have no position: their scores take the
+query unrotated, so outputs depend on distances only, however far a document goes. One call of
+``scaled_dot_product_attention`` does both: queries carry their P scores with the persistent keys as extra channels.
+
+Time is cut into blocks of the window's length, each with the window−1 keys before it: O(time · window).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from paralm.errors import ConfigError
+from paralm.models.linear import Linear
+from paralm.models.mixers.base import LayerContext, Mixer, State, default_heads
+from paralm.models.parameters import declare, normal, output_std
+from paralm.registry import EntryConfig, register_mixer
+
+SHORTEST_BLOCK = 64
+"""Queries of a block where the window is shorter: smaller products are not faster."""
+
+
+class WindowAttentionConfig(EntryConfig):
+    """Keys of ``model.mixer`` for window_attention."""
+
+    n_heads: PositiveInt | None = Field(default=None, description="default: of 64 channels or a little more")
+    n_kv_heads: PositiveInt | None = Field(default=None, description="heads of keys and values; default: n_heads")
+    window: PositiveInt = Field(default=2048, description="tokens a query sees, itself among them")
+    n_persistent: NonNegativeInt = Field(default=0, description="learned tokens that every query sees")
+    rope_theta: PositiveFloat = Field(default=10_000.0, description="base of the rotary frequencies")
+
+
+def head_width(d_model: int, n_heads: int, key: str = "model.mixer.n_heads") -> int:
+    """Channels of a head; ConfigError if heads do not divide the model into even widths, which rotations need."""
+    if d_model % n_heads or (d_model // n_heads) % 2:
+        raise ConfigError(f"{key}: {n_heads} heads do not split d_model {d_model} into heads of even width")
+    return d_model // n_heads
+
+
+def positions(carried: Tensor, reset: Tensor | None, time: int) -> Tensor:
+    """(batch, time): how far each token is from its start; ``carried`` (batch,): tokens read before."""
+    index = torch.arange(time, device=carried.device)
+    position = carried[:, None] + index
+    if reset is None:
+        return position
+    start = torch.where(reset, index, -1).cummax(dim=1).values
+    return torch.where(start >= 0, index - start, position)
+
+
+class Heads(nn.Module):
+    """What sliding and segment attention share: projections, rotations, persistent tokens."""
+
+    def __init__(
+        self, d_model: int, n_heads: int, n_kv_heads: int | None, n_persistent: int, rope_theta: float, key: str
+    ) -> None:
+        super().__init__()
+        self.n_heads, self.n_kv_heads = n_heads, n_kv_heads or n_heads
+        self.d_head = head_width(d_model, n_heads, key)
+        if n_heads % self.n_kv_heads:
+            raise ConfigError(f"model.mixer.n_kv_heads: {self.n_kv_heads} must divide n_heads, which is {n_heads}")
+        self.rope_theta, self.n_persistent = rope_theta, n_persistent
+        self.qkv_proj = Linear(d_model, (n_heads + 2 * self.n_kv_heads) * self.d_head)
+        if n_persistent:
+            self.persistent = nn.Parameter(torch.empty(n_persistent, d_model))
+            declare(self, "persistent", normal(1.0), decay=False)  # of the size of the normed tokens beside them
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(…, d_model) → q, k, v (…, heads, d_head)."""
+        heads = self.qkv_proj(x).unflatten(-1, (-1, self.d_head))
+        q, k, v = heads.split((self.n_heads, self.n_kv_heads, self.n_kv_heads), dim=-2)
+        return q, k, v
+
+    def rotate(self, x: Tensor, position: Tensor) -> Tensor:
+        """Turn the pairs (i, i + d_head/2) of x (batch, time, heads, d_head); angles in float64."""
+        half = torch.arange(self.d_head // 2, device=position.device, dtype=torch.float64)
+        angle = position[..., None, None] * self.rope_theta ** (-half / (self.d_head // 2))
+        wide = torch.promote_types(x.dtype, torch.float32)
+        cos, sin = angle.cos().to(wide), angle.sin().to(wide)
+        first, second = x.to(wide).chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+    def attend(self, q: Tensor, rotated: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """Softmax attention over the persistent tokens and k, v.
+
+        q, rotated: (batch, queries, heads, d_head), unrotated and rotated; k, v: (batch, keys, kv heads, d_head);
+        mask: bool (batch or 1, queries, keys). Returns (batch, queries, heads · d_head).
+        """
+        query = rotated
+        if self.n_persistent:
+            _, p_k, p_v = self.project(self.persistent.to(q.dtype))
+            groups = self.n_heads // self.n_kv_heads
+            scores = torch.einsum("bthd,phd->bthp", q, p_k.repeat_interleave(groups, dim=1))
+            query = torch.cat((rotated, scores), dim=-1)
+            batch, p = len(k), self.n_persistent
+            one_hot = torch.eye(p, dtype=k.dtype, device=k.device)[:, None].expand(p, self.n_kv_heads, p)
+            p_k = F.pad(one_hot, (self.d_head, 0)).expand(batch, p, self.n_kv_heads, self.d_head + p)
+            k = torch.cat((p_k, F.pad(k, (0, p))), dim=1)
+            v = torch.cat((p_v.expand(batch, -1, -1, -1), v), dim=1)
+            mask = F.pad(mask, (p, 0), value=True)
+        y = F.scaled_dot_product_attention(
+            query.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=mask[:, None],
+            scale=self.d_head**-0.5,
+            enable_gqa=self.n_kv_heads != self.n_heads,
+        )
+        return y.transpose(1, 2).flatten(2)
+
+
+class SlidingAttention(Heads):
+    """Attention over the window, without the output projection."""
+
+    def __init__(self, window: int, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.window = window
+
+    def forward(self, x: Tensor, state: State | None = None, reset: Tensor | None = None) -> tuple[Tensor, State]:
+        """(batch, time, d_model) → the same shape. State: ``{"k", "v"}`` (batch, window − 1, kv heads, d_head), the
+        last keys (rotated) and values, zeros where a row has none, and ``"position"`` int64 (batch,)."""
+        batch, time, _ = x.shape
+        reach = self.window - 1
+        same = state is None and reset is None  # every row has the same positions, so one mask serves all
+        if state is None:
+            state = self.initial_state(batch, x.device, x.dtype)
+        position = positions(state["position"], reset, time)
+        q, k, v = self.project(x)
+        rotated, k = self.rotate(q, position), self.rotate(k, position)
+        k, v = torch.cat((state["k"].to(k.dtype), k), dim=1), torch.cat((state["v"].to(v.dtype), v), dim=1)
+        seen = position[:1] if same else position
+        y = self._blocks(q, rotated, k, v, seen)
+        length = position[:, -1] + 1
+        age = torch.arange(reach, 0, -1, device=x.device)
+        lost = (age > length[:, None])[..., None, None]
+        keep_k, keep_v = (z[:, time:].masked_fill(lost, 0.0) for z in (k, v))
+        return y, {"k": keep_k, "v": keep_v, "position": length}
+
+    def _blocks(self, q: Tensor, rotated: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
+        """k, v begin window − 1 steps before q; position (batch or 1, time)."""
+        batch, time = q.shape[:2]
+        reach = self.window - 1
+        block = min(time, max(self.window, SHORTEST_BLOCK))
+        count = -(-time // block)
+        padding = count * block - time
+
+        def padded(z: Tensor) -> Tensor:
+            return F.pad(z, (0, 0, 0, 0, 0, padding)) if padding else z
+
+        def blocks(z: Tensor) -> Tensor:
+            return padded(z).view(batch * count, block, *z.shape[2:]) if count > 1 else z
+
+        def spans(z: Tensor) -> Tensor:
+            if count == 1:
+                return z
+            return padded(z).unfold(1, block + reach, block).movedim(-1, 2).flatten(0, 1)
+
+        position = F.pad(position, (0, padding)).view(-1, count, block)
+        distance = torch.arange(block, device=q.device)[:, None] + reach - torch.arange(block + reach, device=q.device)
+        mask = (distance >= 0) & (distance <= position.clamp(max=reach)[..., None])
+        if count > 1 or len(mask) > 1:
+            mask = mask.expand(batch, -1, -1, -1)
+        y = self.attend(blocks(q), blocks(rotated), spans(k), spans(v), mask.flatten(0, 1))
+        return y.view(batch, count * block, -1)[:, :time]
+
+    def initial_state(
+        self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> State:
+        """Nothing read yet."""
+        weight = self.qkv_proj.weight
+        device, dtype = device or weight.device, dtype or weight.dtype
+        none = torch.zeros(batch, self.window - 1, self.n_kv_heads, self.d_head, device=device, dtype=dtype)
+        return {"k": none, "v": none.clone(), "position": torch.zeros(batch, dtype=torch.int64, device=device)}
+
+    def extra_flops(self, seq_len: int) -> float:
+        """q·k and the weighted sum of v, over the keys a query sees on average, and over the persistent ones."""
+        window = min(self.window, seq_len)
+        seen = window - window * (window - 1) / (2 * seq_len) + self.n_persistent
+        return 4.0 * self.n_heads * self.d_head * seen
+
+
+@register_mixer("window_attention", WindowAttentionConfig)
+class WindowAttention(Mixer):
+    """Sliding-window attention as a mixer of its own."""
+
+    config: WindowAttentionConfig
+
+    def __init__(self, config: WindowAttentionConfig, context: LayerContext) -> None:
+        super().__init__(config, context)
+        d_model = context.d_model
+        self.attention = SlidingAttention(
+            config.window,
+            d_model,
+            config.n_heads or default_heads(d_model, even=True),
+            config.n_kv_heads,
+            config.n_persistent,
+            config.rope_theta,
+            "model.mixer.n_heads",
+        )
+        self.out_proj = Linear(d_model, d_model, output_std(d_model, context.n_layers))
+
+    def forward(self, x: Tensor, state: State | None = None, reset: Tensor | None = None) -> tuple[Tensor, State]:
+        """See :class:`Mixer`; the state is that of :class:`SlidingAttention`."""
+        y, state = self.attention(x, state, reset)
+        return self.out_proj(y), state
+
+    def initial_state(
+        self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> State:
+        """Nothing read yet."""
+        return self.attention.initial_state(batch, device, dtype)
+
+    def extra_flops_per_token(self, seq_len: int) -> float:
+        return self.attention.extra_flops(seq_len)
