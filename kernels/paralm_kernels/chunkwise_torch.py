@@ -329,7 +329,9 @@ def _pull_back(
     grad_u += (block.mixed.transpose(4, 5) @ by_head).transpose(3, 4)
     flow = (y * grad).sum(-1) - (block.u * grad_u).sum(-1)
     at_end = (states[1:] * grad_states[1:]).unflatten(-1, (problem.shared, problem.columns)).sum((3, 5))
-    passing = _past(block, flow.transpose(3, 4), at_end.unsqueeze(-1))
+    sequence = None if block.sequence is None else block.sequence[:, :, 0, 0]
+    by_step, ends = flow.transpose(2, 3).flatten(3), at_end.flatten(2).unsqueeze(-2)
+    passing = past(sequence, by_step, ends).unflatten(-1, (problem.groups, problem.shared)).movedim(2, -1)
     if problem.plan.normalized:
         grad_v, grad_gain = grad_u[..., :-1], (block.u * grad_u).sum(-1)
     else:
@@ -342,12 +344,15 @@ def _pull_back(
     return grad_states[0].clone()
 
 
-def _past(block: _Block, flow: Tensor, at_end: Tensor) -> Tensor:
-    """What flows past every step: the sum of flow from it to the end of its sequence or chunk, where it goes on."""
-    if block.sequence is None:
-        return flow.flip(-1).cumsum(-1).flip(-1) + at_end
-    same = (block.sequence.unsqueeze(-1) == block.sequence.unsqueeze(-2)).triu()
-    past = (same.to(flow.dtype) @ flow.unsqueeze(-1)).squeeze(-1)
-    past += torch.where(block.sequence == block.sequence[..., -1:], at_end, 0.0)
-    first = torch.cat((block.sequence[..., :1], block.sequence.diff(dim=-1)), -1) > 0
-    return past.masked_fill_(first, 0.0)
+def past(sequence: Tensor | None, flow: Tensor, at_end: Tensor) -> Tensor:
+    """What flows past every step of a chunk: the sum of flow from it to the end of its sequence, or of the chunk, where
+    the flow into the next one is added. sequence (…, steps), which one a step is in; flow (…, steps, heads); at_end
+    (…, 1, heads). In float64: most of it cancels."""
+    wide = flow.to(torch.float64)
+    if sequence is None:
+        return (wide.flip(-2).cumsum(-2).flip(-2) + at_end).to(flow.dtype)
+    same = (sequence.unsqueeze(-1) == sequence.unsqueeze(-2)).triu()
+    found = same.to(torch.float64) @ wide
+    found += torch.where(sequence == sequence[..., -1:], 1.0, 0.0).unsqueeze(-1) * at_end
+    first = torch.cat((sequence[..., :1], sequence.diff(dim=-1)), -1) > 0  # what decays there was cut off
+    return found.masked_fill_(first.unsqueeze(-1), 0.0).to(flow.dtype)

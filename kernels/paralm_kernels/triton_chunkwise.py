@@ -32,6 +32,8 @@ PROGRAMS = 512
 """So many, a few for each multiprocessor; heads that share q and k share a program beyond that."""
 CHUNKS = (16, 32, 64, 128, 256)
 _DOT = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
+_ROWS = 65535
+"""The largest second axis of a grid."""
 _SCAN = 512
 """Steps that m's scan takes at a time."""
 STAGES = 2
@@ -51,7 +53,8 @@ def chunkwise_triton(
 ) -> tuple[Tensor, ChunkState]:
     """As chunkwise_torch. strict: refuse what the kernels do not take (ArgumentError), else torch computes it."""
     wide = plan.dtype == torch.float64 and not interpreted()
-    if not strict and (wide or plan.chunk_size not in CHUNKS):
+    rows = v.shape[0] * v.shape[2]
+    if not strict and (wide or plan.chunk_size not in CHUNKS or rows > _ROWS):
         return chunkwise_torch(q, k, v, log_decay, gain, state, reset, plan)
     check_device(q.device)
     if plan.chunk_size not in CHUNKS:
@@ -60,6 +63,10 @@ def chunkwise_triton(
         )
     if wide:
         raise ArgumentError("chunkwise: method 'triton' takes no float64 on a GPU, q is float64; use method='torch'")
+    if rows > _ROWS:
+        raise ArgumentError(
+            f"chunkwise: v has {v.shape[0]} batch rows × {v.shape[2]} heads; method 'triton' takes {_ROWS} together"
+        )
     y, *end = _Fused.apply(plan, reset, q, k, v, log_decay, gain, *state)
     return y, tuple(end)
 
@@ -270,10 +277,10 @@ def _backward(
     grad_end: tuple[Tensor | None, ...],
 ) -> tuple[Tensor | None, ...]:
     p, normalized = problem, problem.plan.normalized
-    dy = torch.zeros_like(p.v) if grad_y is None else _packed(grad_y.to(p.v.dtype))
+    dy = _packed(torch.zeros_like(p.v) if grad_y is None else grad_y.to(p.v.dtype))
     parts = 2 if normalized else 1
     ends = zip(p.state[:parts], grad_end[:parts], strict=True)
-    grad_state = [torch.zeros_like(s) if g is None else g.contiguous() for s, g in ends]
+    grad_state = [p.empty(*s.shape).zero_() if g is None else g.contiguous() for s, g in ends]
     grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in p.tensors[:5])
     for start, stop, state in reversed(list(_starts(p))):
         segment = _Segment(p, start, stop, state)
