@@ -23,6 +23,8 @@ from paralm_kernels.laws import (
     reference,
 )
 
+from .test_chunkwise import Case
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
@@ -139,3 +141,26 @@ def test_the_reference_itself_agrees():
     """What the others are compared with is the plain loop."""
     case = random_case(CELLS[0], time=31)
     assert deviation(outcome(case, by("sequential")), outcome(case, reference), TOLERANCE)[0] <= 1
+
+
+@pytest.mark.parametrize("normalized", [False, True], ids=["ssd", "mlstm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("resets", [0.0, 0.01])
+def test_chunkwise_at_the_sizes_of_models(normalized, dtype, resets):
+    """Against float64 on the CPU; bfloat16 by the norm of the difference, as every product rounds its operands."""
+    sizes = {"groups": 2, "shared": 1, "d_k": 256, "d_v": 512} if normalized else {"shared": 4, "d_k": 128, "d_v": 64}
+    case = Case(normalized, time=1000, resets=resets, seed=1, dtype=torch.float32, **sizes)
+    case.inputs[:3] = [(x / x.shape[-1] ** 0.25).to(dtype) for x in case.inputs[:3]]
+    case.weights[0] = case.weights[0].to(dtype).float()
+
+    def to(device, kind=None):
+        for name in ("inputs", "state", "weights"):
+            setattr(case, name, [x.to(device=device, dtype=kind or x.dtype) for x in getattr(case, name)])
+        case.reset = None if case.reset is None else case.reset.to(device)
+
+    to("cuda")
+    got = case.run(chunk_size=64 if normalized else 256, method="triton")
+    to("cpu", torch.float64)
+    for index, (a, b) in enumerate(zip(got, case.run(method="torch"), strict=True)):
+        error = float((a.cpu().double() - b).norm() / b.norm().clamp(min=1e-6))
+        assert error <= (1e-4 if dtype == torch.float32 else 3e-2), (index, error)

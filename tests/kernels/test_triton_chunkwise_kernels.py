@@ -132,7 +132,25 @@ def test_slices_of_one_projection_are_read_where_they_are(normalized):
     assert_close([y.detach()], case.run(reference_chunkwise)[:1], 1e-10)
 
 
+@FORMS
+def test_a_state_and_a_gradient_of_any_strides(normalized):
+    case = Case(normalized, 1, 20, 1, 2)
+    case.state[0] = case.state[0].transpose(1, 2).contiguous().transpose(1, 2)
+    inputs = [x.requires_grad_() for x in (*case.inputs, *case.state[:2])]
+    state = (*inputs[5:], case.state[2]) if normalized else inputs[5]
+    y, _ = chunkwise(*inputs[:5], state, case.reset, normalized=normalized, chunk_size=16, method="triton")
+    case.weights = [torch.ones_like(case.weights[0]), *(torch.zeros_like(w) for w in case.weights[1:])]
+    expected = case.run(reference_chunkwise)[len(case.state) + 1 :]
+    assert_close(torch.autograd.grad(y.sum(), inputs), expected[: len(inputs)], 1e-10)  # strides of zero
+
+
 def test_the_chunk_is_refused_in_one_line():
     case = Case(False)
     with pytest.raises(ArgumentError, match="chunk_size is 24; method 'triton' takes one of 16, 32, 64, 128, 256"):
         chunkwise(*case.inputs, chunk_size=24, method="triton")
+
+
+def test_more_rows_than_a_grid_has_are_refused_in_one_line(monkeypatch):
+    monkeypatch.setattr(triton_chunkwise, "_ROWS", 7)
+    with pytest.raises(ArgumentError, match="v has 2 batch rows × 4 heads; method 'triton' takes 7 together"):
+        chunkwise(*Case(False).inputs, method="triton")
