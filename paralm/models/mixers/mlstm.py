@@ -143,9 +143,7 @@ def _unscaled(state: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 def _heads(config: MLSTMConfig, qk_dim: int, v_dim: int) -> int:
     """Raises ConfigError, one line, for widths that the heads do not divide."""
     shared = math.gcd(qk_dim, v_dim)
-    if config.n_heads is None and shared:
-        return next(heads for heads in range(max(1, qk_dim // 64), 0, -1) if shared % heads == 0)
-    heads = config.n_heads or 1
+    heads = config.n_heads or next((h for h in range(qk_dim // 64, 0, -1) if shared % h == 0), 1)
     for key, width in (("qk_dim_factor", qk_dim), ("v_dim_factor", v_dim)):
         if width == 0 or width % heads:
             raise ConfigError(
