@@ -79,6 +79,18 @@ def test_a_diagonal_matrix_is_newtons_method(kind, iterations):
     assert_same([got[0], *got[1]], [expected[0], *expected[1]])
 
 
+def test_a_slow_rate_is_seen(iterations):
+    """Two channels that read only each other: each iteration leaves 0.95 of the error, so that an update of the
+    tolerance leaves twenty times as much to come."""
+    weight = torch.tensor([[0.0, 0.95], [0.95, 0.0]], dtype=torch.float64).view(1, 1, 2, 2)
+    inputs = torch.full((1, 400, 1, 1, 2), 0.002, dtype=torch.float64)
+    tol = 1e-5
+    y, _ = dense_rnn("elman", inputs, weight, method="newton", tol=tol)
+    expected, _ = dense_rnn("elman", inputs, weight, method="torch")
+    assert len(iterations) > 50
+    assert (y - expected).abs().max() <= 1.1 * tol
+
+
 def test_slstm_far_out():
     """Gates that overflow float32 many times over; the state carried on is the loop's, m too. A number near 1000 has
     an error of 3e-5 in float32, and differences of them are what the gates see."""
