@@ -86,10 +86,12 @@ def neural_memory(
     if method == "reference":
         if position is None:
             position = torch.zeros(batch, dtype=torch.int64, device=q.device)
-        gates = tuple(None if g is None else g.to(wide).transpose(1, 2) for g in (rate, log_momentum, log_keep))
+        by_head = [None if x is None else x.to(wide).transpose(1, 2) for x in (log_momentum, log_keep)]
         y, after = loop(
-            *(x.to(wide).transpose(1, 2) for x in (q, k, v)),
-            gates,  # type: ignore[arg-type]
+            q.to(wide).transpose(1, 2),
+            k.to(wide).transpose(1, 2),
+            v.to(wide).transpose(1, 2),
+            (rate.to(wide).transpose(1, 2), by_head[0], by_head[1]),
             initial,
             (memory, start, momentum, position),
             reset,
@@ -245,8 +247,8 @@ class _Memory(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, run: _Run, *arguments: Tensor | None) -> tuple[Tensor, ...]:
-        laid, rest = arguments[:6], arguments[6:]
-        initial, flat = Layers.of(rest[: run.width], run.depth), tuple(rest[run.width :])  # type: ignore[arg-type]
+        laid, rest = arguments[:6], tuple(a for a in arguments[6:] if a is not None)  # none of these is None
+        initial, flat = Layers.of(rest[: run.width], run.depth), rest[run.width :]
         stride = max(1, math.isqrt(len(run.slots)))
         kept: list[Tensor] = []
         outputs = []
@@ -362,9 +364,9 @@ def _check(
     shape(f"{what}k", k, tuple(q.shape), "as q")
     if v.ndim != 4 or v.shape[:3] != q.shape[:3]:
         raise ArgumentError(f"{what}v is {tuple(v.shape)}, expected {(batch, time, heads)} and d_out, as q")
-    for name, x in present[3:]:
-        if x is not None:
-            shape(what + name, x, (batch, time, heads), f"(batch, time, heads) of q {tuple(q.shape)}")
+    for name, gate in present[3:]:
+        if gate is not None:
+            shape(what + name, gate, (batch, time, heads), f"(batch, time, heads) of q {tuple(q.shape)}")
     width = d_in
     for n, w in enumerate(weights):
         if w.ndim != 3 or w.shape[0] != heads or w.shape[2] != width:

@@ -167,7 +167,9 @@ class Ends(NamedTuple):
 def _ends(mix: Mixing, lengths: Tensor | None) -> Ends:
     """Coefficients at the last of ``lengths`` (batch,) tokens; a row of no tokens keeps what it has."""
     if lengths is None:
-        return Ends(*(None if c is None else c.select(2, -1) for c in mix))
+        keep, from_momentum, grads, persist, momentum_grads = (None if c is None else c.select(2, -1) for c in mix)
+        assert grads is not None
+        return Ends(keep, from_momentum, grads, persist, momentum_grads)
     last = (lengths - 1).clamp(min=0)[:, None, None]
     none = (lengths == 0)[:, None, None]
 
@@ -183,12 +185,12 @@ def _ends(mix: Mixing, lengths: Tensor | None) -> Ends:
         picked = c.gather(2, last[..., None].expand(-1, c.shape[1], -1, c.shape[3]))
         return torch.where(none[..., None], 0.0, picked).squeeze(2)
 
-    grads = matrix(mix.grads)
-    assert grads is not None
+    last_grads = matrix(mix.grads)
+    assert last_grads is not None
     return Ends(
         vector(mix.keep, 1.0),
         vector(mix.from_momentum, 0.0),
-        grads,
+        last_grads,
         vector(mix.persist, 1.0),
         matrix(mix.momentum_grads),
     )

@@ -13,6 +13,8 @@ from paralm_kernels import ArgumentError, memory_state, neural_memory, read_memo
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from tests.peers import run_peer
+
 HEADS, D_IN, D_OUT = 2, 3, 4
 
 
@@ -237,3 +239,70 @@ def test_bad_arguments(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=re.escape(message)) as caught:
         neural_memory(**arguments)
     assert "\n" not in str(caught.value)
+
+
+PEER = """
+import titans_pytorch
+torch.manual_seed(0)
+torch.set_default_dtype(torch.float64)
+memory = titans_pytorch.NeuralMemory(
+    dim=6, dim_head=4, heads=2, chunk_size=1, batch_size=4, pre_rmsnorm=False, mem_model_norm_add_residual=False,
+    default_model_kwargs=dict(depth=2, expansion_factor=2.0),
+)
+for p in memory.parameters():
+    p.data = p.data.clone() + 0.1 * torch.randn(p.shape)
+x = given["x"].requires_grad_()
+y, state = memory(x)
+weights, momentum = state.states
+names = sorted(weights.keys())
+result["y"] = y
+leaves = {"x": x, **dict(memory.named_parameters())}
+leaves = {n: p for n, p in leaves.items() if not n.startswith("memory_model.")}
+score = (y * given["score"]).sum()
+for n, name in enumerate(names):
+    result[f"weights.{n}"], result[f"momentum.{n}"] = weights[name], momentum[name][0]
+    score = score + weights[name].sin().sum() + momentum[name].cos().sum()
+for (name, p), g in zip(leaves.items(), torch.autograd.grad(score, list(leaves.values()))):
+    result[f"leaf.{name}"], result[f"grad.{name}"] = p, g
+"""
+
+
+def test_titans_pytorch() -> None:
+    """Outputs, memory, momentum and the gradients of all parameters, with gradients taken anew every 4 tokens.
+
+    Its conventions: a mean over channels in the loss, weights (in, out), keys that are not normed, a sigmoid gate and a
+    projection after the read.
+    """
+    draws = torch.Generator().manual_seed(3)
+    x, score = (torch.randn(2, 11, 6, generator=draws, dtype=torch.float64) for _ in range(2))
+    peer = run_peer("titans-pytorch", PEER, {"x": x, "score": score})
+    own = {n.removeprefix("leaf."): p.requires_grad_() for n, p in peer.items() if n.startswith("leaf.")}
+
+    def heads(name: str) -> Tensor:
+        return (own["x"] @ own[f"{name}.weight"].T).unflatten(-1, (2, 4))
+
+    def gate(name: str) -> Tensor:
+        return own["x"] @ own[f"{name}.0.weight"].T + own[f"{name}.0.bias"]
+
+    log = torch.nn.functional.logsigmoid
+    y, state = neural_memory(
+        heads("to_queries"),
+        heads("to_keys"),
+        heads("to_values"),
+        gate("to_adaptive_step").sigmoid() / 4,
+        log(gate("to_momentum")),
+        log(-gate("to_decay_factor")),
+        [own[f"memory_model_parameters.{n}"].mT for n in range(2)],
+        chunk_size=4,
+    )
+    gated = y * (own["x"] @ own["retrieve_gate.0.weight"].T).sigmoid()[..., None]
+    y = gated.flatten(2) @ own["combine_heads.weight"].T
+    close(y, peer["y"], 1e-6)
+    total = (y * score).sum()
+    for n in range(2):
+        weights, momentum = (state[f"{kind}weights"][n].mT.flatten(0, 1) for kind in ("", "momentum_"))
+        close(weights, peer[f"weights.{n}"], 1e-6)
+        close(momentum, peer[f"momentum.{n}"], 1e-6)
+        total = total + weights.sin().sum() + momentum.cos().sum()
+    for name, g in zip(own, torch.autograd.grad(total, list(own.values()))):
+        close(g, peer[f"grad.{name}"], 1e-6)

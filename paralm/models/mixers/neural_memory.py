@@ -1,14 +1,15 @@
 """The neural memory as a layer, around :func:`paralm_kernels.neural_memory` (Titans, arXiv 2501.00663).
 
-    q, k = ℓ2(SiLU(conv(W x))) a head      v = SiLU(conv(W_v x))      θ, η, α = θ_max σ(·), σ(·), σ(·), one each a head
+    q, k = ℓ2(SiLU(conv(W x))) a head      v = SiLU(conv(W_v x))
+    η = σ(·)    α = σ(·)    θ = θ_max (1 − η) σ(·)      one each a head and token, from x
     y = W_o (g ⊙ RMSNorm(M_t(q_t)))        g = σ(W_g x) a head, or SiLU of a full matrix
 
-Where training starts (measured at d_head 64 and 128, random inputs, chunks of 16 to 2048: the memory's loss falls
-within a sequence and its weights stay of their size). M's layers are normal with std 1/√fan_in: a unit key makes
-hidden values of 1/√d_head and activations of total square about expand/4, so that no layer's step is much longer than
-another's. η starts at 0.5. θ starts at min(0.1, 2/chunk_size): gradients of a chunk are taken at one point, so it is
-their sum that has to be a stable step. α starts spread over the heads, log-uniform from 0.1 to 0.001: memories of ten
-to a thousand tokens.
+θ carries 1 − η, so that θ_max bounds what a token writes in all, Σ_n θ ηⁿ, whatever η learns to be.
+
+Where training starts: M's layers are normal with std 1/√fan_in, so that a unit key makes activations of total square
+about expand/4 and no layer's step is much longer than another's. η starts at 0.5. θ_max is min(0.25, 6/chunk_size) and
+θ starts at half of its range: gradients of a chunk are taken at one point, so it is their sum that has to be a stable
+step. α starts spread over the heads, log-uniform from 0.1 to 0.001: memories of ten to a thousand tokens.
 """
 
 from __future__ import annotations
@@ -51,8 +52,10 @@ class MemoryConfig(EntryConfig):
     gate: Literal["headwise", "full", "none"] = Field(
         default="headwise", description="of the output: one number a head, d_model numbers (d_model² weights), or none"
     )
-    max_rate: PositiveFloat = Field(default=1.0, description="θ's largest value")
-    rate_init: PositiveFloat | None = Field(default=None, description="θ at the start; default: min(0.1, 2/chunk_size)")
+    max_rate: PositiveFloat | None = Field(
+        default=None, description="the largest θ/(1 − η), a token's whole step; default: min(0.25, 6/chunk_size)"
+    )
+    rate_init: PositiveFloat | None = Field(default=None, description="θ/(1 − η) at the start; default: max_rate/2")
     matmul: Literal["full", "bfloat16"] = Field(
         default="full", description="operands of the memory's matrix products: at least float32, or rounded to bfloat16"
     )
@@ -76,9 +79,9 @@ class ConvProjection(nn.Module):
         """(batch, time, d_model) → (batch, time, channels); state (batch, d_conv − 1, channels)."""
         z = F.linear(x, self.weight)
         if self.d_conv == 1:
-            return F.silu(z), z[:, :0] if state is None else state
-        z, state = paralm_kernels.causal_conv(z, self.conv_weight, self.conv_bias, state, reset)
-        return F.silu(z), state
+            return F.silu(z), z[:, :0]
+        z, after = paralm_kernels.causal_conv(z, self.conv_weight, self.conv_bias, state, reset)
+        return F.silu(z), after
 
     def initial_state(self, batch: int, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
         device, dtype = device or self.weight.device, dtype or self.weight.dtype
@@ -103,14 +106,14 @@ def _gate_bias(kinds: tuple[str, ...], rate: float, tensor: Tensor, generator: t
 class MemoryGates(nn.Module):
     """θ, log η and log(1 − α) of every head and token, in at least float32."""
 
-    def __init__(self, d_model: int, n_heads: int, config: MemoryConfig, rate: float) -> None:
+    def __init__(self, d_model: int, n_heads: int, config: MemoryConfig, rate: float, max_rate: float) -> None:
         super().__init__()
         self.kinds = ("rate", *(["momentum"] if config.momentum else []), *(["decay"] if config.decay else []))
-        self.max_rate = config.max_rate
+        self.max_rate = max_rate
         self.weight = nn.Parameter(torch.empty(len(self.kinds) * n_heads, d_model))
         self.bias = nn.Parameter(torch.empty(len(self.kinds) * n_heads))
         declare(self, "weight", normal(linear_std(d_model) / 4), decay=True)
-        declare(self, "bias", partial(_gate_bias, self.kinds, rate / config.max_rate), decay=False)
+        declare(self, "bias", partial(_gate_bias, self.kinds, rate / max_rate), decay=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(batch, time, d_model) → three of (batch, time, heads); None where there is no momentum or decay."""
@@ -119,7 +122,10 @@ class MemoryGates(nn.Module):
         found = dict(zip(self.kinds, raw.chunk(len(self.kinds), dim=-1), strict=True))
         momentum = F.logsigmoid(found["momentum"]) if "momentum" in found else None
         keep = F.logsigmoid(-found["decay"]) if "decay" in found else None
-        return self.max_rate * torch.sigmoid(found["rate"]), momentum, keep
+        rate = self.max_rate * torch.sigmoid(found["rate"])
+        if momentum is not None:
+            rate = rate * torch.sigmoid(-found["momentum"])  # 1 − η
+        return rate, momentum, keep
 
 
 class NeuralMemoryLayer(nn.Module):
@@ -131,16 +137,13 @@ class NeuralMemoryLayer(nn.Module):
         self.config, self.n_heads = config, config.n_heads or default_heads(d_model)
         if d_model % self.n_heads:
             raise ConfigError(f"model.mixer.n_heads: {self.n_heads} heads do not divide d_model, which is {d_model}")
-        rate = (
-            config.rate_init if config.rate_init is not None else min(0.1, 2 / config.chunk_size, config.max_rate / 2)
-        )
-        if rate >= config.max_rate:
-            raise ConfigError(
-                f"model.mixer.rate_init: {rate:g} must be less than max_rate, which is {config.max_rate:g}"
-            )
+        max_rate = config.max_rate if config.max_rate is not None else min(0.25, 6 / config.chunk_size)
+        rate = config.rate_init if config.rate_init is not None else max_rate / 2
+        if rate >= max_rate:
+            raise ConfigError(f"model.mixer.rate_init: {rate:g} must be less than max_rate, which is {max_rate:g}")
         self.d_head = d_model // self.n_heads
         self.q_proj, self.k_proj, self.v_proj = (ConvProjection(d_model, d_model, config.d_conv) for _ in range(3))
-        self.gates = MemoryGates(d_model, self.n_heads, config, rate)
+        self.gates = MemoryGates(d_model, self.n_heads, config, rate, max_rate)
         if config.gate != "none":
             self.gate_proj = Linear(d_model, self.n_heads if config.gate == "headwise" else d_model)
         self.norm = RMSNorm(self.d_head, context.norm_eps)
@@ -194,11 +197,14 @@ class NeuralMemoryLayer(nn.Module):
             return self.norm(y).flatten(2), {"q": q_state}
         k, k_state = self.k_proj(x, None if state is None else state["k"], reset)
         v, v_state = self.v_proj(x, None if state is None else state["v"], reset)
+        rate, log_momentum, log_keep = self.gates(x)
         y, memory = paralm_kernels.neural_memory(
             self._unit(q),
             self._unit(k),
             v.unflatten(-1, (self.n_heads, -1)),
-            *self.gates(x),
+            rate,
+            log_momentum,
+            log_keep,
             weights,
             biases,
             None if state is None else state["memory"],

@@ -6,7 +6,7 @@
     titans_mac     h = M_{t'}(q(x))   y = W_y attention(p ‖ h ‖ segment)   M_t reads y
                    out = W_o (norm(y) ⊙ SiLU(norm(M_t(y))))                         (memory as context)
 
-M_t(x) is :class:`~paralm.models.mixers.neural_memory.NeuralMemoryLayer`, attention of MAG and MAL over a sliding window.
+M_t(x) is :class:`~paralm.models.mixers.neural_memory.NeuralMemoryLayer`; attention of MAG and MAL is over a window.
 Persistent tokens p stand before attention only: a memory that reads them first is another first memory, and that is
 learned.
 
@@ -98,7 +98,7 @@ class _WithAttention(Mixer):
     def initial_state(
         self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> State:
-        parts = {"memory": self.memory, "attention": self.attention}
+        parts: dict[str, NeuralMemoryLayer | SlidingAttention] = {"memory": self.memory, "attention": self.attention}
         return {name: part.initial_state(batch, device, dtype) for name, part in parts.items()}
 
     def extra_flops_per_token(self, seq_len: int) -> float:
@@ -140,9 +140,11 @@ class SegmentAttention(Heads):
         self.segment = segment
 
     def forward(self, x: Tensor, h: Tensor, phase: Tensor, state: State) -> tuple[Tensor, State]:
-        """x, h (batch, time, d_model) → (batch, time, d_model); phase (batch,): where in its segment a row's
-        first token is. No row leaves its segment in ``time``. State: ``{"k", "v"}`` (batch, 2, segment, heads, d_head), of h and
-        x, zeros where nothing was read."""
+        """x, h (batch, time, d_model) → (batch, time, d_model); phase (batch,): where in its segment a row's first
+        token is. No row leaves its segment in ``time``.
+
+        State: ``{"k", "v"}`` (batch, 2, segment, heads, d_head), of h and x, zeros where nothing was read.
+        """
         time = x.shape[1]
         place = phase[:, None] + torch.arange(time, device=x.device)
         q, k, v = self.project(x)
