@@ -202,7 +202,7 @@ def undisturbed(
 ) -> tuple[dict[int, tuple[Any, ...]], float]:
     """(losses, seconds) of a run that nobody touches."""
     start = time.monotonic()
-    run = root / "-".join(["whole", launcher, str(ranks), *(text.replace(".", "_") for text in more)])
+    run = root / "-".join(["whole", launcher, str(ranks), *(text.replace("=", "_") for text in more)])
     driver = Driver(config, run, launcher, ranks, *more)
     try:
         if not driver.finished(PATIENCE) or driver.process.returncode != 0:
