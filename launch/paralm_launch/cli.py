@@ -15,7 +15,7 @@ import typer
 
 import paralm
 from paralm_launch import errors
-from paralm_launch.commands import config, data, export, results, runs, tools
+from paralm_launch.commands import config, data, export, plan, results, runs, tools
 
 app = typer.Typer(
     name="paralm",
@@ -33,6 +33,7 @@ data.add_to(app)
 results.add_to(app)
 export.add_to(app)
 config.add_to(app)
+plan.add_to(app)
 tools.add_to(app)
 
 _verbose = False
