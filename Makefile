@@ -24,7 +24,7 @@ PEERS := $(VENV)/.paralm-peers-installed
 SOURCES := paralm kernels data_pipeline launch tests benchmarks tools
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test peers lint format bench gpu-check gpu-wheels mutants chaos clean
+.PHONY: help quickstart compare test peers lint format bench gpu-check gpu-wheels mutants chaos clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | awk -F ':.*  ## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -51,6 +51,12 @@ mutants: $(DEV) $(PEERS)  ## plant known defects one at a time; each must make i
 
 chaos: $(DEV)  ## kill training at random moments, 30 times at least, and compare its losses; about 20 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python tools/chaos.py --out benchmarks/results/chaos.json
+
+COMPARED := $(patsubst configs/compare/%.yaml,%,$(wildcard configs/compare/*.yaml))
+
+compare: $(BASE)  ## every architecture at equal parameters and tokens on the quick start's text, curves in one figure
+	@set -e; for name in $(COMPARED); do $(BIN)/paralm run compare/$$name; done
+	$(BIN)/paralm compare $(COMPARED:%=runs/compare-%) --out runs/compare.png
 
 bench: $(DEV)  ## every benchmark that needs no GPU; results in benchmarks/results
 	@set -e; for script in $(filter-out benchmarks/gpu_%,$(wildcard benchmarks/*.py)); do \

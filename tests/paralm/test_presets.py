@@ -82,3 +82,24 @@ def test_the_state_that_is_planned_is_the_state_that_is() -> None:
     with torch.no_grad():
         state = model(torch.zeros(1, 3, dtype=torch.int64)).state
     assert plan.state_elements == sum(leaf.numel() for leaf in pytree.tree_leaves(state))
+
+
+COMPARED = [name for name in resources.presets() if name.startswith("compare/")]
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_what_is_compared_differs_in_the_architecture_only(name: str) -> None:
+    """Parameters within 4 % of the base's; the same text, tokens, optimizer and evaluation."""
+    base, config = (load_config(which, []).config for which in ("compare/paragru", name))
+    sizes = [plan_model(c.model, c.data.tokenizer.vocab_size, c.training.seq_len).parameters for c in (base, config)]
+    assert abs(sizes[1] / sizes[0] - 1) <= 0.04
+    for section in ("data", "training", "optimizer", "eval"):
+        assert getattr(config, section) == getattr(base, section), section
+    assert config.run.seed == base.run.seed
+    assert config.run.name == name.replace("/", "-")
+
+
+def test_every_architecture_is_compared() -> None:
+    assert {name.removeprefix("compare/") for name in COMPARED} == {
+        *("paragru", "paralstm", "mamba2", "xlstm", "titans", "transformer")
+    }
