@@ -70,7 +70,7 @@ def run_tests(tree: Path, tests: list[str]) -> tuple[int, str]:
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join(str(tree / p) for p in PATHS), OMP_NUM_THREADS="1")
     environment["PYTHONDONTWRITEBYTECODE"] = "1"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
-    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=1800, check=False)
     return done.returncode, done.stdout[-3000:] + done.stderr[-1000:]
 
 
@@ -106,15 +106,15 @@ def main() -> int:
             tree.mkdir()
             copy_tree(tree)
             trees.put(tree)
-        tree = trees.get()
-        code, output = run_tests(tree, sorted({m.test for m in mutants}))
-        trees.put(tree)
-        if code != 0:
-            print(output)
-            print("mutants: the named tests do not pass on the tree as it is")
-            return 1
         survived = 0
         with ThreadPoolExecutor(arguments.jobs) as pool:
+            tests = sorted({m.test for m in mutants})
+            shares = [tests[index :: arguments.jobs] for index in range(min(arguments.jobs, len(tests)))]
+            for code, output in pool.map(run_tests, list(trees.queue), shares):
+                if code != 0:
+                    print(output)
+                    print("mutants: the named tests do not pass on the tree as it is")
+                    return 1
             for mutant, caught, output, seconds in pool.map(lambda m: attempt(m, trees), mutants):
                 survived += not caught
                 print(
