@@ -72,6 +72,12 @@ def test_a_nan_in_one_micro_batch_skips_the_update_and_nothing_else(
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+NVME = pytest.mark.skipif(
+    os.environ.get("PARALM_TEST_NVME") != "1",
+    reason="DeepSpeed compiles async_io for minutes and needs libaio; PARALM_TEST_NVME=1 runs it",
+)
+
+
 @pytest.mark.parametrize(
     "parallel",
     [
@@ -79,10 +85,14 @@ def test_a_nan_in_one_micro_batch_skips_the_update_and_nothing_else(
         {"zero_stage": 2, "offload_optimizer": "cpu"},
         {"zero_stage": 3, "offload_optimizer": "cpu"},
         {"zero_stage": 3, "offload_optimizer": "cpu", "offload_parameters": "cpu"},
+        pytest.param({"zero_stage": 3, "offload_optimizer": "nvme"}, marks=NVME),
+        pytest.param({"zero_stage": 3, "offload_optimizer": "nvme", "offload_parameters": "nvme"}, marks=NVME),
     ],
     ids=lambda parallel: "-".join(map(str, parallel.values())),
 )
-def test_offloading_changes_no_loss_and_resumes(make: Any, parallel: dict[str, Any]) -> None:
+def test_offloading_changes_no_loss_and_resumes(make: Any, parallel: dict[str, Any], tmp_path: Path) -> None:
+    if "nvme" in parallel.values():
+        parallel = {**parallel, "nvme_path": str(tmp_path)}
     plain = make("plain", {"zero_stage": parallel["zero_stage"]}, training={"max_steps": 4})
     train(plain, say=print)
     with pytest.raises(StoppedError):
