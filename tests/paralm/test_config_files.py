@@ -319,7 +319,7 @@ def test_a_mistake_in_an_included_file_is_placed_there(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("given_name", "nearest"),
-    [("quikstart", "quickstart"), ("model/paragru", "model/paragru_10m"), ("rum.yaml", "run.yaml")],
+    [("quikstart", "quickstart"), ("model/paragru_10", "model/paragru_10m"), ("rum.yaml", "run.yaml")],
 )
 def test_a_missing_file_names_the_nearest(folder: Path, given_name: str, nearest: str) -> None:
     put(folder, "run.yaml", "run: {}\n")
