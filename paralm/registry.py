@@ -98,7 +98,7 @@ class Registry(Generic[T]):
         """The entry of that name; ConfigError naming the nearest valid one otherwise."""
         entries = self.entries()
         if name not in entries:
-            raise ConfigError(f"{self.key}.name: no {self.kind} '{name}'{_nearest(name, entries)}")
+            raise ConfigError(f"{self.key}.name: no {self.kind} '{name}'{nearest(name, entries)}")
         return entries[name]
 
     def validate(self, spec: Mapping[str, Any]) -> tuple[Entry[T], BaseModel]:
@@ -113,7 +113,7 @@ class Registry(Generic[T]):
         entry = self.get(name)
         unknown = [key for key in keys if key not in _key_names(entry.config)]
         if unknown:
-            hint = _nearest(unknown[0], _key_names(entry.config))
+            hint = nearest(unknown[0], _key_names(entry.config))
             raise ConfigError(f"{self.key}.{unknown[0]}: {self.kind} '{name}' has no such key{hint}")
         try:
             return entry, entry.config.model_validate(keys)
@@ -130,7 +130,8 @@ def _identity(value: Any) -> str:
     return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', repr(value))}"
 
 
-def _nearest(name: str, valid: Iterable[str]) -> str:
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """``; did you mean 'NEAREST'? (valid: …)``, the end of a message about a name that does not exist."""
     names = [str(v) for v in valid]
     close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f"; did you mean '{close[0]}'?" if close else ""

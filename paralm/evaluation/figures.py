@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -66,7 +67,7 @@ def short_axis(axes: Axes, which: str = "x") -> None:
 def save(figure: Figure, path: Path) -> Path:
     """Write a PNG; a reader sees the old picture or the new one, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.tmp-{os.getpid()}{path.suffix}")  # several processes may write at once
     figure.savefig(temporary, dpi=_DPI, facecolor="white", metadata={"Software": None})
     temporary.replace(path)
     return path
