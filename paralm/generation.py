@@ -121,9 +121,12 @@ def sample(logits: Tensor, draws: torch.Generator, temperature: float, top_k: in
     if top_k:
         ranked = ranked[:top_k]
     probability = ranked.softmax(0)
-    before = probability.cumsum(0) - probability
-    probability = probability[before < top_p]  # the first token always stays
-    return int(order[int(torch.multinomial(probability, 1, generator=draws))])
+    reached = probability.cumsum(0)
+    if top_p < 1:
+        reached = reached[reached - probability < top_p]  # the first token always stays
+    # One uniform number a token, whatever the number of candidates: rounding in the tail moves no later draw.
+    drawn = torch.rand(1, generator=draws, dtype=reached.dtype) * reached[-1]
+    return int(order[min(int(torch.searchsorted(reached, drawn, right=True)), len(reached) - 1)])
 
 
 def stream_text(
@@ -162,35 +165,69 @@ def stream_text(
     return until_stop(whole_characters(ids, tokenizer), stop)
 
 
-def whole_characters(ids: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
-    """Decode a stream of ids. A character spelled in bytes comes when its last byte is there.
+class WholeCharacters:
+    """Text of ids that come one by one. A character spelled in bytes comes when its last byte is there.
 
     Bytes that never complete one come as U+FFFD, as they do from decoding everything at once.
     """
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> str:
+        """The text that this id makes certain."""
+        return self._decoder.decode(self._tokenizer.decode_bytes([token]))
+
+    def end(self) -> str:
+        """What is left."""
+        return self._decoder.decode(b"", final=True)
+
+
+class UntilStop:
+    """Passes text on until the earliest of the ``stop`` strings, which may span pieces; ``stopped`` once it came."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop, self._held = stop, ""
+        self.stopped = False
+
+    def push(self, piece: str) -> str:
+        """The text that is certain now: none of it begins a stop string. Nothing after one."""
+        if self.stopped:
+            return ""
+        held = self._held + piece
+        found = [held.find(s) for s in self._stop if s in held]
+        self.stopped = bool(found)
+        certain = min(found) if found else len(held) - max((_overlap(held, s) for s in self._stop), default=0)
+        self._held = "" if found else held[certain:]
+        return held[:certain]
+
+    def end(self) -> str:
+        """What was held back and turned out to be text."""
+        held, self._held = self._held, ""
+        return held
+
+
+def whole_characters(ids: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
+    """Decode a stream of ids; see :class:`WholeCharacters`."""
+    text = WholeCharacters(tokenizer)
     for token in ids:
-        if text := decoder.decode(tokenizer.decode_bytes([token])):
-            yield text
-    if text := decoder.decode(b"", final=True):
-        yield text
+        if piece := text.push(token):
+            yield piece
+    if piece := text.end():
+        yield piece
 
 
 def until_stop(pieces: Iterator[str], stop: Sequence[str]) -> Iterator[str]:
     """Pass text on until the earliest of the ``stop`` strings, which may span pieces; end before it."""
-    held = ""
+    passed = UntilStop(stop)
     for piece in pieces:
-        held += piece
-        found = [held.find(s) for s in stop if s in held]
-        if found:
-            if min(found):
-                yield held[: min(found)]
+        if text := passed.push(piece):
+            yield text
+        if passed.stopped:
             return
-        keep = max((_overlap(held, s) for s in stop), default=0)
-        if len(held) > keep:
-            yield held[: len(held) - keep]
-            held = held[len(held) - keep :]
-    if held:
-        yield held
+    if text := passed.end():
+        yield text
 
 
 def _overlap(text: str, stop: str) -> int:
