@@ -42,7 +42,8 @@ def test_a_known_onset_is_found_within_one_bucket(
 ) -> None:
     found = judge(curves(onset, rise, noise, streams, seed), EDGES, T)
     assert found.verdict == "collapse"
-    assert found.onset is not None and found.onset_interval is not None
+    assert found.onset is not None
+    assert found.onset_interval is not None
     assert abs(EDGES.index(int(found.onset) - 1) - onset) <= 1
     low, high = found.onset_interval
     assert low <= found.onset <= high < math.inf
@@ -123,7 +124,7 @@ def test_edges_stand_at_the_training_length_and_half_octaves() -> None:
 
 
 def test_too_little_is_refused_in_one_line() -> None:
-    with pytest.raises(UserError, match="length is 300.*at least 512"):
+    with pytest.raises(UserError, match=r"length is 300.*at least 512"):
         bucket_edges(T, 300)
     with pytest.raises(UserError, match="streams is 3"):
         judge(np.ones((3, len(EDGES) - 1)), EDGES, T)
@@ -156,7 +157,8 @@ def test_a_head_that_leaves_its_range_is_found_with_its_onset() -> None:
 
 def test_a_head_whose_state_dies_away_is_found() -> None:
     found = departure(norms(1024, 0.1), EDGES[1:], T, **NAMES)
-    assert found is not None and found.ratio < 1 / FACTOR
+    assert found is not None
+    assert found.ratio < 1 / FACTOR
 
 
 def test_a_head_within_its_range_is_not_found() -> None:
