@@ -1,4 +1,4 @@
-"""Corpora, tokenizers, the token store and the loader. Knows no model.
+"""Corpora, tokenizers, the token store, synthetic tasks and the loaders. Knows no model.
 
 >>> prepared = prepare(SourceSpec("python-stdlib"), TokenizerSpec(vocab_size=4096), "data")
 >>> loader = Loader(prepared.train, seq_len=256, global_batch_size=16, seed=0)
@@ -16,6 +16,7 @@ from paralm_data.sources import Shard, documents, shards
 from paralm_data.specs import Document, SourceSpec, TokenizerSpec
 from paralm_data.store import TokenStore
 from paralm_data.store_writer import StoreWriter
+from paralm_data.synthetic import SyntheticLoader, Task, make_task, register_task, tasks
 from paralm_data.tokenizer import Tokenizer
 
 __all__ = [
@@ -33,6 +34,8 @@ __all__ = [
     "SourceSpec",
     "StoreReport",
     "StoreWriter",
+    "SyntheticLoader",
+    "Task",
     "TokenCount",
     "TokenStore",
     "Tokenizer",
@@ -40,8 +43,11 @@ __all__ = [
     "documents",
     "inspect",
     "is_prepared",
+    "make_task",
     "prepare",
     "random_permutation",
+    "register_task",
     "shards",
+    "tasks",
     "tokenizer_of",
 ]

@@ -7,6 +7,7 @@ state is the number of the next step.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -41,11 +42,73 @@ class Batch:
     epoch: float
 
 
-class Loader:
-    """Reads ``store`` in rows of ``seq_len`` tokens, in an ``order``: ``windows`` or ``lanes``.
+class StepLoader(ABC):
+    """What every loader is: a pure function of the step, the rows of a rank, and the number of the next step.
 
     :meth:`batch` is random access; ``next(loader)`` is ``batch(loader.step)`` and advances ``step``. Raises DataError
-    for a store without a window, or an argument out of range.
+    for an argument out of range.
+    """
+
+    def __init__(self, seq_len: int, global_batch_size: int, seed: int, rank: int, world_size: int) -> None:
+        for name, value in (("seq_len", seq_len), ("global_batch_size", global_batch_size), ("world_size", world_size)):
+            if value < 1:
+                raise DataError(f"{name} is {value}; it must be at least 1")
+        if not 0 <= rank < world_size:
+            raise DataError(f"rank {rank} of {world_size}: ranks count from 0")
+        self.seq_len, self.global_batch_size = seq_len, global_batch_size
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.step = 0
+        self._rows = range(global_batch_size * rank // world_size, global_batch_size * (rank + 1) // world_size)
+
+    @abstractmethod
+    def batch(self, step: int) -> Batch:
+        """This rank's rows of the global batch of ``step`` (from 0)."""
+
+    @abstractmethod
+    def _identity(self) -> dict[str, Any]:
+        """What is read, and how; JSON-able, equal on every rank."""
+
+    def _check_step(self, step: int) -> None:
+        if step < 0:
+            raise DataError(f"step {step}: steps count from 0")
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        batch = self.batch(self.step)
+        self.step += 1
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The next step, and what must be the same for it to mean the same; JSON-able, equal on every rank."""
+        return {
+            "step": self.step,
+            "seed": self.seed,
+            "seq_len": self.seq_len,
+            "global_batch_size": self.global_batch_size,
+            **self._identity(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where another loader was, on any world size. DataError, with both values, if it read otherwise."""
+        for key, mine in self.state_dict().items():
+            if key not in state:
+                raise DataError(f"the loader's saved state has no '{key}'")
+            if key != "step" and state[key] != mine:
+                raise DataError(
+                    f"the loader's saved state has {key} {state[key]!r}, this one {mine!r}; "
+                    "a run goes on only with the same data, order and sizes"
+                )
+        if type(state["step"]) is not int or state["step"] < 0:
+            raise DataError(f"the loader's saved state has step {state['step']!r}, which is no step")
+        self.step = state["step"]
+
+
+class Loader(StepLoader):
+    """Reads ``store`` in rows of ``seq_len`` tokens, in an ``order``: ``windows`` or ``lanes``.
+
+    Raises DataError for a store without a window, or an argument out of range.
     """
 
     def __init__(
@@ -60,16 +123,9 @@ class Loader:
     ) -> None:
         if order not in ORDERS:
             raise DataError(f"data.order is '{order}'; it must be one of: {', '.join(ORDERS)}")
-        for name, value in (("seq_len", seq_len), ("global_batch_size", global_batch_size), ("world_size", world_size)):
-            if value < 1:
-                raise DataError(f"{name} is {value}; it must be at least 1")
-        if not 0 <= rank < world_size:
-            raise DataError(f"rank {rank} of {world_size}: ranks count from 0")
-        self.store, self.seq_len, self.global_batch_size = store, seq_len, global_batch_size
-        self.seed, self.order, self.rank, self.world_size = seed, order, rank, world_size
-        self.step = 0
+        super().__init__(seq_len, global_batch_size, seed, rank, world_size)
+        self.store, self.order = store, order
         self._order = ORDERS[order](store, seq_len, global_batch_size, seed)
-        self._rows = range(global_batch_size * rank // world_size, global_batch_size * (rank + 1) // world_size)
 
     @property
     def steps_per_epoch(self) -> float:
@@ -78,8 +134,7 @@ class Loader:
 
     def batch(self, step: int) -> Batch:
         """This rank's rows of the global batch of ``step`` (from 0)."""
-        if step < 0:
-            raise DataError(f"step {step}: steps count from 0")
+        self._check_step(step)
         rows = self._order.rows(step, self._rows)
         raw, manifest = rows.tokens, self.store.manifest
         tokens, following = raw[:, :-1], raw[:, 1:]
@@ -101,35 +156,5 @@ class Loader:
             epoch=rows.epoch,
         )
 
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        batch = self.batch(self.step)
-        self.step += 1
-        return batch
-
-    def state_dict(self) -> dict[str, Any]:
-        """The next step, and what must be the same for it to mean the same; JSON-able, equal on every rank."""
-        return {
-            "step": self.step,
-            "seed": self.seed,
-            "order": self.order,
-            "seq_len": self.seq_len,
-            "global_batch_size": self.global_batch_size,
-            "store": self.store.manifest.fingerprint,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where another loader was, on any world size. DataError, with both values, if it read otherwise."""
-        for key, mine in self.state_dict().items():
-            if key not in state:
-                raise DataError(f"the loader's saved state has no '{key}'")
-            if key != "step" and state[key] != mine:
-                raise DataError(
-                    f"the loader's saved state has {key} {state[key]!r}, this one {mine!r}; "
-                    "a run goes on only with the same data, order and sizes"
-                )
-        if type(state["step"]) is not int or state["step"] < 0:
-            raise DataError(f"the loader's saved state has step {state['step']!r}, which is no step")
-        self.step = state["step"]
+    def _identity(self) -> dict[str, Any]:
+        return {"order": self.order, "store": self.store.manifest.fingerprint}
