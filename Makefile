@@ -58,7 +58,7 @@ compare: $(BASE)  ## every architecture at equal parameters and tokens on the qu
 	@set -e; for name in $(COMPARED); do $(BIN)/paralm run compare/$$name; done
 	$(BIN)/paralm compare $(COMPARED:%=runs/compare-%) --out runs/compare.png
 
-bench: $(DEV)  ## every benchmark that needs no GPU; results in benchmarks/results
+bench: $(DEV) $(PEERS)  ## every benchmark that needs no GPU; results in benchmarks/results
 	@set -e; for script in $(filter-out benchmarks/gpu_%,$(wildcard benchmarks/*.py)); do \
 	  echo "== $$script"; $(BIN)/python "$$script"; done
 

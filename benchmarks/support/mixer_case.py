@@ -1,0 +1,117 @@
+"""One case of the benchmark of the mixers, in a process of its own: a subject, and the lengths it is measured at."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import gc
+import importlib.util
+import resource
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from support import timing
+from support.mixer_subjects import Call, subjects
+
+SLOW = 10.0
+"""Seconds of a call from which on it is run once only."""
+SHORT = 256
+"""Tokens of the call before memory is counted."""
+COMPILING = 120.0
+"""Seconds that a first call on a GPU may take beyond the limit."""
+
+
+def limit_memory(gigabytes: float) -> None:
+    """Lets an allocation beyond it fail, on a machine that others use too."""
+    size = int(gigabytes * 2**30)
+    resource.setrlimit(resource.RLIMIT_DATA, (size, size))
+
+
+def restart_peak() -> int:
+    """Bytes in memory now, from which the peak counts. Linux forgets a process's former peak when asked to."""
+    gc.collect()
+    with contextlib.suppress(AttributeError):  # of glibc: gives freed memory back
+        ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def _status(name: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def repeated(run: Callable[[], Any], options: argparse.Namespace, first: float) -> list[float]:
+    """Seconds of calls: at least three, one if a call is slow; what the limit leaves time for."""
+    begin, values = time.perf_counter(), list[float]()
+    spent = first if options.device == "cpu" else 0.0
+    while len(values) < options.runs:
+        gone = time.perf_counter() - begin
+        if values and (values[-1] > SLOW or gone + spent + values[-1] > 0.9 * options.limit):
+            break
+        if len(values) >= 3 and gone > options.seconds:
+            break
+        values.append(timing.sample(run, options.device))
+    return values
+
+
+def measure(call: Call, parameters: list[torch.Tensor], length: int, options: argparse.Namespace) -> dict[str, Any]:
+    """The row of one length. Past the limit the process ends by SIGALRM, wherever it is."""
+    dtype = getattr(torch, options.dtype)
+    torch.manual_seed(0)
+    x = torch.randn(options.batch[0], length, options.d_model, dtype=dtype, device=options.device).requires_grad_()
+    grad = torch.randn_like(x)
+
+    def run(tokens: int = length) -> None:
+        torch.autograd.grad(call(x[:, :tokens]), [x, *parameters], grad[:, :tokens], allow_unused=True)
+
+    cuda = options.device == "cuda"
+    signal.setitimer(signal.ITIMER_REAL, options.limit + COMPILING * cuda)
+    if not cuda:
+        run(min(length, SHORT))
+    before = 0 if cuda else restart_peak()
+    first = timing.sample(run, options.device)
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        signal.setitimer(signal.ITIMER_REAL, options.limit)
+    once = not cuda and (first > SLOW or 1.9 * first > 0.9 * options.limit)
+    values = [first] if once else repeated(run, options, first)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    peak = torch.cuda.max_memory_allocated() if cuda else _status("VmHWM")
+    return {
+        "first": first,
+        "samples": values,
+        "seconds": timing.summary(values),
+        "memory_bytes": peak - before,
+        "parameters": sum(p.numel() for p in parameters),
+    }
+
+
+def run_case(options: argparse.Namespace) -> None:
+    """All given lengths of one subject, a line of JSON for each; ends with the first that fails."""
+    row: dict[str, Any] = {"length": options.lengths[0]}
+    try:
+        for name in filter(None, options.absent.split(",")):
+            if importlib.util.find_spec(name) is not None:
+                raise RuntimeError(f"{name} can be imported here, and could be run in the place of what is measured")
+        torch.set_num_threads(options.threads)
+        if options.device == "cpu":
+            limit_memory(options.memory)
+        call, parameters = subjects()[options.case].make(options.d_model, options.device, getattr(torch, options.dtype))
+        for length in options.lengths:
+            row = {"length": length}
+            timing.emit({**row, **measure(call, parameters, length, options)})
+            if options.device == "cuda":
+                torch.cuda.empty_cache()
+    except Exception as error:  # a case that fails is a result
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(frame.filename).parent.name}/{Path(frame.filename).name}, {frame.name}"
+        timing.emit({**row, "error": f"{timing.failure(error)} ({place})"})
