@@ -3,7 +3,9 @@
     ℓ(M; k, v) = ‖M(k) − v‖²  (summed over the head's channels)
     S_t = η_t S_{t−1} − θ_t ∇ℓ(M_{t'}; k_t, v_t)      M_t = (1 − α_t) M_{t−1} + S_t      y_t = M_t(q_t)
 
-t' is the start of the chunk, chunks counted from each row's own start (t' = C⌊(t−1)/C⌋, t = 1, 2, …): gradients are
+M is an MLP f itself, or with ``norm`` M(x) = x + γ ⊙ f(x)/√(|f(x)|² + 0.01): a residual and a norm around f, as TTT-MLP
+has them (arXiv 2407.04620; there a layer norm). f's scale then changes nothing, and the larger its weights, the smaller
+their steps. t' is the start of the chunk, chunks counted from each row's own start (t' = C⌊(t−1)/C⌋, t = 1, 2, …): gradients are
 taken at the chunk's first weights, everything else is per token, the read too. Within tiles of a chunk all is batched
 matrix products (neural_memory_tile.py); chunks follow each other. Backward keeps the state of about every √n-th of n
 tiles and recomputes the others.
@@ -22,7 +24,7 @@ from .checks import DTYPES, compute_dtype, same_device, shape
 from .errors import ArgumentError
 from .neural_memory_layout import Slot, plan
 from .neural_memory_reference import loop
-from .neural_memory_tile import ACTIVATIONS, Gates, Layers, apply_memory, tile
+from .neural_memory_tile import ACTIVATIONS, Form, Gates, Layers, apply_memory, tile
 
 MemoryState = dict[str, Any]
 METHODS = ("auto", "torch", "reference")
@@ -40,6 +42,7 @@ def neural_memory(
     state: MemoryState | None = None,
     reset: Tensor | None = None,
     *,
+    norm: Tensor | None = None,
     chunk_size: int = 64,
     activation: str = "gelu",
     method: str = "auto",
@@ -51,7 +54,8 @@ def neural_memory(
     q, k: (batch, time, heads, d_in); v: (batch, time, heads, d_out). rate θ, log_momentum log η ≤ 0, log_keep
     log(1 − α) ≤ 0: (batch, time, heads); log_momentum None: no momentum (η = 0, the state has none), log_keep None: no
     forgetting. weights: the memory a sequence starts with, (heads, out, in) for each layer, biases (heads, out) each;
-    activation "gelu" (exact) or "silu" between layers. state: from a former call or ``memory_state``; reset: bool
+    activation "gelu" (exact) or "silu" between layers. norm: the gain γ (heads, d_out) of the norm and residual around M
+    (d_in = d_out), None for neither. state: from a former call or ``memory_state``; reset: bool
     (batch, time), true where a new sequence starts.
 
     Returns y (batch, time, heads, d_out) like v, and the state, in at least float32: ``{"weights", "biases",
@@ -65,10 +69,11 @@ def neural_memory(
     are. Raises ArgumentError for shapes, dtypes or devices that do not fit.
     """
     wide = _check(
-        q, k, v, rate, log_momentum, log_keep, weights, biases, reset, chunk_size, activation, method, tile_size
+        q, k, v, rate, log_momentum, log_keep, weights, biases, norm, reset, chunk_size, activation, method, tile_size
     )
     batch, time = q.shape[:2]
     depth = len(weights)
+    norm = None if norm is None else norm.to(wide)
     initial = Layers(
         tuple(w.to(wide).expand(batch, *w.shape) for w in weights),
         tuple(c.to(wide).expand(batch, *c.shape) for c in biases or ()),
@@ -96,7 +101,7 @@ def neural_memory(
             (memory, start, momentum, position),
             reset,
             chunk_size,
-            activation,
+            Form(activation, norm),
         )
         return y.transpose(1, 2).to(v.dtype), _pack(*after)
     layout = plan(position, reset if time > 1 else None, batch, time, chunk_size, tile_size)
@@ -105,11 +110,11 @@ def neural_memory(
     flat = [*memory.flat, *start.flat, *(momentum.flat if momentum is not None else ())]
     final: Sequence[Tensor]
     if len(layout.slots) == 1:  # nothing to recompute a state for
-        read, final = run.step(layout.slots[0], laid, initial, tuple(flat), read=True)
+        read, final = run.step(layout.slots[0], laid, norm, initial, tuple(flat), read=True)
         assert read is not None
         y = read.to(v.dtype)
     else:
-        y, *final = _Memory.apply(run, *laid, *initial.flat, *flat)
+        y, *final = _Memory.apply(run, *laid, norm, *initial.flat, *flat)
     memory, start, momentum = run.split(tuple(final))
     return layout.restore(y.transpose(1, 2)), _pack(memory, start, momentum, layout.position.to(q.device))
 
@@ -139,12 +144,18 @@ def memory_state(
 
 
 def read_memory(
-    q: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None, *, activation: str = "gelu"
+    q: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None = None,
+    *,
+    norm: Tensor | None = None,
+    activation: str = "gelu",
 ) -> Tensor:
     """M(q) of a memory that stands still: q (batch, time, heads, d_in), weights (batch, heads, out, in) for each layer,
-    biases (batch, heads, out) → (batch, time, heads, d_out) like q; computed in the dtype of the weights."""
+    biases (batch, heads, out), norm (heads, d_out) → (batch, time, heads, d_out) like q; computed in the dtype of the weights."""
     memory = Layers(tuple(weights), tuple(biases or ()))
-    y = apply_memory(memory, q.transpose(1, 2).to(weights[0].dtype), activation)
+    form = Form(activation, None if norm is None else norm.to(weights[0].dtype))
+    y = apply_memory(memory, q.transpose(1, 2).to(weights[0].dtype), form)
     return y.transpose(1, 2).to(q.dtype)
 
 
@@ -202,7 +213,13 @@ class _Run(_Sizes):
         return Layers.of(memory, self.depth), Layers.of(start, self.depth), last
 
     def step(
-        self, slot: Slot, pieces: Sequence[Tensor | None], initial: Layers, flat: tuple[Tensor, ...], read: bool
+        self,
+        slot: Slot,
+        pieces: Sequence[Tensor | None],
+        norm: Tensor | None,
+        initial: Layers,
+        flat: tuple[Tensor, ...],
+        read: bool,
     ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
         """One tile from the state ``flat`` to the next; pieces: q, k, v, rate, log η, log(1 − α) of the tile."""
         memory, start, momentum = self.split(flat)
@@ -224,8 +241,7 @@ class _Run(_Sizes):
             v,
             Gates(rate, log_momentum, log_keep),
             slot.lengths,
-            self.activation,
-            self.matmul_dtype,
+            Form(self.activation, norm, self.matmul_dtype),
         )
         if isinstance(slot.ends, Tensor):
             start = memory.where(slot.ends, start)
@@ -239,7 +255,7 @@ def _pieces(laid: Sequence[Tensor | None], slot: Slot) -> list[Tensor | None]:
 
 
 class _Memory(torch.autograd.Function):
-    """(run; q, k, v, rate, log η, log(1 − α), all (batch, heads, time, …); first memory; state) → (y, state).
+    """(run; q, k, v, rate, log η, log(1 − α), all (batch, heads, time, …); γ; first memory; state) → (y, state).
 
     Saves the arguments and the state before every √n-th tile. Backward goes from the last such stretch to the first:
     the states inside it again without reads, then tile by tile forward once more and back.
@@ -247,7 +263,8 @@ class _Memory(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, run: _Run, *arguments: Tensor | None) -> tuple[Tensor, ...]:
-        laid, rest = arguments[:6], tuple(a for a in arguments[6:] if a is not None)  # none of these is None
+        laid, norm = arguments[:6], arguments[6]
+        rest = tuple(a for a in arguments[7:] if a is not None)  # none of these is None
         initial, flat = Layers.of(rest[: run.width], run.depth), rest[run.width :]
         stride = max(1, math.isqrt(len(run.slots)))
         kept: list[Tensor] = []
@@ -255,7 +272,7 @@ class _Memory(torch.autograd.Function):
         for n, slot in enumerate(run.slots):
             if n % stride == 0 and n:
                 kept.extend(flat)
-            y, flat = run.step(slot, _pieces(laid, slot), initial, flat, read=True)
+            y, flat = run.step(slot, _pieces(laid, slot), norm, initial, flat, read=True)
             assert y is not None
             assert laid[2] is not None
             outputs.append(y.to(laid[2].dtype))
@@ -276,10 +293,11 @@ class _Memory(torch.autograd.Function):
         run: _Run = ctx.run
         saved, width = ctx.saved_tensors, run.width
         arguments, kept = saved[: ctx.n_arguments], saved[ctx.n_arguments :]
-        laid, initial, first = arguments[:6], arguments[6 : 6 + width], arguments[6 + width :]
+        laid, norm, initial, first = arguments[:6], arguments[6], arguments[7 : 7 + width], arguments[7 + width :]
         size = len(first)
         wanted = [x is not None and need for x, need in zip(laid, ctx.needs_input_grad[1:7])]
         grads: list[Tensor | None] = [torch.zeros_like(x) if w else None for x, w in zip(laid, wanted)]
+        grad_norm: Tensor | None = None
         grad_initial: list[Tensor | None] = [None] * width
         grad_state: list[Tensor | None] = list(grad_final)
         for begin in reversed(range(0, len(run.slots), ctx.stride)):
@@ -287,14 +305,14 @@ class _Memory(torch.autograd.Function):
             group = begin // ctx.stride - 1
             states = [tuple(first) if begin == 0 else tuple(kept[group * size : (group + 1) * size])]
             for slot in slots[:-1]:
-                _, flat = run.step(slot, _pieces(laid, slot), Layers.of(initial, run.depth), states[-1], read=False)
+                _, flat = run.step(slot, _pieces(laid, slot), norm, Layers.of(initial, run.depth), states[-1], False)
                 states.append(flat)
             for slot in reversed(slots):
-                own = [_leaf(p) for p in _pieces(laid, slot)]
+                own, gain = [_leaf(p) for p in _pieces(laid, slot)], _leaf(norm)
                 fresh = [_leaf(w) for w in initial] if slot.fresh is not None else list(initial)
                 state = [_leaf(s) for s in states.pop()]
                 with torch.enable_grad():
-                    y, after = run.step(slot, own, Layers.of(tuple(fresh), run.depth), tuple(state), read=True)  # type: ignore[arg-type]
+                    y, after = run.step(slot, own, gain, Layers.of(tuple(fresh), run.depth), tuple(state), read=True)  # type: ignore[arg-type]
                     assert y is not None
                 pairs = [(a, g) for a, g in zip(after, grad_state) if g is not None and a.requires_grad]
                 if grad_y is not None:
@@ -302,7 +320,7 @@ class _Memory(torch.autograd.Function):
                 targets: list[Tensor] = [p for p, w in zip(own, wanted) if w and p is not None]
                 n_own = len(targets)
                 n_fresh = width if slot.fresh is not None else 0
-                targets += [*(fresh[:n_fresh]), *state]  # type: ignore[list-item]
+                targets += [*(fresh[:n_fresh]), *state, *([] if gain is None else [gain])]  # type: ignore[list-item]
                 found: Sequence[Tensor | None] = [None] * len(targets)
                 if pairs:
                     outputs, given = zip(*pairs)
@@ -313,8 +331,11 @@ class _Memory(torch.autograd.Function):
                         whole[:, :, slot.begin : slot.end] = part
                 for n in range(n_fresh):
                     grad_initial[n] = _sum(grad_initial[n], found[n_own + n])
+                if gain is not None:
+                    *found, by_gain = found
+                    grad_norm = _sum(grad_norm, by_gain)
                 grad_state = list(found[n_own + n_fresh :])
-        return (None, *grads, *grad_initial, *grad_state)
+        return (None, *grads, grad_norm, *grad_initial, *grad_state)
 
 
 def _leaf(x: Tensor | None) -> Tensor | None:
@@ -334,6 +355,7 @@ def _check(
     log_keep: Tensor | None,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor] | None,
+    norm: Tensor | None,
     reset: Tensor | None,
     chunk_size: int,
     activation: str,
@@ -351,6 +373,7 @@ def _check(
     if not weights:
         raise ArgumentError(f"{what}weights is empty; expected (heads, out, in) for each layer")
     present = [("q", q), ("k", k), ("v", v), ("rate", rate), ("log_momentum", log_momentum), ("log_keep", log_keep)]
+    present.append(("norm", norm))
     named = [(what + name, x) for name, x in present if x is not None]
     named += [(f"{what}weights[{n}]", w) for n, w in enumerate(weights)]
     named += [(f"{what}biases[{n}]", c) for n, c in enumerate(biases or ())]
@@ -364,7 +387,7 @@ def _check(
     shape(f"{what}k", k, tuple(q.shape), "as q")
     if v.ndim != 4 or v.shape[:3] != q.shape[:3]:
         raise ArgumentError(f"{what}v is {tuple(v.shape)}, expected {(batch, time, heads)} and d_out, as q")
-    for name, gate in present[3:]:
+    for name, gate in present[3:6]:
         if gate is not None:
             shape(what + name, gate, (batch, time, heads), f"(batch, time, heads) of q {tuple(q.shape)}")
     width = d_in
@@ -374,6 +397,12 @@ def _check(
         width = w.shape[1]
     if width != v.shape[3]:
         raise ArgumentError(f"{what}the last of weights gives {width} channels but v has {v.shape[3]}")
+    if norm is not None:
+        shape(f"{what}norm", norm, (heads, v.shape[3]), "(heads, d_out) of v")
+        if d_in != v.shape[3]:
+            raise ArgumentError(
+                f"{what}norm adds q to M(q): as many channels of q as of v, got {d_in} and {v.shape[3]}"
+            )
     if biases is not None and len(biases) not in (0, len(weights)):
         raise ArgumentError(f"{what}biases has {len(biases)} layers but weights {len(weights)}")
     for n, c in enumerate(biases or ()):

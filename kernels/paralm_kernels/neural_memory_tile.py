@@ -14,6 +14,9 @@ and applied to x_t, without forming it (biases: the same with a_j replaced by 1)
 
     W_t x_t = β_t W₀ x_t + f_t S₀ x_t − Σ_{j≤t} G_tj (a_j · x_t) d_j
 
+With a norm, M(x) = x + γ ⊙ z/√(|z|² + ε), z what the last layer gives: only d of that layer and the last step of a read
+know of it.
+
 Titans (arXiv 2501.00663) section 3; the read at every token is worked out in this project's notes and held against the
 loop by the tests. D and N come from sums over the steps between (never a difference of two cumulative sums, which
 cancels), so that η = 0 and α = 1 are exact zeros and not NaN. All is plain differentiable torch: gradients of the
@@ -30,6 +33,9 @@ from torch import Tensor
 
 ACTIVATIONS = ("gelu", "silu")
 """Between layers; GELU is the exact one, with erf."""
+
+NORM_EPS = 1e-2
+"""Added to the squared length in the norm around a memory: no slope is steeper than 10, where z is nearly zero too."""
 
 _INV_SQRT_2PI = 0.3989422804014327
 _INV_SQRT_2 = 0.7071067811865476
@@ -56,6 +62,34 @@ class Layers(NamedTuple):
     @classmethod
     def of(cls, flat: tuple[Tensor, ...], depth: int) -> Layers:
         return cls(tuple(flat[:depth]), tuple(flat[depth:]))
+
+
+class Form(NamedTuple):
+    """What a memory is besides its weights: the ``activation`` between layers, the ``gain`` γ (heads, d_out) of the
+    norm and residual around them or None, and the ``dtype`` operands of matrix products are rounded to."""
+
+    activation: str
+    gain: Tensor | None = None
+    dtype: torch.dtype | None = None
+
+    def finish(self, x: Tensor, z: Tensor) -> Tensor:
+        """M(x) from the last layer's output z, both (batch, heads, time, d)."""
+        if self.gain is None:
+            return z
+        return x + self.gain.unsqueeze(-2) * (z * _inverse_length(z))
+
+    def slope(self, x: Tensor, z: Tensor, v: Tensor) -> Tensor:
+        """∂‖M(x) − v‖²/∂z."""
+        error = 2 * (self.finish(x, z) - v)
+        if self.gain is None:
+            return error
+        scale, weighted = _inverse_length(z), self.gain.unsqueeze(-2) * error
+        unit = z * scale
+        return scale * (weighted - unit * (unit * weighted).sum(-1, keepdim=True))
+
+
+def _inverse_length(z: Tensor) -> Tensor:
+    return (z.square().sum(-1, keepdim=True) + NORM_EPS).rsqrt()
 
 
 class Gates(NamedTuple):
@@ -86,35 +120,31 @@ def matmul(a: Tensor, b: Tensor, dtype: torch.dtype | None) -> Tensor:
     return torch.matmul(a.to(dtype), b.to(dtype)).to(a.dtype)
 
 
-def apply_memory(memory: Layers, x: Tensor, activation: str, dtype: torch.dtype | None = None) -> Tensor:
+def apply_memory(memory: Layers, x: Tensor, form: Form) -> Tensor:
     """M(x) of one memory for all of x (batch, heads, time, in)."""
-    return _outputs(memory, x, activation, dtype)[1][-1]
+    return form.finish(x, _outputs(memory, x, form)[1][-1])
 
 
-def _outputs(
-    memory: Layers, x: Tensor, activation: str, dtype: torch.dtype | None
-) -> tuple[list[Tensor], list[Tensor]]:
+def _outputs(memory: Layers, x: Tensor, form: Form) -> tuple[list[Tensor], list[Tensor]]:
     """Every layer's input and output."""
     inputs, outputs = [x], []
     for layer, weight in enumerate(memory.weights):
-        z = matmul(inputs[-1], weight.mT, dtype)
+        z = matmul(inputs[-1], weight.mT, form.dtype)
         if memory.biases:
             z = z + memory.biases[layer].unsqueeze(-2)
         outputs.append(z)
         if layer + 1 < len(memory.weights):
-            inputs.append(activate(activation, z))
+            inputs.append(activate(form.activation, z))
     return inputs, outputs
 
 
-def loss_gradients(
-    memory: Layers, k: Tensor, v: Tensor, activation: str, dtype: torch.dtype | None = None
-) -> tuple[list[Tensor], list[Tensor]]:
+def loss_gradients(memory: Layers, k: Tensor, v: Tensor, form: Form) -> tuple[list[Tensor], list[Tensor]]:
     """(a, d): each layer's input on k, and ∂‖M(k) − v‖²/∂(the layer's output), both (batch, heads, time, ·)."""
-    inputs, outputs = _outputs(memory, k, activation, dtype)
-    slopes = [2 * (outputs[-1] - v)]
+    inputs, outputs = _outputs(memory, k, form)
+    slopes = [form.slope(k, outputs[-1], v)]
     for layer in range(len(memory.weights) - 1, 0, -1):
-        back = matmul(slopes[0], memory.weights[layer], dtype)
-        slopes.insert(0, back * _slope(activation, outputs[layer - 1]))
+        back = matmul(slopes[0], memory.weights[layer], form.dtype)
+        slopes.insert(0, back * _slope(form.activation, outputs[layer - 1]))
     return inputs, slopes
 
 
@@ -205,18 +235,17 @@ def tile(
     v: Tensor,
     gates: Gates,
     lengths: Tensor | None,
-    activation: str,
-    dtype: torch.dtype | None,
+    form: Form,
 ) -> tuple[Tensor | None, Layers, Layers | None]:
     """One tile: (y, memory, momentum) after it.
 
     memory, momentum: at the tile's start; start: the memory gradients are taken at. q, k (batch, heads, time, in), v
     (batch, heads, time, out) in the dtype of the memory; q None: no read. lengths (batch,): how many of the tokens are
-    a row's own, None for all. dtype: what operands of matrix products are rounded to.
+    a row's own, None for all.
     """
-    inputs, slopes = loss_gradients(start, k, v, activation, dtype)
+    inputs, slopes = loss_gradients(start, k, v, form)
     mix = mixing(gates, k.dtype)
-    y = None if q is None else _read(memory, momentum, q, inputs, slopes, mix, activation, dtype)
+    y = None if q is None else _read(memory, momentum, q, inputs, slopes, mix, form)
     ends = _ends(mix, lengths)
     weights = [_after(w, ends.keep) for w in memory.weights]
     biases = [_after(c, ends.keep) for c in memory.biases]
@@ -224,7 +253,7 @@ def tile(
     momenta_biases: list[Tensor] = []
     for layer, (a, d) in enumerate(zip(inputs, slopes)):
         scaled = (ends.grads.unsqueeze(-1) * d).mT
-        weights[layer] = weights[layer] - matmul(scaled, a, dtype)
+        weights[layer] = weights[layer] - matmul(scaled, a, form.dtype)
         if biases:
             biases[layer] = biases[layer] - scaled.sum(-1)
         if momentum is None:
@@ -234,7 +263,7 @@ def tile(
         s = momentum.weights[layer]
         weights[layer] = torch.addcmul(weights[layer], _like(ends.from_momentum, s), s)
         scaled = (ends.momentum_grads.unsqueeze(-1) * d).mT
-        momenta.append(_after(s, ends.persist) - matmul(scaled, a, dtype))
+        momenta.append(_after(s, ends.persist) - matmul(scaled, a, form.dtype))
         if biases:
             s = momentum.biases[layer]
             biases[layer] = torch.addcmul(biases[layer], _like(ends.from_momentum, s), s)
@@ -259,11 +288,10 @@ def _read(
     inputs: list[Tensor],
     slopes: list[Tensor],
     mix: Mixing,
-    activation: str,
-    dtype: torch.dtype | None,
+    form: Form,
 ) -> Tensor:
     """M_t(x_t) at every token t of the tile."""
-    depth = len(inputs)
+    depth, first, dtype = len(inputs), x, form.dtype
     for layer in range(depth):
         scores = matmul(x, inputs[layer].mT, dtype)
         z = matmul(x, memory.weights[layer].mT, dtype)
@@ -279,5 +307,5 @@ def _read(
                 s = s + momentum.biases[layer].unsqueeze(-2)
             z = torch.addcmul(z, mix.from_momentum.unsqueeze(-1), s)
         z = z - matmul(mix.grads * scores, slopes[layer], dtype)
-        x = activate(activation, z) if layer + 1 < depth else z
-    return x
+        x = activate(form.activation, z) if layer + 1 < depth else z
+    return form.finish(first, x)

@@ -3,6 +3,7 @@ titans-pytorch."""
 
 from __future__ import annotations
 
+import math
 import re
 from itertools import pairwise
 from typing import Any
@@ -28,19 +29,22 @@ class Case:
         biases: bool = False,
         momentum: bool = True,
         keep: bool = True,
+        norm: bool = False,
         batch: int = 3,
     ) -> None:
         self.draws = torch.Generator().manual_seed(time)
         self.depth, self.batch, self.time = depth, batch, time
-        widths = [D_IN, *[5] * (depth - 1), D_OUT]
+        d_out = D_IN if norm else D_OUT
+        widths = [D_IN, *[5] * (depth - 1), d_out]
         self.q = self.normal(batch, time, HEADS, D_IN)
         self.k = self.normal(batch, time, HEADS, D_IN)
-        self.v = self.normal(batch, time, HEADS, D_OUT)
+        self.v = self.normal(batch, time, HEADS, d_out)
         self.rate = self.normal(batch, time, HEADS).sigmoid().mul(0.1).detach().requires_grad_()
         self.log_momentum = self.log() if momentum else None
         self.log_keep = self.log(2.0) if keep else None
         self.weights = [self.normal(HEADS, o, i, scale=0.5) for i, o in pairwise(widths)]
         self.biases = [self.normal(HEADS, o, scale=0.5) for o in widths[1:]] if biases else None
+        self.norm = self.normal(HEADS, d_out) if norm else None
 
     def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
         return (scale * torch.randn(*shape, generator=self.draws, dtype=torch.float64)).requires_grad_()
@@ -56,7 +60,7 @@ class Case:
 
     def leaves(self) -> list[Tensor]:
         given = [self.q, self.k, self.v, self.rate, self.log_momentum, self.log_keep, *self.weights]
-        return [x for x in [*given, *(self.biases or ())] if x is not None]
+        return [x for x in [*given, *(self.biases or ()), self.norm] if x is not None]
 
     def run(
         self, pieces: list[int] | None = None, state: Any = None, reset: Tensor | None = None, **keys: Any
@@ -69,7 +73,9 @@ class Case:
                 for x in (self.q, self.k, self.v, self.rate, self.log_momentum, self.log_keep)
             ]
             now = None if reset is None else reset[:, part]
-            y, state = neural_memory(*cut, self.weights, self.biases, state, now, **{"chunk_size": 4, **keys})
+            y, state = neural_memory(
+                *cut, self.weights, self.biases, state, now, norm=self.norm, **{"chunk_size": 4, **keys}
+            )
             outputs.append(y)
             at += length
         return torch.cat(outputs, 1), state
@@ -108,6 +114,8 @@ KINDS: list[dict[str, Any]] = [
     {"momentum": False, "biases": True},
     {"keep": False},
     {"depth": 1, "momentum": False, "keep": False},
+    {"norm": True},
+    {"norm": True, "depth": 3, "biases": True},
 ]
 
 
@@ -184,6 +192,43 @@ def test_the_first_state_and_reads() -> None:
     close(read, y[:, -1:])
 
 
+def test_the_norm_around_a_memory() -> None:
+    """M(x) = x + γ z/√(|z|² + 0.01): a read says so, and where z is long its scale changes nothing."""
+    case = Case(norm=True)
+    y, state = case.run()
+    read = read_memory(case.q[:, -1:], state["weights"], norm=case.norm)
+    close(read, y[:, -1:])
+    plain = read_memory(case.q[:, -1:], state["weights"])
+    assert case.norm is not None
+    close(read, case.q[:, -1:] + case.norm * plain * (plain.square().sum(-1, keepdim=True) + 0.01).rsqrt())
+    scaled = [read_memory(case.q, [case.weights[0], s * case.weights[1]], norm=case.norm) for s in (1e3, 1e4)]
+    close(scaled[1], scaled[0], 1e-4)
+
+
+@pytest.mark.parametrize("scale", [1.0, 8.0])
+@pytest.mark.parametrize("period", [1, 2, None])
+def test_the_norm_keeps_a_memory_from_running_away(scale: float, period: int | None) -> None:
+    """One token for ever, two in turn, all different: the plain MLP's weights leave the finite numbers, these do not."""
+    time, d, hidden = 2048, 16, 64
+    draws = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draws)
+
+    count = period or time
+    k = torch.nn.functional.normalize(normal(1, count, 1, d), dim=-1).repeat(1, time // count, 1, 1)
+    v = normal(1, count, 1, d).repeat(1, time // count, 1, 1)
+    weights = [scale * normal(1, hidden, d) / d**0.5, scale * normal(1, d, hidden) / hidden**0.5]
+    gates = [torch.full((1, time, 1), x) for x in (0.5 / 64, math.log(0.5), math.log(0.999))]
+    largest = {}
+    for name, norm in (("plain", None), ("normed", torch.ones(1, d))):
+        state = neural_memory(k, k, v, *gates, weights, norm=norm, chunk_size=64)[1]
+        largest[name] = max(float(w.abs().max()) for w in state["weights"])
+    assert largest["normed"] < 2 * scale
+    if period is not None or scale > 1:
+        assert not largest["plain"] < 1e3
+
+
 def test_backward_keeps_few_states() -> None:
     """Of 64 chunks 8 states are kept; stored states would be 64."""
     case = Case(time=256, batch=1)
@@ -228,6 +273,8 @@ def test_low_precision() -> None:
         ({"biases": [torch.zeros(2, 4)]}, "biases has 1 layers but weights 2"),
         ({"reset": torch.zeros(3, 19)}, "reset must be a bool tensor"),
         ({"state": {}}, "state['weights'] has 0 layers, expected 2"),
+        ({"norm": torch.zeros(2, 3)}, "norm is (2, 3), expected (2, 4)"),
+        ({"norm": torch.zeros(2, 4)}, "as many channels of q as of v, got 3 and 4"),
     ],
 )
 def test_bad_arguments(change: dict[str, Any], message: str) -> None:

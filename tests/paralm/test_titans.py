@@ -51,9 +51,9 @@ def memory_written_out(layer: NeuralMemoryLayer, given: Tensor) -> Tensor:
     eta, alpha = raw[..., 1, :].sigmoid(), raw[..., 2, :].sigmoid()
     theta = layer.gates.max_rate * (1 - eta) * raw[..., 0, :].sigmoid()
     weights = [layer.memory_weight_0, layer.memory_weight_1]
-    y, _ = paralm_kernels.neural_memory(
-        q, k, projected(layer.v_proj), theta, eta.log(), (1 - alpha).log(), weights, chunk_size=4, method="reference"
-    )
+    gates = (theta, eta.log(), (1 - alpha).log())
+    keys: dict[str, Any] = {"norm": layer.memory_gain, "chunk_size": 4, "method": "reference"}
+    y, _ = paralm_kernels.neural_memory(q, k, projected(layer.v_proj), *gates, weights, **keys)
     y = rms(y, layer.norm.weight) * (given @ layer.gate_proj.weight.T).sigmoid()[..., None]
     return y.flatten(2) @ layer.out_proj.weight.T
 
@@ -167,10 +167,15 @@ def test_mac() -> None:
 
 
 def test_ablations_change_the_output() -> None:
-    """No momentum, no decay, no convolution, a linear memory: each is another function, and none fails."""
+    """No momentum, no decay, no convolution, no norm, a linear memory: each is another function, and none fails."""
     outputs = [
         mixer("titans_memory", **{**SMALL, **change})(x(19))[0]
-        for change in ({}, {"momentum": False}, {"decay": False}, {"d_conv": 1}, {"memory_depth": 1})
+        for change in (
+            {},
+            *({name: False} for name in ("momentum", "decay", "memory_norm")),
+            {"d_conv": 1},
+            {"memory_depth": 1},
+        )
     ]
     for n, one in enumerate(outputs):
         assert all(float((one - other).detach().abs().max()) > 1e-3 for other in outputs[:n])
@@ -193,14 +198,15 @@ def test_where_training_starts_the_memory_learns(chunk: int, momentum: float) ->
         v = layer.v_proj(tokens, None, None)[0].unsqueeze(2)
         memory = block(tokens)[1]["memory"]["weights"]
         first = [w[None] for w in layer._first()[0]]
-        losses = [(paralm_kernels.read_memory(k, w) - v).square().sum(-1).mean() for w in (first, memory)]
+        read = [paralm_kernels.read_memory(k, w, norm=layer.memory_gain) for w in (first, memory)]
+        losses = [(predicted - v).square().sum(-1).mean() for predicted in read]
     assert losses[1] < 0.95 * losses[0]
     assert all(b.norm() < 2 * a.norm() for a, b in zip(first, memory, strict=True))
 
 
 def test_the_7b_mag_to_the_unit() -> None:
     """24 layers of 4096: attention 32 × 128 over 2048 tokens, memory 32 × 128 of two layers 4×, 16 persistent tokens,
-    SwiGLU 11008, vocabulary 32000 untied."""
+    SwiGLU 11008, vocabulary 32000 untied; the gain of the memory's norm is d_model more a layer."""
     sizes: dict[str, Any] = {
         "d_model": 4096,
         "n_layers": 24,
@@ -210,8 +216,10 @@ def test_the_7b_mag_to_the_unit() -> None:
     }
     keys = {"name": "titans_mag", "n_heads": 32, "n_attention_heads": 32, "window": 2048, "n_persistent": 16}
     for gate, expected in (("headwise", 6_846_457_088), ("full", 7_245_964_544)):
-        model = build_model(ModelConfig(**sizes, mixer={**keys, "gate": gate}), 32000, 0, device="meta")
-        assert sum(p.numel() for p in model.parameters()) == expected
+        for norm in (False, True):
+            mixer = {**keys, "gate": gate, "memory_norm": norm}
+            model = build_model(ModelConfig(**sizes, mixer=mixer), 32000, 0, device="meta")
+            assert sum(p.numel() for p in model.parameters()) == expected + 24 * 4096 * norm
 
 
 def test_bfloat16_carries_its_memory_in_float32() -> None:
