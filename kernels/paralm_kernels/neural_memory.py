@@ -5,7 +5,9 @@
 
 M is an MLP f itself, or with ``norm`` M(x) = x + γ ⊙ f(x)/√(|f(x)|² + 0.01): a residual and a norm around f, as TTT-MLP
 has them (arXiv 2407.04620; there a layer norm). f's scale then changes nothing, and the larger its weights, the smaller
-their steps. t' is the start of the chunk, chunks counted from each row's own start (t' = C⌊(t−1)/C⌋, t = 1, 2, …): gradients are
+their steps.
+
+t' is the start of the chunk, chunks counted from each row's own start (t' = C⌊(t−1)/C⌋, t = 1, 2, …): gradients are
 taken at the chunk's first weights, everything else is per token, the read too. Within tiles of a chunk all is batched
 matrix products (neural_memory_tile.py); chunks follow each other. Backward keeps the state of about every √n-th of n
 tiles and recomputes the others.
@@ -54,9 +56,9 @@ def neural_memory(
     q, k: (batch, time, heads, d_in); v: (batch, time, heads, d_out). rate θ, log_momentum log η ≤ 0, log_keep
     log(1 − α) ≤ 0: (batch, time, heads); log_momentum None: no momentum (η = 0, the state has none), log_keep None: no
     forgetting. weights: the memory a sequence starts with, (heads, out, in) for each layer, biases (heads, out) each;
-    activation "gelu" (exact) or "silu" between layers. norm: the gain γ (heads, d_out) of the norm and residual around M
-    (d_in = d_out), None for neither. state: from a former call or ``memory_state``; reset: bool
-    (batch, time), true where a new sequence starts.
+    activation "gelu" (exact) or "silu" between layers. norm: the gain γ (heads, d_out) of the norm and residual around
+    M (d_in = d_out), None for neither. state: from a former call or ``memory_state``; reset: bool (batch, time), true
+    where a new sequence starts.
 
     Returns y (batch, time, heads, d_out) like v, and the state, in at least float32: ``{"weights", "biases",
     "start_weights", "start_biases", "momentum_weights", "momentum_biases"}`` (tuples over layers, batch first; start:
@@ -152,7 +154,8 @@ def read_memory(
     activation: str = "gelu",
 ) -> Tensor:
     """M(q) of a memory that stands still: q (batch, time, heads, d_in), weights (batch, heads, out, in) for each layer,
-    biases (batch, heads, out), norm (heads, d_out) → (batch, time, heads, d_out) like q; computed in the dtype of the weights."""
+    biases (batch, heads, out), norm (heads, d_out) → (batch, time, heads, d_out) like q; computed in the dtype of the
+    weights."""
     memory = Layers(tuple(weights), tuple(biases or ()))
     form = Form(activation, None if norm is None else norm.to(weights[0].dtype))
     y = apply_memory(memory, q.transpose(1, 2).to(weights[0].dtype), form)

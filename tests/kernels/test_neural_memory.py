@@ -208,7 +208,7 @@ def test_the_norm_around_a_memory() -> None:
 @pytest.mark.parametrize("scale", [1.0, 8.0])
 @pytest.mark.parametrize("period", [1, 2, None])
 def test_the_norm_keeps_a_memory_from_running_away(scale: float, period: int | None) -> None:
-    """One token for ever, two in turn, all different: the plain MLP's weights leave the finite numbers, these do not."""
+    """One token for ever, two in turn, all different: the plain MLP's weights grow past all bounds, these do not."""
     time, d, hidden = 2048, 16, 64
     draws = torch.Generator().manual_seed(0)
 
