@@ -10,6 +10,7 @@ from .affine import AffineMap
 from .cell import Cell, cells, get_cell, register
 from .cell_library import MGU, FastSlow, ParaGRU, ParaLSTM, SLSTMDiagonal, Tanh
 from .chunkwise import chunkwise, reference_chunkwise
+from .chunkwise_window import window_state, windowed_chunkwise
 from .conv import causal_conv
 from .dense_rnn import dense_rnn, dense_state, reference_dense_rnn
 from .errors import ArgumentError, CellError, NotConverged
@@ -49,4 +50,6 @@ __all__ = [
     "register",
     "solve",
     "step",
+    "window_state",
+    "windowed_chunkwise",
 ]

@@ -8,6 +8,7 @@ all mixers. Positions count from the row's last reset, so a document gives the s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from paralm.errors import ConfigError
 from paralm.models.linear import Linear
-from paralm.models.mixers.base import LayerContext, Mixer, State, default_heads
+from paralm.models.mixers.base import LayerContext, Mixer, State, StateLeaf, default_heads
 from paralm.models.parameters import output_std
 from paralm.registry import EntryConfig, register_mixer
 
@@ -34,6 +35,8 @@ class AttentionConfig(EntryConfig):
 class Attention(Mixer):
     """Softmax attention through ``scaled_dot_product_attention``."""
 
+    state_leaves: ClassVar[Mapping[str, StateLeaf]] = {"[kv]": StateLeaf(heads=2)}
+    refuses: ClassVar[str] = "its state is what was read, and no recurrence"
     bounded_state: ClassVar[bool] = False
     config: AttentionConfig
 

@@ -8,16 +8,33 @@ feeding it whole, in outputs, final state and gradients; and a reset at position
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+if TYPE_CHECKING:
+    from paralm.models.mitigations import Mitigation
 
 State = Any
 """A nested dict or tuple. Every leaf is a tensor with the batch first, counters too, and none is changed in place:
 a state can be saved, moved, indexed by row and sent to another rank by code that knows nothing of the mixer."""
+
+
+class StateLeaf(NamedTuple):
+    """How a leaf of a state is laid out, and what may be done to it."""
+
+    heads: int | None = None
+    """Its axis of heads (0 is the batch); None: the leaf is one head."""
+    matrix: bool = False
+    """Each head's part is a matrix, of the last two axes."""
+    free: bool = False
+    """What the recurrence carries, zero at the start, and any real value is a state: it may be clipped and drawn."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +69,18 @@ class Mixer(nn.Module):
     bounded_state: ClassVar[bool] = True
     """Whether the state's size does not depend on how much was read."""
 
+    state_leaves: ClassVar[Mapping[str, StateLeaf]] = {}
+    """Layout of the state's leaves by path ("cell/0", "memory/weights/*"); one that is not named is one head."""
+
+    admits: ClassVar[frozenset[str]] = frozenset()
+    """Mitigations of state collapse that its forward applies: "scale", "window" (:mod:`paralm.models.mitigations`)."""
+
+    refuses: ClassVar[str] = "it declares no linear recurrence of known decay"
+    """Why it admits no others, in a few words."""
+
+    mitigation: Mitigation | None = None
+    """In force (:func:`paralm.models.mitigations.mitigated`)."""
+
     def __init__(self, config: BaseModel, context: LayerContext) -> None:
         super().__init__()
         self.config, self.context = config, context
@@ -69,6 +98,51 @@ class Mixer(nn.Module):
         """The state before anything was read, for ``batch`` rows; ``dtype`` is that of the activations."""
         raise TypeError(f"{type(self).__name__} does not define initial_state(batch, device, dtype)")
 
+    def leaf(self, path: str) -> StateLeaf:
+        """The layout of the state's leaf at ``path``."""
+        return next((leaf for pattern, leaf in self.state_leaves.items() if fnmatchcase(path, pattern)), StateLeaf())
+
+    def refusal(self, kind: str) -> str | None:
+        """Why the mitigation ``kind`` ("scale", "clip", "window") cannot be applied; None: it can."""
+        if kind in self.admits:
+            return None
+        if kind == "clip":
+            free = any(leaf.free for leaf in self.state_leaves.values())
+            return None if free else "it declares no leaf of its state that may be clipped"
+        return self.refuses
+
+    def clip_state(self, state: State, limit: float) -> State:
+        """Each free leaf h, head by head: h · limit / ‖h‖ where ‖h‖ > limit (all elements' 2-norm), else h."""
+
+        def clipped(path: str, leaf: Tensor) -> Tensor:
+            layout = self.leaf(path)
+            return leaf * clip_factor(leaf, limit, layout.heads) if layout.free else leaf
+
+        return map_leaves(clipped, state)
+
     def extra_flops_per_token(self, seq_len: int) -> float:
         """Forward matrix-product FLOPs a token beyond two for each matrix element; see ``flops_per_token``."""
         return 0.0
+
+
+def map_leaves(function: Any, state: State) -> State:
+    """``function(path, leaf)`` of every leaf, in the same structure; paths as in :attr:`Mixer.state_leaves`."""
+    leaves, structure = pytree.tree_flatten_with_path(state)
+    return pytree.tree_unflatten([function(_path(keys), leaf) for keys, leaf in leaves], structure)
+
+
+def named_leaves(state: State) -> list[tuple[str, Tensor]]:
+    """(path, leaf) of every leaf, in order; paths as in :attr:`Mixer.state_leaves`."""
+    return [(_path(keys), leaf) for keys, leaf in pytree.tree_flatten_with_path(state)[0]]
+
+
+def _path(keys: Any) -> str:
+    return "/".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in keys)
+
+
+def clip_factor(leaf: Tensor, limit: float, heads: int | None) -> Tensor:
+    """min(1, limit / ‖h‖) of each head of a leaf, broadcastable to it; its norm in at least float32."""
+    wide = leaf.to(torch.promote_types(leaf.dtype, torch.float32))
+    axes = [axis for axis in range(1, leaf.ndim) if axis != heads]
+    norm = torch.linalg.vector_norm(wide, dim=axes, keepdim=True)
+    return (limit / norm.clamp(min=torch.finfo(norm.dtype).tiny)).clamp(max=1.0).to(leaf.dtype)

@@ -13,6 +13,7 @@ it; biases zero, except the LSTM's forget gate's, which starts open (Jozefowicz 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from paralm.errors import ConfigError
 from paralm.models.linear import Linear
-from paralm.models.mixers.base import LayerContext, Mixer, State, default_heads
+from paralm.models.mixers.base import LayerContext, Mixer, State, StateLeaf, default_heads
 from paralm.models.parameters import constant, declare, output_std, uniform
 from paralm.registry import EntryConfig, register_mixer
 
@@ -49,6 +50,9 @@ class LSTMConfig(DenseConfig):
 
 class DenseMixer(Mixer):
     """Base of the three; ``kind`` as `paralm_kernels.dense_rnn` names it."""
+
+    state_leaves: ClassVar[Mapping[str, StateLeaf]] = {"[0-9]": StateLeaf(heads=1, free=True)}
+    refuses: ClassVar[str] = "its gates depend on its own state"
 
     kind: ClassVar[str]
     gates: ClassVar[int]

@@ -17,7 +17,9 @@ biases, as everywhere here).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import partial
+from typing import Any, ClassVar
 
 import paralm_kernels
 import torch
@@ -27,7 +29,7 @@ from torch import Tensor, nn
 
 from paralm.errors import ConfigError
 from paralm.models.functional import rms_norm
-from paralm.models.mixers.base import LayerContext, Mixer, State, default_heads
+from paralm.models.mixers.base import LayerContext, Mixer, State, StateLeaf, default_heads
 from paralm.models.parameters import constant, declare, uniform
 from paralm.registry import EntryConfig, register_mixer
 
@@ -102,6 +104,9 @@ class GateThenRMSNorm(nn.Module):
 class Mamba2(Mixer):
     """The Mamba2 mixer."""
 
+    state_leaves: ClassVar[Mapping[str, StateLeaf]] = {"ssm": StateLeaf(heads=1, matrix=True, free=True)}
+    admits: ClassVar[frozenset[str]] = frozenset({"scale", "window"})
+
     config: Mamba2Config
 
     def __init__(self, config: Mamba2Config, context: LayerContext) -> None:
@@ -130,7 +135,7 @@ class Mamba2(Mixer):
 
     def forward(self, x: Tensor, state: State | None = None, reset: Tensor | None = None) -> tuple[Tensor, State]:
         """See :class:`Mixer`. State: ``{"ssm": (batch, head, N, P), "conv": (batch, d_conv − 1, d_inner + 2 G N)}``,
-        the first in at least float32."""
+        the first in at least float32; under a window also ``"window"``, see `paralm_kernels.windowed_chunkwise`."""
         config = self.config
         ssm_state, conv_state = (None, None) if state is None else (state["ssm"], state["conv"])
         z, xbc, dt = self.in_proj(x).split(self.sizes, dim=-1)
@@ -143,9 +148,22 @@ class Mamba2(Mixer):
         if config.dt_limit != (0.0, None):
             dt = dt.clamp(*config.dt_limit)
         log_decay = dt * -self.A_log.to(wide).exp()
-        y, ssm_state = paralm_kernels.chunkwise(c, b, v, log_decay, dt, ssm_state, reset, chunk_size=config.chunk_size)
+        gain = dt
+        if self.mitigation is not None:
+            log_decay, gain = self.mitigation.scaled(log_decay, gain)
+        after: dict[str, Any] = {"ssm": ssm_state, "conv": conv_state}
+        if self.mitigation is None or self.mitigation.window is None:
+            y, after["ssm"] = paralm_kernels.chunkwise(
+                c, b, v, log_decay, gain, ssm_state, reset, chunk_size=config.chunk_size
+            )
+        else:
+            line = None if state is None else {"S": ssm_state, **state["window"]}
+            y, line = paralm_kernels.windowed_chunkwise(
+                c, b, v, log_decay, gain, self.mitigation.window, line, reset, chunk_size=config.chunk_size
+            )
+            after |= {"ssm": line.pop("S"), "window": line}
         y = y.to(wide) + self.D.to(wide).unsqueeze(-1) * v
-        return self.out_proj(self.norm(y.flatten(-2), z)), {"ssm": ssm_state, "conv": conv_state}
+        return self.out_proj(self.norm(y.flatten(-2), z)), after
 
     def initial_state(
         self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -155,10 +173,16 @@ class Mamba2(Mixer):
         device = device or self.conv_weight.device
         wide = torch.promote_types(dtype, torch.float32)
         size = (batch, self.n_heads, self.config.d_state, self.head_dim)
-        return {
+        state = {
             "ssm": torch.zeros(size, device=device, dtype=wide),
             "conv": torch.zeros(batch, self.config.d_conv - 1, self.sizes[1], device=device, dtype=dtype),
         }
+        if self.mitigation is None or self.mitigation.window is None:
+            return state
+        sizes = self.config.n_groups, self.n_heads, self.config.d_state, self.head_dim
+        line = paralm_kernels.window_state(batch, self.mitigation.window, *sizes, dtype=dtype, device=device)
+        line.pop("S")
+        return {**state, "window": line}
 
     def extra_flops_per_token(self, seq_len: int) -> float:
         """What the chunk form takes: C·B in each group and its sum over x in each head, over the (chunk + 1)/2 tokens

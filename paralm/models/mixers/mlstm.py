@@ -19,7 +19,9 @@ from 3 to 6 over the heads for f; W_out normal with 2/(n_layers √d).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import partial
+from typing import Any, ClassVar
 
 import paralm_kernels
 import torch
@@ -29,7 +31,7 @@ from torch import Tensor, nn
 
 from paralm.errors import ConfigError
 from paralm.models.linear import Linear
-from paralm.models.mixers.base import LayerContext, Mixer, State
+from paralm.models.mixers.base import LayerContext, Mixer, State, StateLeaf, clip_factor
 from paralm.models.norms import HeadLayerNorm
 from paralm.models.parameters import constant, declare, linear_std
 from paralm.registry import EntryConfig, register_mixer
@@ -70,6 +72,12 @@ class MLSTMGates(nn.Module):
 class MLSTM(Mixer):
     """The mLSTM mixer."""
 
+    state_leaves: ClassVar[Mapping[str, StateLeaf]] = {
+        "0": StateLeaf(heads=1, matrix=True, free=True),
+        "1": StateLeaf(heads=1, free=True),
+    }
+    admits: ClassVar[frozenset[str]] = frozenset({"scale", "window"})
+
     config: MLSTMConfig
 
     def __init__(self, config: MLSTMConfig, context: LayerContext) -> None:
@@ -77,6 +85,7 @@ class MLSTM(Mixer):
         d_model = context.d_model
         self.qk_dim, self.v_dim = int(d_model * config.qk_dim_factor), int(d_model * config.v_dim_factor)
         self.n_heads = _heads(config, self.qk_dim, self.v_dim)
+        self.scale = (self.qk_dim // self.n_heads) ** -0.5
         self.sizes = (self.qk_dim, self.qk_dim, self.v_dim, self.v_dim)  # q, k, v, o
         self.in_proj = Linear(d_model, sum(self.sizes))
         self.gates = MLSTMGates(d_model, self.n_heads, config.gate_soft_cap, config.input_gate_bias)
@@ -86,15 +95,22 @@ class MLSTM(Mixer):
         declare(self.in_proj, "weight", start, decay=True)
 
     def forward(self, x: Tensor, state: State | None = None, reset: Tensor | None = None) -> tuple[Tensor, State]:
-        """See :class:`Mixer`. State: (C (batch, head, d_k, d_v), n (batch, head, d_k)), in at least float32."""
+        """See :class:`Mixer`. State: (C (batch, head, d_k, d_v), n (batch, head, d_k)), in at least float32; under a
+        window a third part, see `paralm_kernels.windowed_chunkwise`."""
         q, k, v, o = self.in_proj(x).split(self.sizes, dim=-1)
         q, k, v = (part.unflatten(-1, (self.n_heads, -1)) for part in (q, k, v))
         i, f = self.gates(x)
+        log_decay = F.logsigmoid(f)
+        if self.mitigation is not None:
+            log_decay, i = log_decay + math.log(self.mitigation.decay), i + math.log(self.mitigation.input)
+            if self.mitigation.window is not None:
+                h, after = self._windowed(q, k, v, log_decay, i.exp(), self.mitigation.window, state, reset)
+                return self.out_proj(self.norm(h) * torch.sigmoid(o)), after
         h, scaled = paralm_kernels.chunkwise(
             q,
             k,
             v,
-            F.logsigmoid(f),
+            log_decay,
             i,
             None if state is None else _scaled(state),
             reset,
@@ -104,6 +120,36 @@ class MLSTM(Mixer):
         )
         return self.out_proj(self.norm(h) * torch.sigmoid(o)), _unscaled(scaled)
 
+    def _windowed(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        gain: Tensor,
+        window: int,
+        state: State | None,
+        reset: Tensor | None,
+    ) -> tuple[Tensor, State]:
+        """C and n over the last ``window`` tokens, unscaled: n is the last column of C where v ends in 1."""
+        q, k, v = (part.to(gain.dtype) for part in (q * self.scale, k, v))
+        line: dict[str, Any] | None = None
+        if state is not None:
+            line = {"S": torch.cat((state[0], state[1].unsqueeze(-1)), -1), **state[2]}
+        v = torch.cat((v, v.new_ones(*v.shape[:-1], 1)), -1)
+        y, line = paralm_kernels.windowed_chunkwise(
+            q, k, v, log_decay, gain, window, line, reset, chunk_size=self.config.chunk_size
+        )
+        both = line.pop("S")
+        h = y[..., :-1] / y[..., -1:].abs().clamp(min=1.0)
+        return h, (both[..., :-1].contiguous(), both[..., -1].contiguous(), line)
+
+    def clip_state(self, state: State, limit: float) -> State:
+        """C and n by the same factor, that of C: what is remembered keeps its normaliser."""
+        c, n, *rest = state
+        factor = clip_factor(c, limit, 1)
+        return (c * factor, n * factor.squeeze(-1), *rest)
+
     def initial_state(
         self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> State:
@@ -112,7 +158,15 @@ class MLSTM(Mixer):
         wide = torch.promote_types(dtype or weight.dtype, torch.float32)
         d_k, d_v = self.qk_dim // self.n_heads, self.v_dim // self.n_heads
         c = torch.zeros(batch, self.n_heads, d_k, d_v, device=device or weight.device, dtype=wide)
-        return c, c.new_zeros(batch, self.n_heads, d_k)
+        n = c.new_zeros(batch, self.n_heads, d_k)
+        if self.mitigation is None or self.mitigation.window is None:
+            return c, n
+        heads = self.n_heads
+        line = paralm_kernels.window_state(
+            batch, self.mitigation.window, heads, heads, d_k, d_v + 1, dtype=wide, device=c.device
+        )
+        line.pop("S")
+        return c, n, line
 
     def extra_flops_per_token(self, seq_len: int) -> float:
         """What the chunk form takes: q·k and the sum over v, over the (chunk + 1)/2 tokens that a token sees of its

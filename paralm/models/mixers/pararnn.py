@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from paralm.errors import ConfigError
 from paralm.models.functional import block_diagonal
 from paralm.models.linear import Linear
-from paralm.models.mixers.base import LayerContext, Mixer, State, default_heads
+from paralm.models.mixers.base import LayerContext, Mixer, State, StateLeaf, default_heads
 from paralm.models.norms import GatedRMSNorm
 from paralm.models.parameters import Init, constant, declare, normal, output_std, uniform
 from paralm.registry import Entry, EntryConfig
@@ -89,6 +89,8 @@ def _spread_first_gate(last: float, tensor: Tensor, generator: torch.Generator) 
 class CellMixer(Mixer):
     """The block, for the cell in the class attribute ``cell``; see :func:`cell_mixers`."""
 
+    refuses: ClassVar[str] = "the decay of its recurrence depends on its own state"
+
     cell: ClassVar[Cell]
     config: CellMixerConfig
 
@@ -113,6 +115,20 @@ class CellMixer(Mixer):
         declare(self, "conv_bias", constant(0.0), decay=False)
         for name in self.cell.params:
             declare(self.recurrent, name, self._recurrent_init(init), decay=False, clamp=self._clamp(init))
+
+    def leaf(self, path: str) -> StateLeaf:
+        """The cell's components are free, but for those of a cell with a normaliser, whose scale means nothing."""
+        return StateLeaf(free=self._free) if path.startswith("cell/") else StateLeaf()
+
+    def refusal(self, kind: str) -> str | None:
+        """See :class:`Mixer`."""
+        if kind != "clip":
+            return super().refusal(kind)
+        return None if self._free else "its output is a weighted mean, whose normaliser is part of the state"
+
+    @property
+    def _free(self) -> bool:
+        return self.cell.name != "slstm_diagonal"
 
     def _recurrent_init(self, init: str) -> Init:
         return normal(2 / math.sqrt(5 * self.channels) if init == "released" else 1 / math.sqrt(self.channels))

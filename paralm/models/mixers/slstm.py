@@ -15,8 +15,9 @@ Initial values as released: W normal with √(2/(5 d)), R zero, b zero but for t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import paralm_kernels
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from paralm.errors import ConfigError
 from paralm.models.linear import Linear
-from paralm.models.mixers.base import LayerContext, Mixer, State, default_heads
+from paralm.models.mixers.base import LayerContext, Mixer, State, StateLeaf, default_heads
 from paralm.models.mixers.mlstm import published_output_std
 from paralm.models.norms import HeadLayerNorm
 from paralm.models.parameters import constant, declare, linear_std, normal, uniform
@@ -50,6 +51,9 @@ class SLSTMConfig(EntryConfig):
 @register_mixer("slstm", SLSTMConfig)
 class SLSTM(Mixer):
     """The sLSTM mixer."""
+
+    state_leaves: ClassVar[Mapping[str, StateLeaf]] = {"cell/*": StateLeaf(heads=1)}
+    refuses: ClassVar[str] = "its gates depend on its own state"
 
     config: SLSTMConfig
 
@@ -98,6 +102,12 @@ class SLSTM(Mixer):
         """Two gates from (batch, time, d_model): (batch, time, 2, head, d_head)."""
         heads = x.unflatten(-1, (self.n_heads, self.d_head))
         return torch.einsum("bthi,ghoi->btgho", heads, self.input_weight[first : first + 2])
+
+    def refusal(self, kind: str) -> str | None:
+        """See :class:`Mixer`."""
+        if kind == "clip":
+            return "its output is c/n, a weighted mean, which clipping both leaves as it is"
+        return super().refusal(kind)
 
     def initial_state(
         self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None

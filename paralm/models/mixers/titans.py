@@ -19,7 +19,8 @@ formula does word by word, would see the future.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from paralm.models.linear import Linear
-from paralm.models.mixers.base import LayerContext, Mixer, State, default_heads
+from paralm.models.mixers.base import LayerContext, Mixer, State, StateLeaf, default_heads
 from paralm.models.mixers.neural_memory import MemoryConfig, NeuralMemoryLayer
 from paralm.models.mixers.windowed import Heads, SlidingAttention, positions
 from paralm.models.norms import RMSNorm
@@ -59,9 +60,20 @@ def _attention_arguments(config: TitansConfig, d_model: int) -> tuple[Any, ...]:
     return d_model, heads, None, config.n_persistent, config.rope_theta, key
 
 
+_LEAVES: Mapping[str, StateLeaf] = {
+    "*memory/*weights/*": StateLeaf(heads=1, matrix=True),
+    "*memory/*biases/*": StateLeaf(heads=1),
+    "attention/[kv]": StateLeaf(heads=2),
+}
+_REFUSES = "what it writes is a gradient taken at its own state"
+
+
 @register_mixer("titans_memory", MemoryConfig)
 class TitansMemory(Mixer):
     """The neural memory alone."""
+
+    state_leaves: ClassVar[Mapping[str, StateLeaf]] = _LEAVES
+    refuses: ClassVar[str] = _REFUSES
 
     config: MemoryConfig
 
@@ -84,6 +96,9 @@ class TitansMemory(Mixer):
 
 class _WithAttention(Mixer):
     """Memory and sliding-window attention; state ``{"memory", "attention"}``."""
+
+    state_leaves: ClassVar[Mapping[str, StateLeaf]] = _LEAVES
+    refuses: ClassVar[str] = _REFUSES
 
     config: WindowTitansConfig
 
@@ -180,6 +195,9 @@ class TitansMAC(Mixer):
     Segments follow each other, since each recalls what the one before wrote; rows whose segments start at different
     places (resets) make as many shorter pieces.
     """
+
+    state_leaves: ClassVar[Mapping[str, StateLeaf]] = _LEAVES
+    refuses: ClassVar[str] = _REFUSES
 
     config: TitansConfig
 

@@ -12,7 +12,8 @@ Time is cut into blocks of the window's length, each with the window−1 keys be
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from paralm.errors import ConfigError
 from paralm.models.linear import Linear
-from paralm.models.mixers.base import LayerContext, Mixer, State, default_heads
+from paralm.models.mixers.base import LayerContext, Mixer, State, StateLeaf, default_heads
 from paralm.models.parameters import declare, normal, output_std
 from paralm.registry import EntryConfig, register_mixer
 
@@ -190,6 +191,9 @@ class SlidingAttention(Heads):
 @register_mixer("window_attention", WindowAttentionConfig)
 class WindowAttention(Mixer):
     """Sliding-window attention as a mixer of its own."""
+
+    state_leaves: ClassVar[Mapping[str, StateLeaf]] = {"[kv]": StateLeaf(heads=2)}
+    refuses: ClassVar[str] = "its state is what was read, and no recurrence"
 
     config: WindowAttentionConfig
 
