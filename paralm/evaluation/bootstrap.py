@@ -7,6 +7,7 @@ Documents and not tokens are drawn, since the tokens of one document are not ind
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,3 +49,23 @@ def ratio_intervals(
         low, high = np.percentile(sums[:, 0] / below, [tail, 100 - tail])
         found.append((float(low), float(high)))
     return found
+
+
+def ratio_interval_by_moments(
+    loss: float, weight: float, loss2: float, loss_weight: float, weight2: float, count: int
+) -> Interval | None:
+    """A 95 % interval of r = Σ loss / Σ weight over ``count`` documents from sums alone, which add up over parts.
+
+    The ratio estimator's linearised variance (Cochran, Sampling Techniques, 3rd ed., section 2.11), with
+    documents drawn with replacement:
+
+        var r ≈ count/(count − 1) · Σ (loss_d − r weight_d)² / (Σ weight_d)²
+
+    ``loss2``, ``loss_weight``, ``weight2``: Σ loss², Σ loss·weight, Σ weight². None for fewer than two documents.
+    """
+    if count < 2 or weight <= 0:
+        return None
+    ratio = loss / weight
+    spread = max(0.0, loss2 - 2 * ratio * loss_weight + ratio * ratio * weight2)  # a sum of squares, up to rounding
+    error = 1.959964 * math.sqrt(count / (count - 1) * spread) / weight
+    return ratio - error, ratio + error

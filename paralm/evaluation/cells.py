@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from paralm_data.atomic import write_file
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from paralm.evaluation.result import eval_dir
 
@@ -33,6 +33,16 @@ class SuiteRecord(BaseModel):
     dtype: str
     parameters: int
     seconds: float  # of all cells, wherever they were measured
+
+
+class StepRecord(BaseModel):
+    """Of one checkpoint: what was measured, in single numbers named ``RESULT/KEY``, to follow them over steps."""
+
+    model_config = ConfigDict(ser_json_inf_nan="strings")
+
+    step: int
+    basis: dict[str, Any]
+    scalars: dict[str, float]
 
 
 class Cells:
@@ -92,6 +102,13 @@ class Cells:
         """Write the record."""
         write_file(self.folder / "record.json", (record.model_dump_json(indent=1) + "\n").encode("utf-8"))
 
+    def remember(self, step: int, scalars: dict[str, float]) -> None:
+        """Keep a step's numbers beside those of other steps."""
+        record = StepRecord(step=step, basis=self.basis, scalars=scalars)
+        folder = _steps_folder(self.folder.parent.parent, self.folder.stem)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_file(folder / f"step_{step:08d}.json", (record.model_dump_json(indent=1) + "\n").encode("utf-8"))
+
     def _path(self, cell: str) -> Path:
         plain = re.sub(r"[^A-Za-z0-9._=+-]", "_", cell)[:100]
         if plain != cell or plain == "record" or plain.startswith("."):
@@ -105,6 +122,22 @@ def load_record(folder: Path) -> SuiteRecord | None:
         return SuiteRecord.model_validate_json((folder / "record.json").read_bytes())
     except (OSError, ValidationError):
         return None
+
+
+def _steps_folder(run_dir: Path, name: str) -> Path:
+    return eval_dir(run_dir) / f"{name}.steps"
+
+
+def load_steps(run_dir: Path, name: str) -> dict[int, StepRecord]:
+    """What is known of an evaluation's numbers over steps, ascending; damaged files are left out."""
+    found = {}
+    for path in sorted(_steps_folder(run_dir, name).glob("step_*.json")):
+        try:
+            record = StepRecord.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError):
+            continue
+        found[record.step] = record
+    return dict(sorted(found.items()))
 
 
 def digest_of(basis: dict[str, Any]) -> str:

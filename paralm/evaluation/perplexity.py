@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -24,9 +24,9 @@ from pydantic import BaseModel
 from torch import nn
 
 from paralm.errors import UserError
-from paralm.evaluation.bootstrap import Interval, ratio_intervals
+from paralm.evaluation.bootstrap import Interval, ratio_interval_by_moments, ratio_intervals
 from paralm.evaluation.result import Result
-from paralm.evaluation.scoring import Scores, check_sizes, score
+from paralm.evaluation.scoring import BUCKETS, Scores, check_sizes, score
 from paralm.evaluation.stream import select_documents
 from paralm.evaluation.text import count_words
 
@@ -41,6 +41,7 @@ class Bucket(BaseModel):
     last: int
     tokens: int
     nats_per_token: float
+    interval: Interval | None = None  # 95 %, over the documents that reach so far; None for fewer than two
 
 
 class Documents(BaseModel):
@@ -100,6 +101,9 @@ class PerplexityResult(Result):
         figure, axes = figures.new("position in the document (tokens)", "loss (nats per token)")
         middle = [math.sqrt(b.first * b.last) for b in self.by_position]
         axes.plot(middle, [b.nats_per_token for b in self.by_position], marker="o", color=figures.BLUE)
+        sure = [(x, *b.interval) for x, b in zip(middle, self.by_position) if b.interval is not None]
+        if sure:
+            axes.fill_between(*map(list, zip(*sure)), color=figures.BLUE, alpha=0.15, linewidth=0)
         axes.set_xscale("log", base=2)
         if self.train_seq_len:
             figures.mark(axes, self.train_seq_len, "training length")
@@ -136,7 +140,33 @@ def perplexity(
     size = getattr(model, "vocab_size", store.vocab_size)
     if store.vocab_size > size:
         raise UserError(f"{store.path}: has a vocabulary of {store.vocab_size}, the model one of {size}")
-    documents = select_documents(store, max_tokens)
+    sums = score_documents(
+        model,
+        store,
+        tokenizer,
+        select_documents(store, max_tokens),
+        rows=rows,
+        chunk=chunk,
+        device=device,
+        reset_every=reset_every,
+        on_progress=on_progress,
+    )
+    return summarize(sums, store.n_documents, reset_every, set_name, train_seq_len, seed)
+
+
+def score_documents(
+    model: nn.Module,
+    store: TokenStore,
+    tokenizer: Tokenizer,
+    documents: NDArray[np.int64],
+    *,
+    rows: int,
+    chunk: int,
+    device: torch.device | str | None = None,
+    reset_every: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> DocumentSums:
+    """The sums of some documents. Raises UserError, one line, for a loss that is not finite."""
     scores = score(
         model,
         store,
@@ -153,57 +183,107 @@ def perplexity(
             f"{store.path}: the model's loss on document {int(documents[bad[0]])} is {float(scores.loss[bad[0]])}; "
             "its weights may have diverged: evaluate an earlier checkpoint"
         )
-    n_bytes = store.doc_bytes[documents]
-    words = count_words(store, tokenizer, documents)
-    return _result(scores, documents, n_bytes, words, store.n_documents, reset_every, set_name, train_seq_len, seed)
+    return DocumentSums.of(scores, documents, store.doc_bytes[documents], count_words(store, tokenizer, documents))
 
 
-def _result(
-    scores: Scores,
-    documents: NDArray[np.int64],
-    n_bytes: NDArray[np.int64],
-    words: NDArray[np.int64] | None,
+@dataclass(frozen=True)
+class DocumentSums:
+    """What a result is made of: sums of each document, in columns, and by position over all. Those of disjoint parts
+    of a store add up (:meth:`join`). ``words``: None if the tokenizer does not give the text back."""
+
+    index: NDArray[np.int64]
+    nats: NDArray[np.float64]
+    tokens: NDArray[np.int64]
+    n_bytes: NDArray[np.int64]
+    words: NDArray[np.int64] | None
+    buckets: NDArray[np.float64]  # (BUCKETS, 6): Σ L, Σ n, Σ L², Σ L n, Σ n² over documents, and how many reach it
+    detailed: bool  # whether the last four columns were summed
+
+    @classmethod
+    def of(
+        cls,
+        scores: Scores,
+        documents: NDArray[np.int64],
+        n_bytes: NDArray[np.int64],
+        words: NDArray[np.int64] | None,
+    ) -> DocumentSums:
+        """From the scores of these documents."""
+        buckets = np.zeros((BUCKETS, 6))
+        buckets[:, 0], buckets[:, 1] = scores.bucket_loss, scores.bucket_tokens
+        loss, weight = scores.document_bucket_loss, scores.document_bucket_tokens.astype(np.float64)
+        detailed = len(loss) == len(documents)
+        if detailed:
+            sums = (np.square(loss), loss * weight, np.square(weight), weight > 0)
+            buckets[:, 2:] = np.stack([column.sum(axis=0) for column in sums], axis=1)
+        return cls(documents, scores.loss, scores.tokens, n_bytes, words, buckets, detailed)
+
+    @classmethod
+    def join(cls, parts: Sequence[DocumentSums]) -> DocumentSums:
+        """Of all parts together, documents in their order in the store."""
+        index = np.concatenate([part.index for part in parts])
+        order = np.argsort(index, kind="stable")
+        words = [part.words for part in parts if part.words is not None]
+        return cls(
+            index[order],
+            np.concatenate([part.nats for part in parts])[order],
+            np.concatenate([part.tokens for part in parts])[order],
+            np.concatenate([part.n_bytes for part in parts])[order],
+            np.concatenate(words)[order] if len(words) == len(parts) else None,
+            np.sum([part.buckets for part in parts], axis=0),
+            all(part.detailed for part in parts),
+        )
+
+
+def summarize(
+    sums: DocumentSums,
     of_documents: int,
     reset_every: int | None,
     set_name: str,
     train_seq_len: int | None,
-    seed: int,
+    seed: int = 0,
 ) -> PerplexityResult:
-    nats = float(scores.loss.sum())
-    per_token = nats / int(scores.tokens.sum())
-    total_words = int(words.sum()) if words is not None else 0
-    counts: list[NDArray[Any]] = [scores.tokens, n_bytes * math.log(2), np.zeros_like(n_bytes)]
-    if words is not None:
-        counts[2] = words
-    by_token, by_byte, by_word = ratio_intervals(scores.loss, counts, seed)
+    """Perplexities and their intervals from sums; ``of_documents``: how many the store has."""
+    nats, tokens, total_bytes = float(sums.nats.sum()), int(sums.tokens.sum()), int(sums.n_bytes.sum())
+    per_token = nats / tokens
+    total_words = int(sums.words.sum()) if sums.words is not None else 0
+    counts: list[NDArray[Any]] = [sums.tokens, sums.n_bytes * math.log(2), np.zeros_like(sums.n_bytes)]
+    if sums.words is not None:
+        counts[2] = sums.words
+    by_token, by_byte, by_word = ratio_intervals(sums.nats, counts, seed)
     return PerplexityResult(
         set=set_name,
         train_seq_len=train_seq_len,
-        tokens=int(scores.tokens.sum()),
-        n_bytes=int(n_bytes.sum()),
-        words=total_words if words is not None else None,
-        n_documents=len(documents),
+        tokens=tokens,
+        n_bytes=total_bytes,
+        words=total_words if sums.words is not None else None,
+        n_documents=len(sums.index),
         of_documents=of_documents,
         reset_every=reset_every,
         nats_per_token=per_token,
         nats_per_token_interval=by_token,
         token_perplexity=_exp(per_token),
         token_perplexity_interval=_exp_interval(by_token),
-        bits_per_byte=bits_per_byte(nats, int(n_bytes.sum())),
+        bits_per_byte=bits_per_byte(nats, total_bytes),
         bits_per_byte_interval=by_byte,
         word_perplexity=_exp(nats / total_words) if total_words else None,
         word_perplexity_interval=_exp_interval(by_word),
         by_position=[
-            Bucket(first=1 << b, last=(2 << b) - 1, tokens=int(count), nats_per_token=float(loss / count))
-            for b, (loss, count) in enumerate(zip(scores.bucket_loss, scores.bucket_tokens))
-            if count
+            Bucket(
+                first=1 << b,
+                last=(2 << b) - 1,
+                tokens=int(row[1]),
+                nats_per_token=float(row[0] / row[1]),
+                interval=ratio_interval_by_moments(*row[:5].tolist(), int(row[5])) if sums.detailed else None,
+            )
+            for b, row in enumerate(sums.buckets)
+            if row[1]
         ],
         documents=Documents(
-            index=documents.tolist(),
-            nats=scores.loss.tolist(),
-            tokens=scores.tokens.tolist(),
-            n_bytes=n_bytes.tolist(),
-            words=words.tolist() if words is not None else [],
+            index=sums.index.tolist(),
+            nats=sums.nats.tolist(),
+            tokens=sums.tokens.tolist(),
+            n_bytes=sums.n_bytes.tolist(),
+            words=sums.words.tolist() if sums.words is not None else [],
         ),
     )
 

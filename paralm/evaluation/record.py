@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from paralm.config import EvalConfig
 from paralm.evaluation.result import eval_dir, read_json, write_json
@@ -33,6 +33,7 @@ class Record(BaseModel):
     device: str
     dtype: str
     seconds: float
+    files: dict[str, str] = Field(default_factory=dict)  # SHA-256 of each result's JSON, by name
 
 
 def path_of(run_dir: Path) -> Path:

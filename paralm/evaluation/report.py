@@ -109,14 +109,16 @@ def _measured(run_dir: Path, config: Config, results: ResultSet) -> list[str]:
         return [heading, f"Not measured yet: `paralm eval {_quoted(run_dir)}`."]
     parts = [heading]
     for name, scored in results.perplexity.items():
-        parts += _against_compressors(name, scored, results.compression.get(name))
+        compressed = results.compression.get(name)
+        same = compressed is not None and compressed.n_bytes == scored.n_bytes
+        parts += _against_compressors(name, scored, compressed if same else None)
     parts.append("### Perplexity")
     parts.append(
         md.table(
             ["set", "documents", "tokens", "nats per token", "token perplexity", "word perplexity"],
             [
                 [
-                    _shown(name),
+                    _shown(name) + ("" if r.step == results.record.basis.step else f" (step {r.step:,})"),
                     f"{r.n_documents:,} of {r.of_documents:,}",
                     f"{r.tokens:,}",
                     f"{r.nats_per_token:.4f}",
@@ -128,10 +130,12 @@ def _measured(run_dir: Path, config: Config, results: ResultSet) -> list[str]:
             right=range(1, 6),
         )
     )
-    parts.append(_how_scored(results.record))
+    parts.append(_how_scored(results.record, results.perplexity["held_out"].reset_every))
     figure = eval_dir(run_dir) / "perplexity_by_position.png"
     if figure.exists():
         parts.append(f"![Loss by position]({figure.relative_to(run_dir).as_posix()})")
+    if (eval_dir(run_dir) / "report.md").exists():
+        parts.append("Every evaluation, past the training length too: [eval/report.md](eval/report.md).")
     return parts
 
 
@@ -157,11 +161,11 @@ def _against_compressors(name: str, scored: PerplexityResult, compressed: Compre
     return parts
 
 
-def _how_scored(record: Record) -> str:
-    if record.basis.reset_every is not None:
+def _how_scored(record: Record, reset_every: int | None) -> str:
+    if reset_every is not None:
         how = (
             f"Each token but the first of a document is scored once; the model forgets after every "
-            f"{record.basis.reset_every:,} tokens of a document."
+            f"{reset_every:,} tokens of a document."
         )
     else:
         how = (

@@ -16,9 +16,10 @@ from paralm_data import DataError, TokenStore
 from torch.utils import _pytree as pytree
 
 from paralm.config import Config, EvalConfig
-from paralm.errors import CheckpointError, RunError
+from paralm.errors import RunError
 from paralm.evaluation import record as records
 from paralm.evaluation import result as results
+from paralm.evaluation.cells import file_digest
 from paralm.evaluation.compression import compression
 from paralm.evaluation.curves import read_curves
 from paralm.evaluation.perplexity import PerplexityResult, perplexity
@@ -26,9 +27,10 @@ from paralm.evaluation.record import Basis, Record
 from paralm.evaluation.report import ResultSet, read_results, write_report
 from paralm.evaluation.result import Result
 from paralm.evaluation.samples import samples
-from paralm.export import Exported, is_export
+from paralm.evaluation.suite_report import write_suite_report
+from paralm.evaluation.target import checkpoint_digest
+from paralm.export import is_export
 from paralm.models import LanguageModel
-from paralm.training import checkpoint as ckpt
 from paralm.training.load import LoadedModel, load_model, saved_config
 from paralm.training.session import parse_run
 from paralm.user_modules import load_modules
@@ -85,7 +87,7 @@ def run_evaluation(
     exported = is_export(path)
     if not exported:
         read_curves(path)
-    step, digest = _checkpoint(path, named)
+    step, digest = checkpoint_digest(path, named)
     try:
         stores = _open_stores(config, path)
         basis = Basis(
@@ -101,31 +103,16 @@ def run_evaluation(
         if done is None:
             loaded = load_model(path, named, device=device)
             if loaded.step != step:  # the newest was damaged, and an older whole one was taken
-                basis = basis.model_copy(update={"step": loaded.step, "checkpoint": _checkpoint(path, loaded.step)[1]})
+                basis = basis.model_copy(
+                    update={"step": loaded.step, "checkpoint": checkpoint_digest(path, loaded.step)[1]}
+                )
             _measure(loaded, basis, stores, on_progress or (lambda what, done, total: None))
     except DataError as error:
         raise RunError(str(error)) from None
+    write_suite_report(path)
     report = records.path_of(path) if exported else write_report(path)
     found = done or read_results(path)
     return Evaluation(path, basis.step, found, report, done is not None, time.monotonic() - started)
-
-
-def _checkpoint(run: Path, step: int | None) -> tuple[int, str]:
-    """Step and manifest digest of the checkpoint to evaluate, without reading its weights."""
-    if is_export(run):
-        exported = Exported(run)
-        return exported.step, str(exported.content["sha256"])
-    folder = run / "checkpoints"
-    steps = ckpt.steps(folder)
-    if not steps:
-        raise CheckpointError(f"{run}: no checkpoint yet; train the run first")
-    chosen = step if step is not None else steps[-1]
-    try:
-        return chosen, str(ckpt.open_step(folder, chosen).manifest["sha256"])
-    except CheckpointError:
-        if step is not None:
-            raise
-        return chosen, ""  # load_model takes an older one, and says so
 
 
 def _open_stores(config: Config, run: Path) -> dict[str, TokenStore]:
@@ -150,6 +137,9 @@ def _done(run: Path, basis: Basis) -> ResultSet | None:
         record = records.load(run)
         if record is None or record.basis != basis:
             return None
+        folder = results.eval_dir(run)
+        if any(file_digest(folder / name) != digest for name, digest in record.files.items()):
+            return None  # replaced since, as by `paralm eval perplexity` with other settings
         found = read_results(run)
     except RunError:
         return None  # damaged: measured again
@@ -176,7 +166,7 @@ def _measure(loaded: LoadedModel, basis: Basis, stores: dict[str, TokenStore], o
         )
     )
     records.remove(loaded.run_dir)
-    results.save((result.model_copy(update={"step": loaded.step}) for result in found), loaded.run_dir)
+    files = results.save((result.model_copy(update={"step": loaded.step}) for result in found), loaded.run_dir)
     weight = loaded.model.head_weight
     records.save(
         loaded.run_dir,
@@ -188,6 +178,7 @@ def _measure(loaded: LoadedModel, basis: Basis, stores: dict[str, TokenStore], o
             device=str(weight.device),
             dtype=str(weight.dtype).removeprefix("torch."),
             seconds=time.monotonic() - started,
+            files={path.name: file_digest(path) or "" for path in files if path.suffix == ".json"},
         ),
     )
 

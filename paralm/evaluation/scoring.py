@@ -18,6 +18,7 @@ from paralm.errors import UserError
 from paralm.evaluation.stream import Rectangle, Segment, pieces, rectangles
 
 BUCKETS = 48  # of positions, [2ᵇ, 2ᵇ⁺¹): no document reaches 2⁴⁸ tokens
+DETAILED = 1 << 17  # documents whose sums by position are kept one by one (100 MB); of more, only those of all
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Scores:
     tokens: NDArray[np.int64]  # predictions, (documents,): the document's tokens without BOS
     bucket_loss: NDArray[np.float64]  # nats, (BUCKETS,): positions 2ᵇ … 2ᵇ⁺¹ − 1, the token after BOS is at 1
     bucket_tokens: NDArray[np.int64]
+    document_bucket_loss: NDArray[np.float64]  # (documents, BUCKETS), or (0, BUCKETS) where it would be large
+    document_bucket_tokens: NDArray[np.int64]
 
 
 def score(
@@ -55,8 +58,14 @@ def score(
     where = device if device is not None else next(model.parameters()).device
     work = pieces(store, documents, reset_every)
     total, done = sum(p.stop - p.start for p in work), 0
+    count, detailed = len(documents), len(documents) if len(documents) <= DETAILED else 0
     sums = Scores(
-        np.zeros(len(documents)), np.zeros(len(documents), np.int64), np.zeros(BUCKETS), np.zeros(BUCKETS, np.int64)
+        np.zeros(count),
+        np.zeros(count, np.int64),
+        np.zeros(BUCKETS),
+        np.zeros(BUCKETS, np.int64),
+        np.zeros((detailed, BUCKETS)),
+        np.zeros((detailed, BUCKETS), np.int64),
     )
     # A rectangle's losses are read after the next one was launched, so that a device does not wait for the host.
     waiting: tuple[list[Segment], Tensor] | None = None
@@ -100,8 +109,12 @@ def _add(sums: Scores, segments: list[Segment], losses: Tensor) -> None:
         while at < piece.length:
             bucket = (piece.position + at).bit_length() - 1
             upto = min(piece.length, (2 << bucket) - piece.position)
-            sums.bucket_loss[bucket] += run[at:upto].sum()
+            found = run[at:upto].sum()
+            sums.bucket_loss[bucket] += found
             sums.bucket_tokens[bucket] += upto - at
+            if len(sums.document_bucket_loss):
+                sums.document_bucket_loss[piece.slot, bucket] += found
+                sums.document_bucket_tokens[piece.slot, bucket] += upto - at
             at = upto
 
 

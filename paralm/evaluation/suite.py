@@ -55,7 +55,10 @@ __all__ = [
     "weights_digest",
 ]
 
-MODULES: tuple[str, ...] = ()
+MODULES: tuple[str, ...] = (
+    "paralm.evaluation.long_perplexity",
+    "paralm.evaluation.downstream",
+)
 """Modules that register the built-in evaluations."""
 
 Progress = Callable[[str, int, int], None]
@@ -369,6 +372,9 @@ def _finish(running: Evaluation, cells: Cells, names: Sequence[str]) -> tuple[li
             parameters=sum(p.numel() for p in target.model.parameters()),
             seconds=cells.seconds(names),
         )
+    )
+    cells.remember(
+        target.step, {f"{result.name}/{key}": value for result in whole for key, value in result.scalars().items()}
     )
     return whole, files
 

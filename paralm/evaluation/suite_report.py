@@ -8,7 +8,7 @@ from paralm_data.atomic import write_file
 
 from paralm.errors import RunError
 from paralm.evaluation import markdown as md
-from paralm.evaluation.cells import SuiteRecord, load_record
+from paralm.evaluation.cells import StepRecord, SuiteRecord, load_record, load_steps
 from paralm.evaluation.result import Result, eval_dir
 from paralm.evaluation.suite import Evaluation, evaluations, read_result
 
@@ -24,7 +24,7 @@ def write_suite_report(run_dir: str | Path) -> Path:
     Whatever subset of evaluations was made is shown; a damaged file is named in its place and hides nothing else.
     """
     folder = eval_dir(Path(run_dir))
-    parts = [f"# Evaluations of {md.code(Path(run_dir).resolve().name)}"]
+    parts = ["# Evaluations"]
     pages = {name: _page(kind, folder) for name, kind in evaluations().items()}
     found = {name: page for name, page in pages.items() if page is not None}
     if not found:
@@ -60,6 +60,7 @@ def _page(evaluation: type[Evaluation], folder: Path) -> str | None:
     if found:
         parts = [f"{evaluation.description()}.", evaluation.page(found), *parts]
         parts.append(_circumstances(found, load_record(folder / f"{evaluation.name}.cells")))
+        parts += _over_steps(load_steps(folder.parent, evaluation.name))
     return "\n\n".join(parts)
 
 
@@ -71,3 +72,20 @@ def _circumstances(found: list[Result], record: SuiteRecord | None) -> str:
         text += f", in {record.dtype} on {record.device}, {md.duration(record.seconds)}"
         text += f" in {record.cells} pieces" if record.cells > 1 else ""
     return f"{text}."
+
+
+def _over_steps(steps: dict[int, StepRecord]) -> list[str]:
+    """The numbers of several checkpoints measured in the same way, newest last; at most the last 20."""
+    if not steps:
+        return []
+    kinds = [(record.basis.get("settings"), record.basis.get("version")) for record in steps.values()]
+    same = {step: record for (step, record), kind in zip(steps.items(), kinds) if kind == kinds[-1]}
+    if len(same) < 2:
+        return []
+    shown = dict(list(same.items())[-20:])
+    keys = list(next(reversed(shown.values())).scalars)
+    rows = [
+        [f"{step:,}", *(f"{record.scalars[key]:.6g}" if key in record.scalars else "" for key in keys)]
+        for step, record in shown.items()
+    ]
+    return ["### Over training", md.table(["step", *keys], rows, right=range(len(keys) + 1))]

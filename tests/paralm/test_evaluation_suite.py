@@ -134,7 +134,7 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path: Path) -> None:
     assert Norms.measured == ["d e", "record"]
     run_suite(Norms.name, target(tmp_path / "b"))
     first, second = files(tmp_path / "a"), files(tmp_path / "b")
-    first.pop("report.md"), second.pop("report.md")  # names the folder, and how long it took
+    first.pop("report.md"), second.pop("report.md")  # says how long it took
     assert first == second
 
 

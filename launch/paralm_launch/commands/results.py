@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from paralm.errors import RunError
-from paralm_launch.commands.arguments import OverridesArgument, RunArgument, add_command
+from paralm_launch.commands.arguments import RunArgument, add_command
 from paralm_launch.console import say
 
 
@@ -22,18 +22,55 @@ def add_to(parent: typer.Typer) -> None:
 
 
 def evaluate(
-    run: RunArgument,
-    overrides: OverridesArgument = None,
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME] RUN [KEY=VALUE]...",
+            help="An evaluation ('paralm eval --list' shows them; without a name: the run's own), a run's folder, "
+            "RUN@STEP or an export, and settings.",
+        ),
+    ] = None,
     again: Annotated[bool, typer.Option("--again", help="Measure again what was measured already.")] = False,
+    part: Annotated[
+        str | None,
+        typer.Option(help="Measure a share: 1/4, 'rank' (under torchrun or srun), or 'array' (a SLURM job array)."),
+    ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Evaluate each checkpoint as it appears, until the run is over.")
+    ] = False,
+    every: Annotated[
+        int, typer.Option(min=1, help="With --follow: only checkpoints of steps that are multiples of this.")
+    ] = 1,
+    list_: Annotated[bool, typer.Option("--list", help="Show the evaluations, or the settings of NAME.")] = False,
 ) -> None:
-    """Measure a run on its held-out text and write its report, with curves and samples.
+    """Measure a run: its standard evaluation and report, or one evaluation of the suite by name.
 
-    KEY=VALUE changes the evaluation only, such as eval.max_tokens=1000000. An export is measured on the text of
-    data.dir=DIR, which the run it came from has in its data folder.
+    paralm eval RUN scores the held-out text and writes report.md, with curves and samples; KEY=VALUE changes that
+    evaluation only, such as eval.max_tokens=1000000.
+
+    paralm eval NAME RUN KEY=VALUE measures one question, such as perplexity or capacity, and adds a page to
+    eval/report.md. Interrupted, the same command goes on. An export is measured on the text of data.dir=DIR, which
+    the run it came from has in its data folder.
     """
-    from paralm_launch import pipeline
+    from paralm_launch import evaluation, pipeline
 
-    pipeline.evaluate_run(run, overrides or [], again)
+    given = arguments or []
+    if list_:
+        if given:
+            evaluation.list_settings(given[0])
+        else:
+            evaluation.list_evaluations()
+        return
+    if not given:
+        raise RunError("nothing to evaluate: paralm eval RUN, or paralm eval NAME RUN ('paralm eval --list')")
+    chosen = evaluation.find_evaluation(given)
+    if chosen is None:
+        evaluation.refuse_options_of_the_suite(part=part, follow=follow)
+        pipeline.evaluate_run(given[0], given[1:], again)
+    elif follow:
+        evaluation.follow(chosen, given[1], given[2:], part=part, every=every)
+    else:
+        evaluation.evaluate(chosen, given[1], given[2:], again=again, part=part)
 
 
 def compare(
