@@ -157,6 +157,13 @@ class StreamText:
         self.stream = stream
         self._characters, self._until = WholeCharacters(tokenizer), UntilStop(stop)
         self._taken, self._ended = 0, False
+        self.text = ""
+        """All that was taken."""
+
+    @property
+    def held(self) -> bool:
+        """Whether text is held back that may begin a stop string."""
+        return self._until.held
 
     @property
     def stopped(self) -> bool:
@@ -176,6 +183,7 @@ class StreamText:
             self._ended = True
             found += self._until.push(self._characters.end())
             found += "" if self.stopped else self._until.end()
+        self.text += found
         return found
 
 
@@ -246,9 +254,9 @@ class Batch:
                 changed += [stream, *stream.copies]
         for group in self._groups:
             changed += group.compact()  # cancelled since the last step
+        self._groups = [group for group in self._groups if group.members]
         for group in self._groups:
-            if group.members:
-                changed += self._draw_next(group)
+            changed += self._draw_next(group)
         self._admit()
         changed += self._read()  # last: who joins now has drawn a token already
         for group in self._groups:

@@ -191,6 +191,11 @@ class UntilStop:
         self._stop, self._held = stop, ""
         self.stopped = False
 
+    @property
+    def held(self) -> bool:
+        """Whether something is held back."""
+        return bool(self._held)
+
     def push(self, piece: str) -> str:
         """The text that is certain now: none of it begins a stop string. Nothing after one."""
         if self.stopped:

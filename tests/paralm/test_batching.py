@@ -1,4 +1,4 @@
-"""Sequences side by side give what each gives alone, for every mixer: nothing leaks from a neighbour or from padding."""
+"""Sequences side by side give what each gives alone, for every mixer: nothing leaks from a neighbour or padding."""
 
 from __future__ import annotations
 
@@ -100,6 +100,20 @@ def test_streams_that_come_and_go_between_steps(name: str) -> None:
     assert cancelled.finished == "cancelled"
     assert cancelled.tokens == alone(lm, cancelled)[: len(cancelled.tokens)]
     assert 0 < len(cancelled.tokens) < 50
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_a_stream_may_begin_as_the_last_one_is_cancelled(name: str) -> None:
+    lm = model(name)
+    first, second = Stream(PROMPTS[0], 20), streams()[1]
+    batch = Batch(lm, rows=1)
+    batch.add(first)
+    batch.add(second)
+    batch.step()
+    first.cancel()
+    assert first in batch.step()
+    list(batch.run())
+    assert (len(first.tokens), second.tokens) == (1, alone(lm, second))
 
 
 @pytest.mark.parametrize("name", FEW)
