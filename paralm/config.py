@@ -66,8 +66,11 @@ class TokenizerConfig(Section):
 
 
 class DataConfig(Section):
-    """Corpus, tokenizer, token store and the order in which it is read."""
+    """Corpus, tokenizer, token store and the order in which it is read; or a computed task instead of all that."""
 
+    synthetic: dict[str, Any] | None = Field(
+        default=None, description="instead of text: the name of a task under 'task', and the task's own settings"
+    )
     source: SourceConfig = Field(default_factory=SourceConfig)
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
     dir: Path | None = Field(default=None, description="tokenizer and stores; default: the run's folder, data/")
@@ -75,6 +78,15 @@ class DataConfig(Section):
     validation: dict[str, SourceConfig] = Field(default_factory=dict, description="further validation sets, by name")
     order: Literal["windows", "lanes"] = "windows"
     verify: Literal["size", "full"] = Field(default="full", description="what is checked when a store is opened")
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> DataConfig:
+        for key in ("source", "tokenizer", "validation", "order"):
+            if self.synthetic is not None and getattr(self, key) != type(self).model_fields[key].get_default(
+                call_default_factory=True
+            ):
+                raise ValueError(f"'{key}' is of text, and data.synthetic computes its tokens; leave one of them out")
+        return self
 
 
 class MLPConfig(Section):
@@ -307,6 +319,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Config:
+        if self.training.carry_state and self.data.synthetic is not None:
+            raise ValueError("training.carry_state is of text: every row of data.synthetic is a whole example")
         if self.training.carry_state and self.data.order != "lanes":
             raise ValueError("training.carry_state needs data.order: lanes (windows are not consecutive)")
         return self

@@ -97,6 +97,8 @@ class _Layer:
 
 
 def _replaces(path: Key, old: dict[str, Any], new: dict[str, Any]) -> bool:
+    if path == ("data", "synthetic"):
+        return "task" in new and new["task"] != old.get("task")
     return path == ("model", "mixer") and "name" in new and new["name"] != old.get("name", "paragru")
 
 
@@ -313,16 +315,21 @@ def _validate(layer: _Layer) -> Config:
 
 
 def _complete_model(config: Config, layer: _Layer) -> None:
-    """Check the mixer's own keys and fill in its defaults, so that the saved configuration says everything; then
-    see that a model, an optimizer and an engine can be made of it, the model on the device that allocates nothing.
+    """Check the task's and the mixer's own keys and fill in their defaults, so that the saved configuration says
+    everything; then see that a model, an optimizer and an engine can be made of it, the model on the device that allocates nothing.
     """
+    from paralm_data import DataError
+    from paralm_data.synthetic import check_width
+
     from paralm.models import build_model  # torch comes with it
     from paralm.models.hybrid import mixer_pattern
     from paralm.registry import validate_mixer
+    from paralm.synthetic import complete as complete_task
+    from paralm.synthetic import task_of, vocab_size_of
     from paralm.training.engine import deepspeed_config
     from paralm.training.optimizers import OPTIMIZERS
 
-    where: tuple[str, ...] = ("model", "mixer")
+    where: tuple[str, ...] = ()
 
     def complete(spec: dict[str, Any]) -> dict[str, Any]:
         entry, checked = validate_mixer(spec)
@@ -331,20 +338,27 @@ def _complete_model(config: Config, layer: _Layer) -> None:
         return {"name": entry.name, **checked.model_dump(mode="json", by_alias=True)}
 
     try:
+        if config.data.synthetic is not None:
+            where = ("data", "synthetic")
+            config.data.synthetic = complete_task(config.data.synthetic)
+            task = task_of(config.data)
+            assert task is not None
+            check_width(task, config.training.seq_len)
+        where = ("model", "mixer")
         pattern = mixer_pattern(config.model)
         config.model.mixer = complete(config.model.mixer)
         if config.model.mixers is not None:
             where = ("model", "mixers")
             config.model.mixers = [{**complete(spec), "count": count} for spec, count in pattern]
         given = config.data.tokenizer.model is not None  # then its size is known when it has been read
-        build_model(config.model, 1 if given else config.data.tokenizer.vocab_size, config.run.seed, device="meta")
+        build_model(config.model, 1 if given else vocab_size_of(config.data), config.run.seed, device="meta")
         if config.optimizer.name not in OPTIMIZERS:
             near = difflib.get_close_matches(config.optimizer.name, OPTIMIZERS, n=1, cutoff=0.0)
             raise ConfigError(f"optimizer.name: no optimizer '{config.optimizer.name}'; nearest: {near[0]}")
         deepspeed_config(config, world_size=1, parameters=1)
     except ValidationError as error:
         raise ConfigError(one_line(error, layer.place, where)) from None
-    except ConfigError as error:
+    except (ConfigError, DataError) as error:
         key = re.match(r"[\w.]*", str(error))
         _, place = layer.place(tuple(key.group().split(".")) if key else ())
         raise ConfigError(f"{place}: {error}" if place else str(error)) from None

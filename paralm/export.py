@@ -74,7 +74,7 @@ def export(
         source.shapes,
         lambda name, low, count: source.checkpoint.read(MASTER, name, low, count),
         _describe(source.config, source.checkpoint, chosen),
-        source.tokenizer_file.read_bytes(),
+        source.own_tokenizer.proto if source.own_tokenizer is not None else None,
         max_shard_size,
         on_progress,
     )
@@ -108,7 +108,9 @@ def write_export(
 def _describe(config: Config, checkpoint: ckpt.Checkpoint, dtype: str) -> dict[str, Any]:
     """What an export says of the model besides its files; no path of the machine it was made on but user modules'."""
     manifest = checkpoint.manifest
+    task = {"data": {"synthetic": config.data.synthetic}} if config.data.synthetic is not None else {}
     return {
+        **task,
         "format": FORMAT,
         "model": config.model.model_dump(mode="json"),
         "vocab_size": manifest["vocab_size"],
@@ -146,6 +148,7 @@ class Exported:
         try:
             self.config = Config.model_validate(
                 {key: self.content[key] for key in ("model", "imports", "run", "training")}
+                | ({"data": self.content["data"]} if "data" in self.content else {})
             )
         except (ValidationError, KeyError) as error:
             raise CheckpointError(f"{path / CONFIG}: {str(error).splitlines()[0]}") from None

@@ -216,13 +216,18 @@ def make_task(spec: Mapping[str, Any]) -> Task:
     """The task that ``data.synthetic`` describes: ``{"task": NAME, **settings}``. DataError, one line, otherwise."""
     keys = dict(spec)
     kind = task_class(keys.pop("task", None))
+    check_keys(kind, keys)
+    return kind(kind.Settings(**keys))
+
+
+def check_keys(kind: type[Task], keys: Mapping[str, Any]) -> None:
+    """DataError, one line, naming the nearest, where a task has no such setting."""
     valid = [field.name for field in dataclasses.fields(kind.Settings)]
     for key in keys:
         if key not in valid:
             near = difflib.get_close_matches(str(key), valid, n=1, cutoff=0.5)
             hint = f"; nearest: {KEY}.{near[0]}" if near else ""
             raise DataError(f"{KEY}.{key}: task '{kind.name}' has no such setting{hint} (valid: {', '.join(valid)})")
-    return kind(kind.Settings(**keys))
 
 
 # -- batches -------------------------------------------------------------------------------------------------
@@ -262,7 +267,7 @@ class SyntheticLoader(StepLoader):
             tokens=torch.from_numpy(found.tokens),
             labels=torch.from_numpy(found.labels),
             reset=reset,
-            continues=torch.zeros(len(rows), dtype=torch.bool).numpy(),
+            continues=torch.zeros(len(rows), dtype=torch.bool),
             epoch=0.0,
         )
 

@@ -70,9 +70,16 @@ def only_rank() -> None:
 # -- data ----------------------------------------------------------------------------------------------------
 
 
-def prepare_data(config: Config) -> Prepared:
-    """Make the tokenizer and the token stores, as far as they are not there."""
+def prepare_data(config: Config) -> Prepared | None:
+    """Make the tokenizer and the token stores, as far as they are not there; None for a task, which needs none."""
     from paralm_data import TokenizerSpec, prepare
+
+    from paralm.synthetic import task_of
+
+    task = task_of(config.data)
+    if task is not None:
+        say(f"data: task '{task.name}', computed as it is needed, vocabulary {task.vocab_size:,}; nothing to prepare")
+        return None
 
     with ProgressLine() as line:
         prepared = prepare(
@@ -141,10 +148,12 @@ def train_run(config: Config) -> None:
 
 def _show_step(line: ProgressLine, row: dict[str, Any]) -> None:
     if row["kind"] == "validation":
-        line.say(
-            f"step {row['step']:,}  {row['set'].replace('_', ' ')}: loss {row['loss']:.3f}, "
+        reached = (
             f"{row['bits_per_byte']:.3f} bits per byte"
+            if "bits_per_byte" in row
+            else f"{row['accuracy']:.1%} of the answers right, {row['sequence_accuracy']:.1%} of the examples"
         )
+        line.say(f"step {row['step']:,}  {row['set'].replace('_', ' ')}: loss {row['loss']:.3f}, {reached}")
     elif row["kind"] == "train":
         skipped = "  SKIPPED, not finite" if row["skipped"] else ""
         text = (

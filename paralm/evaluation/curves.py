@@ -28,7 +28,8 @@ class Validation:
     tokens: Floats  # trained on by then
     seconds: Floats  # of training by then
     loss: Floats  # nats per token
-    bits_per_byte: Floats
+    bits_per_byte: Floats  # NaN for a task, which has no bytes
+    accuracy: Floats  # of a task's answers; NaN for text
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ def _curves(train: list[dict[str, Any]], validations: list[dict[str, Any]]) -> C
             np.interp(at, step, tokens),
             np.interp(at, step, seconds),
             _column(mine, "loss"),
-            _column(mine, "bits_per_byte"),
+            _column(mine, "bits_per_byte", math.nan),  # none where there is no text
+            _column(mine, "accuracy", math.nan),
         )
     return Curves(
         step=step,

@@ -61,7 +61,7 @@ def export_transformers(
         special_tokens=tokens,
         force=force,
         on_progress=on_progress,
-        finish=lambda folder: write_file(folder / TOKENIZER, source.tokenizer_file.read_bytes()),
+        finish=lambda folder: write_file(folder / TOKENIZER, tokenizer.proto),
     )
     warn(f"{TOKENIZER} is a sentencepiece model; transformers' AutoTokenizer does not find it by itself")
     parameters = sum(math.prod(shape) for shape in source.shapes.values())

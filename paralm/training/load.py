@@ -14,6 +14,7 @@ from paralm.config import Config
 from paralm.errors import CheckpointError, RunError
 from paralm.export import TOKENIZER, Exported, is_export
 from paralm.models import LanguageModel, build_model
+from paralm.synthetic import task_of
 from paralm.training.checkpoint import Checkpoint
 from paralm.training.run_folder import RunFolder
 from paralm.training.session import open_checkpoint, parse_run
@@ -25,7 +26,7 @@ class LoadedModel:
     """A model in eval mode on ``device`` and what belongs to it."""
 
     model: LanguageModel
-    own_tokenizer: Tokenizer | None  # None: imported without one
+    own_tokenizer: Tokenizer | None  # None: imported without one, or trained on a task that has no text
     config: Config
     step: int
     tokens: int  # trained on
@@ -36,6 +37,11 @@ class LoadedModel:
     def tokenizer(self) -> Tokenizer:
         """Raises RunError, one line, where none came along."""
         if self.own_tokenizer is None:
+            if self.config.data.synthetic is not None:
+                raise RunError(
+                    f"{self.run_dir}: trained on task '{self.config.data.synthetic['task']}', which has token ids and "
+                    "no text; measure it with paralm eval tracking"
+                )
             raise RunError(
                 f"{self.run_dir}: imported without a tokenizer, so it takes token ids only (paralm.load(…).model); "
                 "import it again with --tokenizer FILE, a sentencepiece model"
@@ -50,17 +56,21 @@ class RunModel:
     path: Path
     config: Config
     checkpoint: Checkpoint
-    tokenizer: Tokenizer
+    own_tokenizer: Tokenizer | None  # None: trained on a task that has no text
+    vocab_size: int
     data_dir: Path
 
     @property
-    def tokenizer_file(self) -> Path:
-        return self.data_dir / "tokenizer.model"
+    def tokenizer(self) -> Tokenizer:
+        """Raises RunError, one line, where the run has none."""
+        if self.own_tokenizer is None:
+            raise RunError(f"{self.path}: trained on a task of token ids (data.synthetic), so it has no tokenizer")
+        return self.own_tokenizer
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Parameter name → shape, in the model's order. Raises CheckpointError when the checkpoint is of another."""
-        model = build_model(self.config.model, self.tokenizer.vocab_size, seed=0, device="meta")
+        model = build_model(self.config.model, self.vocab_size, seed=0, device="meta")
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         for name, shape in shapes.items():
             if self.checkpoint.shapes.get(name) != shape:
@@ -89,10 +99,15 @@ def open_run_model(run: str | Path, step: int | None, warn: Callable[[str], None
     # The run may have been moved since: what the folder holds is found relative to it.
     data_dir = config.data.dir if config.data.dir is not None else path / "data"
     source = open_checkpoint(path, step if step is not None else named, warn)
+    task = task_of(config.data)
+    if task is not None:
+        if task.fingerprint != source.manifest["tokenizer_sha256"]:
+            raise RunError(f"{path}: task '{task.name}' now makes other examples than {source.directory} learnt")
+        return RunModel(path, config, source, task.tokenizer, task.vocab_size, data_dir)
     tokenizer = Tokenizer.load(data_dir / "tokenizer.model")
     if tokenizer.sha256 != source.manifest["tokenizer_sha256"]:
         raise RunError(f"{data_dir / 'tokenizer.model'}: not the tokenizer that {source.directory} was trained with")
-    return RunModel(path, config, source, tokenizer, data_dir)
+    return RunModel(path, config, source, tokenizer, tokenizer.vocab_size, data_dir)
 
 
 def load_model(
@@ -110,13 +125,13 @@ def load_model(
         return _load_export(path, step if step is not None else named, device, dtype)
     source = open_run_model(run, step, warnings.warn)
     config = source.config
-    model = _empty(config, source.tokenizer.vocab_size, device, dtype)
+    model = _empty(config, source.vocab_size, device, dtype)
     with torch.no_grad():
         shapes = source.shapes
         for name, parameter in model.named_parameters():
             parameter.copy_(source.checkpoint.tensor(name).view(shapes[name]))
     tokens = source.checkpoint.manifest["tokens"]
-    return LoadedModel(model, source.tokenizer, config, source.checkpoint.step, tokens, path, source.data_dir)
+    return LoadedModel(model, source.own_tokenizer, config, source.checkpoint.step, tokens, path, source.data_dir)
 
 
 def _load_export(

@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from paralm_data import Task
 
 from paralm.config import Config
 from paralm.errors import DivergedError, RunError, StoppedError
+from paralm.evaluation.answers import validate_answers
 from paralm.evaluation.perplexity import validate
 from paralm.models import flops_per_token
 from paralm.training.control import Control
@@ -199,9 +201,12 @@ class Recorder:
         )
 
     def validation(self) -> None:
-        """Every validation set's loss and bits per byte, over the same documents at any world size."""
+        """Every validation set's loss and bits per byte, over the same documents at any world size; of a task's
+        held-out split, the loss and the share of right answers."""
         session, config = self.session, self.session.config
         session.engine.eval()
+        if session.task is not None:
+            self._task_validation(session.task)
         # A state that grows is scored in windows, as it was trained; a bounded one over whole documents.
         reset_every = config.eval.reset_every or (None if session.model.bounded_state else config.training.seq_len)
         lockstep = Lockstep(session.engine, session.device) if config.parallel.zero_stage == 3 else None
@@ -233,6 +238,40 @@ class Recorder:
                 }
             )
         session.engine.train()
+
+    def _task_validation(self, task: Task) -> None:
+        session, config = self.session, self.session.config
+        lockstep = Lockstep(session.engine, session.device) if config.parallel.zero_stage == 3 else None
+        sums = validate_answers(
+            lockstep or session.engine,
+            task,
+            max(1, config.training.validate_tokens // config.training.seq_len),
+            vocab_size=session.blueprint.vocab_size,
+            seed=config.run.seed,
+            rows=config.eval.rows,
+            chunk=config.eval.chunk,
+            device=session.device,
+            rank=session.rank,
+            world_size=session.world_size,
+        )
+        if lockstep is not None:
+            lockstep.finish()
+        total = torch.tensor(
+            [sums.loss, sums.answers, sums.right, sums.examples, sums.whole], dtype=torch.float64, device=session.device
+        )
+        dist.all_reduce(total)
+        loss, answers, right, examples, whole = total.tolist()
+        self._write(
+            {
+                "kind": "validation",
+                "step": session.step,
+                "set": "held_out",
+                "loss": loss / max(1.0, answers),
+                "tokens": int(answers),
+                "accuracy": right / max(1.0, answers),
+                "sequence_accuracy": whole / max(1.0, examples),
+            }
+        )
 
 
 class Profiler:

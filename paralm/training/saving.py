@@ -55,8 +55,8 @@ def manifest(session: Session) -> dict[str, Any]:
         },
         "parameters": {name: {"shape": list(shape)} for name, shape in session.shapes.items()},
         "loader": session.loader.state_dict(),
-        "tokenizer_sha256": session.tokenizer.sha256,
-        "vocab_size": session.tokenizer.vocab_size,
+        "tokenizer_sha256": session.tokenizer_sha256,
+        "vocab_size": session.vocab_size,
     }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from paralm_data import DataError, Loader, Tokenizer, TokenStore
+from paralm_data import DataError, Loader, SyntheticLoader, Tokenizer, TokenStore
 
 from paralm.config import Config
 from paralm.config_files import dump_yaml, frozen_differences
@@ -19,6 +19,7 @@ from paralm.export import Exported, is_export
 from paralm.models import build_model
 from paralm.models.hybrid import mixer_names
 from paralm.models.parameters import initial_value, specs
+from paralm.synthetic import task_of
 from paralm.training import checkpoint as ckpt
 from paralm.training import rng
 from paralm.training.engine import build_engine
@@ -116,7 +117,7 @@ class Session:
                 parse_run(source, self.config.run.root)
         if self.config.training.fork_from and self.config.training.init_from:
             raise ConfigError("training.fork_from and training.init_from cannot both be given")
-        for name in ("tokenizer.model", "train", "held_out"):
+        for name in ("tokenizer.model", "train", "held_out") if self.config.data.synthetic is None else ():
             if not (self.config.data_dir / name).exists():
                 raise RunError(f"{self.config.data_dir / name}: missing; run 'paralm data prepare' first")
 
@@ -180,31 +181,32 @@ class Session:
             torch.use_deterministic_algorithms(True)
 
     def _open_data(self) -> None:
-        training, data = self.config.training, self.config.data
-        self.tokenizer = Tokenizer.load(self.config.data_dir / "tokenizer.model")
-        self.store = TokenStore.open(self.config.data_dir / "train", verify=data.verify)
+        training, data, seed = self.config.training, self.config.data, self.config.run.seed
+        rows = (training.seq_len, training.global_batch_size, seed)
+        self.task = task_of(data)
+        self.loader: Loader | SyntheticLoader
+        self.validation: dict[str, TokenStore]
+        if self.task is not None:
+            self.vocab_size, self.tokenizer_sha256, self.validation = self.task.vocab_size, self.task.fingerprint, {}
+            self.loader = SyntheticLoader(self.task, *rows, rank=self.rank, world_size=self.world_size)
+            return
+        tokenizer = Tokenizer.load(self.config.data_dir / "tokenizer.model")
+        self.vocab_size, self.tokenizer_sha256 = tokenizer.vocab_size, tokenizer.sha256
+        store = TokenStore.open(self.config.data_dir / "train", verify=data.verify)
         self.validation = {"held_out": TokenStore.open(self.config.data_dir / "held_out", verify=data.verify)}
         for name in data.validation:
             path = self.config.data_dir / "validation" / name
             self.validation[name] = TokenStore.open(path, verify=data.verify)
-        for store in (self.store, *self.validation.values()):
-            if store.tokenizer_sha256 != self.tokenizer.sha256:
-                raise RunError(f"{store.path}: made with another tokenizer than the one in {self.config.data_dir}")
-        self.loader = Loader(
-            self.store,
-            seq_len=training.seq_len,
-            global_batch_size=training.global_batch_size,
-            seed=self.config.run.seed,
-            order=data.order,
-            rank=self.rank,
-            world_size=self.world_size,
-        )
+        for found in (store, *self.validation.values()):
+            if found.tokenizer_sha256 != tokenizer.sha256:
+                raise RunError(f"{found.path}: made with another tokenizer than the one in {self.config.data_dir}")
+        self.loader = Loader(store, *rows, order=data.order, rank=self.rank, world_size=self.world_size)
 
     def _build(self) -> None:
         """The engine, its weights still zero, and what is known of the model from its shapes alone."""
         config = self.config
         rng.seed_all(config.run.seed, "build")
-        self.blueprint = build_model(config.model, self.tokenizer.vocab_size, seed=config.run.seed, device="meta")
+        self.blueprint = build_model(config.model, self.vocab_size, seed=config.run.seed, device="meta")
         if config.training.carry_state and not self.blueprint.bounded_state:
             raise ConfigError(
                 f"training.carry_state: the state of mixer {mixer_names(config.model)} grows with the "
@@ -212,7 +214,7 @@ class Session:
             )
         self.parameters = sum(p.numel() for p in self.blueprint.parameters())
         self.shapes = {name: tuple(p.shape) for name, p in self.blueprint.named_parameters()}
-        self.engine, self.optimizer = build_engine(config, self.tokenizer.vocab_size, self.world_size)
+        self.engine, self.optimizer = build_engine(config, self.vocab_size, self.world_size)
         self.model = self.engine.module
         self.fragments = EngineFragments(self.engine, self.rank, self.world_size)
         self.optimizer.bind(self.fragments, self.shapes, self.device)

@@ -67,6 +67,62 @@ DAMAGED = [
     Damaged(
         "vocabulary below the tokenizer's", "model:\n  vocab_size: 512\n", ("run.yaml:2", "model.vocab_size", "4096")
     ),
+    # a task instead of text
+    Damaged("task without a name", "data: {synthetic: {max_len: 9}}\n", ("run.yaml:1", "data.synthetic.task: missing")),
+    Damaged(
+        "misspelt task",
+        "data:\n  synthetic:\n    task: partiy\n",
+        ("run.yaml:3", "data.synthetic.task", "nearest: parity"),
+    ),
+    Damaged(
+        "misspelt setting of a task",
+        "data:\n  synthetic:\n    task: parity\n    max_length: 9\n",
+        ("run.yaml:4", "task 'parity'", "nearest: data.synthetic.max_len"),
+    ),
+    Damaged(
+        "setting of another task", "data: {synthetic: {task: parity, group: S3}}\n", ("data.synthetic.group", "max_len")
+    ),
+    Damaged(
+        "text for a setting",
+        "data: {synthetic: {task: parity, max_len: long}}\n",
+        ("run.yaml:1", "data.synthetic.max_len: expected an integer, got long"),
+    ),
+    Damaged(
+        "misspelt choice of a setting",
+        "data: {synthetic: {task: parity, labels: al}}\n",
+        ("data.synthetic.labels", "'last' or 'every'", "got al"),
+    ),
+    Damaged("no such group", "data: {synthetic: {task: words, group: S7}}\n", ("data.synthetic.group", "S7", "S5")),
+    Damaged(
+        "a size that is none",
+        "data: {synthetic: {task: mqar, mixture: ['64x4']}}\n",
+        ("data.synthetic.mixture", "64x4", "LENGTH:PAIRS"),
+    ),
+    Damaged(
+        "lengths the wrong way round",
+        "data: {synthetic: {task: parity, min_len: 9, max_len: 8}}\n",
+        ("data.synthetic.max_len", "min_len, 9"),
+    ),
+    Damaged(
+        "a task and text",
+        "data:\n  synthetic: {task: parity}\n  source: {kind: text, paths: [a]}\n",
+        ("run.yaml:1", "'source' is of text", "data.synthetic"),
+    ),
+    Damaged(
+        "a task and a tokenizer",
+        "data: {synthetic: {task: parity}, tokenizer: {vocab_size: 512}}\n",
+        ("'tokenizer' is of text", "data.synthetic"),
+    ),
+    Damaged(
+        "examples longer than rows",
+        "data: {synthetic: {task: parity}}\ntraining:\n  seq_len: 32\n",
+        ("run.yaml:3", "training.seq_len", "parity", "40"),
+    ),
+    Damaged(
+        "carried state over examples",
+        "data: {synthetic: {task: parity}}\ntraining: {carry_state: true}\n",
+        ("run.yaml:2", "training.carry_state", "data.synthetic"),
+    ),
     # files
     Damaged("key given twice", "run:\n  seed: 1\n  seed: 2\n", ("run.yaml:3", "run.seed", "line 2")),
     Damaged("tab for spaces", "model:\n\td_model: 64\n", ("run.yaml:2", "not valid YAML")),

@@ -28,11 +28,12 @@ def show(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
 
     from paralm.config_files import annotate, load_config
     from paralm.models import build_model
+    from paralm.synthetic import vocab_size_of
     from paralm.training.engine import deepspeed_config
 
     loaded = load_config(config, overrides or [])
     made, ranks = loaded.config, loaded.config.launcher.ranks or 1
-    model = build_model(made.model, made.data.tokenizer.vocab_size, seed=0, device="meta")
+    model = build_model(made.model, vocab_size_of(made.data), seed=0, device="meta")
     generated = deepspeed_config(made, ranks, sum(parameter.numel() for parameter in model.parameters()))
     typer.echo(annotate(loaded), nl=False)
     typer.echo(f"\n# DeepSpeed's configuration on {ranks} rank{'s' if ranks > 1 else ''}, generated from the above:")

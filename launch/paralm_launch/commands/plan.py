@@ -17,16 +17,17 @@ def plan(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     """Count a model's parameters by part, its state and its FLOPs. CONFIG: a run's, or a model preset (mamba2_7b).
 
     Nothing is allocated: 7B answers in seconds on a laptop. Without model.vocab_size the vocabulary is that of
-    data.tokenizer.
+    data.tokenizer, or of the task of data.synthetic.
     """
     from paralm import resources
     from paralm.config_files import load_config
     from paralm.planning import plan_model
+    from paralm.synthetic import vocab_size_of
 
     if resources.find_preset(config) is None and resources.find_preset(f"model/{config}") is not None:
         config = f"model/{config}"
     made = load_config(config, overrides or []).config
-    found = plan_model(made.model, made.data.tokenizer.vocab_size, made.training.seq_len)
+    found = plan_model(made.model, vocab_size_of(made.data), made.training.seq_len)
     rows = [
         (part.name, f"{part.layers}" if part.layers else "", f"{part.parameters:,}", f"{share:.1%}")
         for part in found.parts
