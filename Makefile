@@ -47,7 +47,7 @@ format: $(DEV)  ## let ruff rewrite what lint would complain about
 peers: $(PEERS)  ## what tests compare with: others' implementations, each in a folder of its own
 
 mutants: $(DEV) $(PEERS)  ## plant known defects one at a time; each must make its test fail
-	$(BIN)/python tools/mutants.py --jobs $(JOBS)
+	$(BIN)/python tools/mutants.py --jobs $(JOBS) $(MUTANTS)
 
 chaos: $(DEV)  ## kill training at random moments, 30 times at least, and compare its losses; about 20 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python tools/chaos.py --out benchmarks/results/chaos.json

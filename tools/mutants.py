@@ -4,7 +4,9 @@
 replaces it, and the test that must then fail. Each is planted in a copy of the tree. A defect that no test
 notices, a test that fails without it, or a text that no longer stands in its file makes the command fail.
 
-    python tools/mutants.py [--jobs 2] [NAME …]
+    python tools/mutants.py [--jobs 2] [--passed] [NAME …]
+
+--passed: the whole suite has just passed on this tree, so the named tests need not be run without a defect first.
 """
 
 from __future__ import annotations
@@ -93,6 +95,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="only these defects")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--passed", action="store_true", help="the named tests have just passed on this tree")
     arguments = parser.parse_args()
     mutants = load(ROOT / "tests" / "mutants.toml")
     unknown = set(arguments.names) - {m.name for m in mutants}
@@ -108,7 +111,7 @@ def main() -> int:
             trees.put(tree)
         survived = 0
         with ThreadPoolExecutor(arguments.jobs) as pool:
-            tests = sorted({m.test for m in mutants})
+            tests = [] if arguments.passed else sorted({m.test for m in mutants})
             shares = [tests[index :: arguments.jobs] for index in range(min(arguments.jobs, len(tests)))]
             for code, output in pool.map(run_tests, list(trees.queue), shares):
                 if code != 0:
