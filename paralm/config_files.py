@@ -32,7 +32,10 @@ from paralm.config_yaml import Key, inline, parse, read, show, write
 from paralm.errors import ConfigError
 from paralm.user_modules import load_modules
 
-_FROZEN_TRAINING = ("seq_len", "global_batch_size", "carry_state", "precision", "init_from", "fork_from", "max_steps")
+_FROZEN_TRAINING = (
+    *("seq_len", "global_batch_size", "carry_state", "initial_state", "precision", "init_from", "fork_from"),
+    "max_steps",
+)
 _FROZEN = ("run.seed", "data", "model", "optimizer", *(f"training.{key}" for key in _FROZEN_TRAINING))
 _FREE = ("data.verify",)
 _HOME_PATHS = (("run", "root"), ("data", "dir"), ("data", "tokenizer", "model"), ("data", "source", "paths"))
@@ -316,7 +319,8 @@ def _validate(layer: _Layer) -> Config:
 
 def _complete_model(config: Config, layer: _Layer) -> None:
     """Check the task's and the mixer's own keys and fill in their defaults, so that the saved configuration says
-    everything; then see that a model, an optimizer and an engine can be made of it, the model on the device that allocates nothing.
+    everything; then see that a model, an optimizer and an engine can be made of it, the model on the device that
+    allocates nothing.
     """
     from paralm_data import DataError
     from paralm_data.synthetic import check_width
