@@ -137,6 +137,11 @@ class TrainingConfig(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     activation_checkpointing: bool = False
     carry_state: bool = Field(default=False, description="truncated back-propagation; needs data.order: lanes")
+    initial_state: Literal["zero", "passed", "noise"] = Field(
+        default="zero",
+        description="what rows start from: zeros, the last state of another text (the row's, a step before), or noise "
+        "fitted to last states",
+    )
     validate_every: int = Field(default=0, ge=0, description="steps; 0: only at the end")
     validate_tokens: PositiveInt = Field(default=65_536, description="tokens of each validation set read each time")
     log_every: PositiveInt = 1
@@ -323,4 +328,6 @@ class Config(Section):
             raise ValueError("training.carry_state is of text: every row of data.synthetic is a whole example")
         if self.training.carry_state and self.data.order != "lanes":
             raise ValueError("training.carry_state needs data.order: lanes (windows are not consecutive)")
+        if self.training.carry_state and self.training.initial_state != "zero":
+            raise ValueError("training.carry_state and training.initial_state both say what rows start from; give one")
         return self

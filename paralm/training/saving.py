@@ -47,7 +47,8 @@ def manifest(session: Session) -> dict[str, Any]:
         "bad_in_row": session.bad_in_row,
         "spikes": session.spikes,
         "losses": session.stepper.spikes.state(),
-        "carried": training.carry_state,
+        "carried": session.stepper.carry,
+        "state_noise": session.stepper.noise.state() if session.stepper.noise is not None else None,
         "optimizer": {
             "name": session.config.optimizer.name,
             "tensor_keys": keys,

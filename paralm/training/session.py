@@ -24,6 +24,7 @@ from paralm.training import checkpoint as ckpt
 from paralm.training import rng
 from paralm.training.engine import build_engine
 from paralm.training.fragments import EngineFragments
+from paralm.training.initial_states import StateNoise
 from paralm.training.metrics import MetricsWriter
 from paralm.training.rendezvous import device, rank_and_world, start_distributed
 from paralm.training.run_folder import RunFolder
@@ -207,11 +208,16 @@ class Session:
         config = self.config
         rng.seed_all(config.run.seed, "build")
         self.blueprint = build_model(config.model, self.vocab_size, seed=config.run.seed, device="meta")
-        if config.training.carry_state and not self.blueprint.bounded_state:
+        key = "carry_state" if config.training.carry_state else "initial_state"
+        if (config.training.carry_state or config.training.initial_state != "zero") and (
+            not self.blueprint.bounded_state
+        ):
             raise ConfigError(
-                f"training.carry_state: the state of mixer {mixer_names(config.model)} grows with the "
+                f"training.{key}: the state of mixer {mixer_names(config.model)} grows with the "
                 "sequence; use a recurrent mixer"
             )
+        if config.training.initial_state == "noise":
+            StateNoise(self.blueprint, config.run.seed, self.device)  # refuses a model that has none
         self.parameters = sum(p.numel() for p in self.blueprint.parameters())
         self.shapes = {name: tuple(p.shape) for name, p in self.blueprint.named_parameters()}
         self.engine, self.optimizer = build_engine(config, self.vocab_size, self.world_size)
@@ -246,6 +252,8 @@ class Session:
             self.bad_steps, self.bad_in_row = manifest["bad_steps"], manifest["bad_in_row"]
             self.spikes = manifest.get("spikes", 0)
             self.stepper.spikes.load(manifest.get("losses", []))
+        if self.stepper.noise is not None:
+            self.stepper.noise.load(manifest.get("state_noise"))
         if source.world_size == self.world_size:
             rng.restore(source.rank_tensors(self.rank, "rng"))
         elif self.config.model.dropout and self.rank == 0:
@@ -255,7 +263,7 @@ class Session:
             )
         theirs, mine = manifest["loader"], self.loader.state_dict()
         same_order = all(theirs.get(key) == mine[key] for key in mine if key != "step")
-        if self.config.training.carry_state and manifest["carried"] and same_order:
+        if self.stepper.carry and manifest["carried"] and same_order:
             self._restore_carried(source)
 
     def _check_shapes(self, source: ckpt.Checkpoint | Exported) -> None:

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from paralm.config import Config
 from paralm.training.engine import grad_accum_steps
+from paralm.training.initial_states import StateNoise
 from paralm.training.optimizers import Partitioned
 
 # A solve stops below about 1e-6 of 1 + |h|; a last update above this is a trajectory that was not found.
@@ -80,13 +81,17 @@ class Stepper:
         self.spikes = SpikeGuard(config.optimizer.skip_spikes.sigmas, config.optimizer.skip_spikes.window)
         self.micro = config.training.micro_batch_size
         self.micros = grad_accum_steps(config, world_size)
-        self.carry = config.training.carry_state
+        self.consecutive = config.training.carry_state  # rows go on where the same rows of the step before ended
+        self.carry = self.consecutive or config.training.initial_state == "passed"
+        self.noise: StateNoise | None = None
+        if config.training.initial_state == "noise":
+            self.noise = StateNoise(engine.module, config.run.seed, device)
         self.carried: list[Any] = [None] * self.micros
 
     def _micro_batches(self, batch: Batch) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """(tokens, labels, reset) of each micro-batch; a fully masked row where this rank has none left."""
         reset = batch.reset
-        if self.carry:
+        if self.consecutive:
             reset = reset.clone()
             reset[:, 0] |= ~torch.as_tensor(batch.continues)
         pieces = []
@@ -123,7 +128,11 @@ class Stepper:
         aux_sum = torch.zeros_like(loss_sum)
         stats: dict[str, Any] = {}
         for index, (ids, labels, reset) in enumerate(pieces):
-            output = self.engine(ids, labels=labels, state=self.carried[index], reset=reset)
+            rows = batch.rows[index * self.micro : (index + 1) * self.micro]
+            start_state = self.carried[index] if self.noise is None else self.noise.draw(step, rows)
+            output = self.engine(ids, labels=labels, state=start_state, reset=reset)
+            if self.noise is not None and len(rows):
+                self.noise.add(output.state)
             if self.carry:
                 self.carried[index] = pytree.tree_map(torch.Tensor.detach, output.state)
             total = output.loss + output.aux
@@ -155,6 +164,8 @@ class Stepper:
         bad = bool(self.engine.optimizer.overflow)
         if not bad:
             self.spikes.note(loss)
+        if self.noise is not None:
+            self.noise.finish(dist.all_reduce, not bad)
         if bad and self.carry:
             self.carried = [None] * self.micros  # one bad state would make every later step a bad one
         return StepResult(

@@ -145,7 +145,7 @@ def test_clipping_bounds_every_head_where_it_clips(name: str) -> None:
 def test_clipping_at_every_token_is_the_formula() -> None:
     """Mamba2, written out: h ← h·p/‖h‖ when ‖h‖ > p, after each step, per head."""
     model, p = model_of("mamba2"), 0.05
-    mixer = model.mixers[0]
+    mixer: Any = model.mixers[0]
     x = torch.randn(2, 9, D, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     with mitigated(model, Mitigation(clip=p, every=1)):
         clipped = model.mixers[0](x)[0]
@@ -197,7 +197,7 @@ def test_a_window_is_the_last_tokens_read_anew(name: str) -> None:
         torch.testing.assert_close(y[:, t], expected, rtol=1e-10, atol=1e-10)
 
 
-def recurrence(time: int, seed: int = 0) -> tuple[Any, ...]:
+def recurrence(time: int, seed: int = 0) -> Any:
     draws = torch.Generator().manual_seed(seed)
     q, k = (torch.randn(2, time, 2, 3, generator=draws, dtype=torch.float64) for _ in range(2))
     v = torch.randn(2, time, 4, 5, generator=draws, dtype=torch.float64)
@@ -235,12 +235,12 @@ def test_a_window_does_not_drift_at_decays_near_one() -> None:
 
 
 def test_a_window_that_cannot_be_is_refused() -> None:
-    given = recurrence(3)
+    q, k, v, log_decay, gain = recurrence(3)
     with pytest.raises(ArgumentError, match="window is 0"):
-        paralm_kernels.windowed_chunkwise(*given, 0)
-    _, state = paralm_kernels.windowed_chunkwise(*given, 2)
+        paralm_kernels.windowed_chunkwise(q, k, v, log_decay, gain, 0)
+    _, state = paralm_kernels.windowed_chunkwise(q, k, v, log_decay, gain, 2)
     with pytest.raises(ArgumentError, match="the state is of a window of 2 tokens, window is 3"):
-        paralm_kernels.windowed_chunkwise(*given, 3, state)
+        paralm_kernels.windowed_chunkwise(q, k, v, log_decay, gain, 3, state)
 
 
 @pytest.mark.parametrize(
