@@ -15,7 +15,7 @@ import typer
 
 import paralm
 from paralm_launch import errors
-from paralm_launch.commands import config, data, export, plan, results, runs, tools
+from paralm_launch.commands import config, data, export, plan, results, runs, serve, tools
 
 app = typer.Typer(
     name="paralm",
@@ -32,6 +32,7 @@ runs.add_to(app)
 data.add_to(app)
 results.add_to(app)
 export.add_to(app)
+serve.add_to(app)
 config.add_to(app)
 plan.add_to(app)
 tools.add_to(app)

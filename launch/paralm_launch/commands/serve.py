@@ -1,0 +1,75 @@
+"""``paralm serve``: a trained model behind HTTP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from paralm_launch.commands.arguments import OverridesArgument, RunArgument, add_command
+from paralm_launch.console import say
+
+
+def add_to(parent: typer.Typer) -> None:
+    """Add the command to the application."""
+    add_command(parent, serve)
+
+
+def serve(
+    run: RunArgument,
+    overrides: OverridesArgument = None,
+    host: Annotated[str, typer.Option(help="Where to listen; another than 127.0.0.1 needs an API key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8000,
+    api_key_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Holds the API key; default: the variable PARALM_API_KEY.")
+    ] = None,
+    allow_no_key: Annotated[bool, typer.Option("--allow-no-key", help="Let anybody ask.")] = False,
+    device: Annotated[str | None, typer.Option(help="Such as cuda:1 or cpu; default: the first GPU.")] = None,
+    ray: Annotated[bool, typer.Option("--ray", help="As a deployment of Ray Serve.")] = False,
+    replicas: Annotated[int, typer.Option(min=1, help="With --ray; more than one keeps no sessions.")] = 1,
+) -> None:
+    """Answer OpenAI-compatible completions (POST /v1/completions) from a run's model or an export, until Ctrl-C.
+
+    KEY=VALUE changes a limit, such as max_tokens=8192 or session_bytes=4294967296. A request with "session": "new"
+    keeps the model's state, and the name it returns goes on from there.
+    """
+    from pydantic import ValidationError
+
+    from paralm.config_yaml import parse
+    from paralm.errors import ConfigError
+    from paralm.registry import nearest
+    from paralm.serving.settings import ServerSettings, check_address, read_api_key
+
+    values = {}
+    for text in overrides or []:
+        key, equals, value = text.partition("=")
+        if not equals or key not in ServerSettings.model_fields:
+            raise ConfigError(f"'{text}': no such limit{nearest(key, ServerSettings.model_fields)}")
+        values[key] = parse(value, f"override '{text}'")[0]
+    try:
+        settings = ServerSettings(**values)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        raise ConfigError(f"{fault['loc'][0]}: {fault['msg']}, got {fault['input']!r}") from None
+    check_address(host, read_api_key(api_key_file), allow_no_key)  # before the model is loaded
+    if ray:
+        from paralm.serving import ray_serve
+
+        ray_serve.run(
+            run, settings, host=host, port=port, api_key_file=api_key_file, allow_no_key=allow_no_key, replicas=replicas
+        )
+        return
+    from paralm.serving import server
+
+    model, tokenizer = server.load(run, device)
+    server.serve(
+        model,
+        tokenizer,
+        settings,
+        host=host,
+        port=port,
+        api_key=read_api_key(api_key_file),
+        allow_no_key=allow_no_key,
+        on_start=lambda url: say(f"{url}/v1/completions   (Ctrl-C ends it)"),
+    )
