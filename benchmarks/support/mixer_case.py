@@ -47,9 +47,9 @@ def _status(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def repeated(run: Callable[[], Any], options: argparse.Namespace, first: float) -> list[float]:
-    """Seconds of calls: at least three, one if a call is slow; what the limit leaves time for."""
-    begin, values = time.perf_counter(), list[float]()
+def repeated(run: Callable[[], Any], options: argparse.Namespace, first: float) -> tuple[list[float], list[float]]:
+    """Seconds of calls, by the clock and of the CPU: at least three, one if a call is slow, as the limit allows."""
+    begin, values, used = time.perf_counter(), list[float](), list[float]()
     spent = first if options.device == "cpu" else 0.0
     while len(values) < options.runs:
         gone = time.perf_counter() - begin
@@ -57,8 +57,10 @@ def repeated(run: Callable[[], Any], options: argparse.Namespace, first: float) 
             break
         if len(values) >= 3 and gone > options.seconds:
             break
+        before = time.process_time()
         values.append(timing.sample(run, options.device))
-    return values
+        used.append(time.process_time() - before)
+    return values, used
 
 
 def measure(call: Call, parameters: list[torch.Tensor], length: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -76,19 +78,22 @@ def measure(call: Call, parameters: list[torch.Tensor], length: int, options: ar
     if not cuda:
         run(min(length, SHORT))
     before = 0 if cuda else restart_peak()
+    begin = time.process_time()
     first = timing.sample(run, options.device)
+    used = time.process_time() - begin
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         signal.setitimer(signal.ITIMER_REAL, options.limit)
     once = not cuda and (first > SLOW or 1.9 * first > 0.9 * options.limit)
-    values = [first] if once else repeated(run, options, first)
+    values, cpu = ([first], [used]) if once else repeated(run, options, first)
     signal.setitimer(signal.ITIMER_REAL, 0)
     peak = torch.cuda.max_memory_allocated() if cuda else _status("VmHWM")
     return {
         "first": first,
         "samples": values,
+        **({} if cuda else {"cpu_samples": cpu}),
         "seconds": timing.summary(values),
         "memory_bytes": peak - before,
         "parameters": sum(p.numel() for p in parameters),

@@ -70,6 +70,11 @@ def comparisons(rows: Iterable[Row], chosen: dict[str, Subject]) -> list[str]:
     return lines
 
 
+def disturbed(row: Row) -> bool:
+    """On a CPU: whether the process had to wait for a fifth of its time, most likely for other processes."""
+    return "cpu_samples" in row and sum(row["cpu_samples"]) < 0.8 * sum(row["samples"])
+
+
 def cell_text(row: Row | None) -> str:
     """Time and memory, or what came instead."""
     if row is None:
@@ -81,7 +86,8 @@ def cell_text(row: Row | None) -> str:
     seconds, size = row["seconds"]["median"], row["memory_bytes"]
     clock = f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
     memory = f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
-    return f"{clock}{'*' if len(row['samples']) < 3 else ''}  {memory}"
+    marks = "*" * (len(row["samples"]) < 3) + "~" * disturbed(row)
+    return f"{clock}{marks}  {memory}"
 
 
 def show(rows: list[Row], chosen: dict[str, Subject], head: str) -> None:
@@ -108,6 +114,8 @@ def show(rows: list[Row], chosen: dict[str, Subject], head: str) -> None:
         console.print(shown)
     if any("samples" in row and len(row["samples"]) < 3 for row in rows):
         print("* fewer than three repetitions: one takes long")
+    if any(map(disturbed, rows)):
+        print("~ the machine was busy with something else: too large; cpu_samples has the CPU's seconds")
     print("\n".join(comparisons(rows, chosen)))
     for row in rows:
         if "error" in row and "since" not in row:

@@ -131,6 +131,7 @@ class SlidingAttention(Heads):
         batch, time, _ = x.shape
         reach = self.window - 1
         same = state is None and reset is None  # every row has the same positions, so one mask serves all
+        past = 0 if state is None and time <= max(self.window, SHORTEST_BLOCK) else reach  # nothing was read: no keys
         if state is None:
             state = self.initial_state(batch, x.device, x.dtype)
         position = positions(state["position"], reset, time)
@@ -138,15 +139,15 @@ class SlidingAttention(Heads):
         rotated, k = self.rotate(q, position), self.rotate(k, position)
         k, v = torch.cat((state["k"].to(k.dtype), k), dim=1), torch.cat((state["v"].to(v.dtype), v), dim=1)
         seen = position[:1] if same else position
-        y = self._blocks(q, rotated, k, v, seen)
+        y = self._blocks(q, rotated, k[:, reach - past :], v[:, reach - past :], seen, past)
         length = position[:, -1] + 1
         age = torch.arange(reach, 0, -1, device=x.device)
         lost = (age > length[:, None])[..., None, None]
         keep_k, keep_v = (z[:, time:].masked_fill(lost, 0.0) for z in (k, v))
         return y, {"k": keep_k, "v": keep_v, "position": length}
 
-    def _blocks(self, q: Tensor, rotated: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
-        """k, v begin window − 1 steps before q; position (batch or 1, time)."""
+    def _blocks(self, q: Tensor, rotated: Tensor, k: Tensor, v: Tensor, position: Tensor, past: int) -> Tensor:
+        """k, v begin ``past`` steps before q: window − 1, or 0 with one block; position (batch or 1, time)."""
         batch, time = q.shape[:2]
         reach = self.window - 1
         block = min(time, max(self.window, SHORTEST_BLOCK))
@@ -162,10 +163,10 @@ class SlidingAttention(Heads):
         def spans(z: Tensor) -> Tensor:
             if count == 1:
                 return z
-            return padded(z).unfold(1, block + reach, block).movedim(-1, 2).flatten(0, 1)
+            return padded(z).unfold(1, block + past, block).movedim(-1, 2).flatten(0, 1)
 
         position = F.pad(position, (0, padding)).view(-1, count, block)
-        distance = torch.arange(block, device=q.device)[:, None] + reach - torch.arange(block + reach, device=q.device)
+        distance = torch.arange(block, device=q.device)[:, None] + past - torch.arange(block + past, device=q.device)
         mask = (distance >= 0) & (distance <= position.clamp(max=reach)[..., None])
         if count > 1 or len(mask) > 1:
             mask = mask.expand(batch, -1, -1, -1)
