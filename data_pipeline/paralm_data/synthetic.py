@@ -36,7 +36,7 @@ Ints = NDArray[np.int64]
 Words = NDArray[np.uint64]
 Split = Literal["train", "held_out", "test"]
 KEY = "data.synthetic"  # where a task stands in a configuration, for messages
-_BUILT_IN = ("paralm_data.tracking_tasks", "paralm_data.mqar")
+_BUILT_IN = ("paralm_data.tracking_tasks", "paralm_data.mqar", "paralm_data.passkey_task")
 _FORMAT = 1  # raise when a task's examples change: runs made before must not go on with others
 
 

@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from paralm_data import IGNORE, DataError, Tokenizer
+from paralm_data import IGNORE, DataError, SyntheticLoader, Tokenizer, make_task
 from paralm_data.passkey import (
     NOISE,
     Filler,
@@ -198,3 +198,40 @@ def test_the_tokenizer_texts_have_no_evaluation_sentence() -> None:
         assert not re.search(re.escape(phrasing.needle).replace(r"\{value\}", r"\d+"), told)
     known = [re.escape(p.needle).replace(r"\{value\}", r"\d+") for p in phrasings("train")]
     assert re.search("|".join(known), told)
+
+
+def test_the_task_trains_on_documents_of_the_split() -> None:
+    task = make_task({"task": "passkey", "max_length": 140})
+    assert task.tokenizer is not None
+    assert task.max_len == 146
+    batch = SyntheticLoader(task, 160, 12, seed=3).batch(5)
+    lengths = set()
+    for tokens, labels in zip(batch.tokens.numpy(), batch.labels.numpy()):
+        end = int(np.flatnonzero(tokens == task.tokenizer.eos_id)[0])
+        prompt, key = end - 5, task.tokenizer.decode(tokens[end - 5 : end])
+        assert prompt % 8
+        lengths.add(prompt)
+        assert not is_evaluation_key(key)
+        assert task.tokenizer.decode(tokens[:end]).count(key) == 3
+        assert (tokens[end:] == task.pad_id).all()
+        asked = np.flatnonzero(labels != IGNORE)
+        assert (labels[asked] == tokens[asked + 1]).all()
+        assert asked[-5:].tolist() == list(range(prompt - 1, prompt + 4))
+        assert len(asked) == 10
+    assert len(lengths) > 6
+    assert max(lengths) <= 140
+
+
+def test_the_task_says_what_it_follows_from_and_refuses_what_cannot_be() -> None:
+    task = make_task({"task": "passkey", "max_length": 140})
+    assert task.fingerprint == make_task({"task": "passkey", "max_length": 140}).fingerprint
+    assert task.fingerprint != make_task({"task": "passkey", "max_length": 140, "vocab_size": 420}).fingerprint
+    far = task.examples(0, "test", np.arange(4), size=task.test_sizes()[-1])
+    assert far.lengths.min() > 2 * task.max_len
+    assert all(not is_evaluation_length(int(n) - 6) for n in far.lengths)
+    with pytest.raises(DataError, match="size '150': no document"):
+        task.examples(0, "test", np.arange(1), size="150")  # a prompt of 144
+    with pytest.raises(DataError, match="size '64:4': give a number"):
+        task.examples(0, "test", np.arange(1), size="64:4")
+    with pytest.raises(DataError, match=r"data\.synthetic: max_length is 20"):
+        make_task({"task": "passkey", "max_length": 20})
