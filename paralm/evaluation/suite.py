@@ -57,6 +57,8 @@ __all__ = [
 
 MODULES: tuple[str, ...] = (
     "paralm.evaluation.long_perplexity",
+    "paralm.evaluation.capacity",
+    "paralm.evaluation.effective_memory",
     "paralm.evaluation.downstream",
 )
 """Modules that register the built-in evaluations."""
@@ -89,6 +91,10 @@ class Evaluation(abc.ABC):
         self.target = target
         self.settings = settings
         self.on_progress: Callable[[int, int], None] = lambda done, total: None  # within a cell; set by the frame
+
+    def follows_from(self) -> dict[str, Any]:
+        """What else the results follow from, besides weights, settings and the stores opened in ``__init__``."""
+        return {}
 
     @abc.abstractmethod
     def cells(self) -> list[str]:
@@ -328,6 +334,7 @@ def _basis(running: Evaluation) -> dict[str, Any]:
         "dtype": str(target.dtype).removeprefix("torch."),
         "settings": running.settings.model_dump(mode="json"),
         "stores": {name: store.manifest.fingerprint for name, store in sorted(target.stores.items())},
+        "other": running.follows_from(),
     }
 
 

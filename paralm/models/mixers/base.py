@@ -35,6 +35,8 @@ class StateLeaf(NamedTuple):
     """Each head's part is a matrix, of the last two axes."""
     free: bool = False
     """What the recurrence carries, zero at the start, and any real value is a state: it may be clipped and drawn."""
+    conv: bool = False
+    """The last inputs of a convolution; a leaf named "conv" is taken for one anyway."""
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,9 @@ _LEAVES: Mapping[str, StateLeaf] = {
     "*memory/*weights/*": StateLeaf(heads=1, matrix=True),
     "*memory/*biases/*": StateLeaf(heads=1),
     "attention/[kv]": StateLeaf(heads=2),
+    "[qkv]": StateLeaf(conv=True),
+    "memory/[qkv]": StateLeaf(conv=True),
+    "recall/q": StateLeaf(conv=True),
 }
 _REFUSES = "what it writes is a gradient taken at its own state"
 
