@@ -152,12 +152,19 @@ class Passkey(Evaluation):
         """By task, then length, then depth, so that shared text goes on where the last cell's ended."""
         return list(self._cells)
 
+    def follows_from(self) -> dict[str, Any]:
+        """The text file's content, which the settings only name."""
+        return {} if self.settings.text is None else {"text": file_digest(self.settings.text)}
+
     def _grid(self) -> dict[str, tuple[str, int, float]]:
-        """(task, length, depth) by name. Of a text file the name says the content, which is no setting."""
-        text = f"@{(file_digest(self.settings.text) or '')[:12]}" if self.settings.text is not None else ""
+        """(task, length, depth) by name."""
         depths = sorted(set(self.settings.depths))
-        return {f"{task}-{length}-{depth!r}{text}": (task, length, depth)
-                for task in self.builders for length in self.lengths for depth in depths}  # fmt: skip
+        return {
+            f"{task}-{length}-{depth!r}": (task, length, depth)
+            for task in self.builders
+            for length in self.lengths
+            for depth in depths
+        }
 
     def measure(self, cell: str) -> dict[str, Any]:
         """The counts of one (task, length, depth)."""

@@ -35,7 +35,7 @@ class Reader:
     """Reads prompts with a model, ``chunk`` tokens a call.
 
     ``vocab_size``: the tokenizer's; padding of the model's is never an answer. ``extra``: tokens generated beyond the
-    key's. ``snapshots``: whether the shared text is read once, or for each sample. ``tokens``: how many tokens the
+    key's. ``snapshots``: whether shared text is read once, or each prompt whole. ``tokens``: how many tokens the
     model has read so far, the answers' not counted.
     """
 
@@ -55,12 +55,11 @@ class Reader:
             for first in range(0, prompts.samples, rows):
                 part = slice(first, min(first + rows, prompts.samples))
                 count = part.stop - part.start
-                state = _repeated(shared, count)
-                state = self._read(prompts, part, start, prompts.context, state)
-                for query in range(prompts.queries):
-                    found[query].append(
-                        self._answers(prompts.questions[query, part], prompts.answers[query, part], state)
-                    )
+                for queries in [range(prompts.queries)] if self.snapshots else [[q] for q in range(prompts.queries)]:
+                    state = self._read(prompts, part, start, prompts.context, _repeated(shared, count))
+                    for query in queries:
+                        question, answer = prompts.questions[query, part], prompts.answers[query, part]
+                        found[query].append(self._answers(question, answer, state))
                 if on_progress is not None:
                     on_progress(part.stop, prompts.samples)
         return [_joined(parts) for parts in found]

@@ -59,6 +59,7 @@ MODULES: tuple[str, ...] = (
     "paralm.evaluation.long_perplexity",
     "paralm.evaluation.capacity",
     "paralm.evaluation.effective_memory",
+    "paralm.evaluation.passkey",
     "paralm.evaluation.downstream",
 )
 """Modules that register the built-in evaluations."""

@@ -374,7 +374,7 @@ def test_what_is_saved_is_what_is_read(tokenizer: Tokenizer, tmp_path: Path) -> 
         prompts = sum(r.snapshots.prompts for r in results)  # type: ignore[attr-defined]
         lengths = sum(settings["lengths"]) * len(settings["depths"]) * 3 * len(settings["task"])
         if "niah_multiquery" in settings["task"]:
-            assert prompts == 4 * lengths
+            assert prompts == read[False] == 4 * lengths
             assert prompts / read[True] > 3.5  # four questions, and the shared text; each question is read by itself
         else:
             assert prompts == read[False] == lengths
@@ -415,6 +415,16 @@ def test_interrupted_and_in_parts_equals_uninterrupted(
             [(tmp_path / way / "eval" / f"{name}.json").read_bytes() for name in ("passkey", "passkey_niah_multikey")]
         )
     assert files[0] == files[1] == files[2]
+
+
+def test_another_text_in_the_same_file_is_measured_again(tokenizer: Tokenizer, prose: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(prose.read_text())
+    target = Target.of(Blind(tokenizer), tokenizer, run_dir=tmp_path)  # type: ignore[arg-type]
+    settings = {"task": "niah_prose", "text": str(text), "lengths": [240], "depths": [0.5], "samples": 2}
+    assert [run_suite(Passkey, target, settings).measured for _ in range(2)] == [1, 0]
+    text.write_text("Another story.\n" + prose.read_text())
+    assert run_suite(Passkey, target, settings).measured == 1
 
 
 # -- results and refusals ------------------------------------------------------------------------------------
