@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +18,8 @@ from paralm.models import LanguageModel, build_model
 from paralm.registry import MIXERS
 
 
-def model(**keys: object) -> LanguageModel:
-    return build_model(ModelConfig(d_model=32, n_layers=2, **keys), 40, 0).eval()  # type: ignore[arg-type]
+def model(**keys: Any) -> LanguageModel:
+    return build_model(ModelConfig(d_model=32, n_layers=2, **keys), 40, 0).eval()
 
 
 @pytest.mark.parametrize("name", MIXERS.names())
