@@ -49,10 +49,10 @@ def create_app(
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         if tokenizer is not None:
-            pair: Any = (model, tokenizer)
+            found: Any = (model, tokenizer)
         else:
-            pair = await asyncio.to_thread(model)
-        engine = Engine(*pair, given)
+            found = await asyncio.to_thread(model)
+        engine = Engine(found[0], found[1], given)
         engine.start()
         app.state.engine = engine
         try:

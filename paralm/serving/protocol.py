@@ -75,7 +75,7 @@ class CompletionRequest(BaseModel):
         if isinstance(given, str):
             return [given]
         if given and isinstance(given[0], int):
-            return [given]  # type: ignore[list-item]
+            return [given]
         return given  # type: ignore[return-value]
 
     @property

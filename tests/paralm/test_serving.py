@@ -32,6 +32,7 @@ from fastapi.testclient import TestClient
 
 from paralm.serving.app import create_app
 from paralm.serving.engine import Engine, tokens_of
+from paralm.serving.server import bind
 from paralm.serving.settings import ServerSettings, check_address, read_api_key
 
 KEY = "a-key-of-24-characters.."
@@ -443,6 +444,39 @@ def test_others_reach_it_only_with_a_key_or_on_request(tmp_path: Path, monkeypat
         assert not wrong or wrong not in str(caught.value)
     with pytest.raises(UserError, match="cannot be read"):
         read_api_key(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--host", "0.0.0.0"), "can be reached from other machines"),
+        (("max_token=3",), "'max_token=3': no such limit; did you mean 'max_tokens'?"),
+        (("max_tokens=many",), "max_tokens: Input should be a valid integer"),
+        (("max_concurrent=0",), "max_concurrent"),
+        (("--api-key-file", "/nowhere/key"), "cannot be read"),
+        ((), "nowhere: no config.yaml"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_one_line(
+    arguments: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from paralm_launch import cli
+
+    monkeypatch.delenv("PARALM_API_KEY", raising=False)
+    (tmp_path / "nowhere").mkdir()
+    assert cli.run(["serve", str(tmp_path / "nowhere"), *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert message in err
+    assert (out, err.count("\n")) == ("", 1)
+
+
+def test_a_port_that_is_taken_is_one_line() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(UserError, match="--port 0 takes a free one"):
+            bind("127.0.0.1", taken.getsockname()[1])
 
 
 def test_diverged_weights_are_an_error_and_take_no_other_request_with_them(tokenizer: Tokenizer) -> None:

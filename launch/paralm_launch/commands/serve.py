@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -26,7 +28,10 @@ def serve(
     ] = None,
     allow_no_key: Annotated[bool, typer.Option("--allow-no-key", help="Let anybody ask.")] = False,
     device: Annotated[str | None, typer.Option(help="Such as cuda:1 or cpu; default: the first GPU.")] = None,
-    ray: Annotated[bool, typer.Option("--ray", help="As a deployment of Ray Serve.")] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="As a deployment of Ray Serve there; local: on a cluster of its own."),
+    ] = None,
     replicas: Annotated[int, typer.Option(min=1, help="With --ray; more than one keeps no sessions.")] = 1,
 ) -> None:
     """Answer OpenAI-compatible completions (POST /v1/completions) from a run's model or an export, until Ctrl-C.
@@ -53,12 +58,21 @@ def serve(
         fault = error.errors(include_url=False)[0]
         raise ConfigError(f"{fault['loc'][0]}: {fault['msg']}, got {fault['input']!r}") from None
     check_address(host, read_api_key(api_key_file), allow_no_key)  # before the model is loaded
-    if ray:
+    if ray is not None:
         from paralm.serving import ray_serve
 
-        ray_serve.run(
-            run, settings, host=host, port=port, api_key_file=api_key_file, allow_no_key=allow_no_key, replicas=replicas
-        )
+        with ray_serve.running(
+            run,
+            settings,
+            address=ray,
+            host=host,
+            port=port,
+            api_key_file=api_key_file,
+            allow_no_key=allow_no_key,
+            replicas=replicas,
+        ) as url:
+            _listening(url)
+            _wait()
         return
     from paralm.serving import server
 
@@ -71,5 +85,21 @@ def serve(
         port=port,
         api_key=read_api_key(api_key_file),
         allow_no_key=allow_no_key,
-        on_start=lambda url: say(f"{url}/v1/completions   (Ctrl-C ends it)"),
+        on_start=_listening,
     )
+
+
+def _listening(url: str) -> None:
+    say(f"{url}/v1/completions   (Ctrl-C ends it)")
+
+
+def _wait() -> None:
+    """Until Ctrl-C or SIGTERM."""
+
+    def end(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, end)
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            signal.pause()
