@@ -57,6 +57,7 @@ __all__ = [
 
 MODULES: tuple[str, ...] = (
     "paralm.evaluation.long_perplexity",
+    "paralm.evaluation.collapse",
     "paralm.evaluation.capacity",
     "paralm.evaluation.effective_memory",
     "paralm.evaluation.passkey",
