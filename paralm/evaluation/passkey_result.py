@@ -136,22 +136,21 @@ class PasskeyResult(Result):
 
         colours = LinearSegmentedColormap.from_list("accuracy", ["#F7F7F7", "#9ECAE1", figures.BLUE])
         width = max(4.2, 1.0 + 0.62 * len(self.lengths))
-        figure, panels = figures.row(2, size=(width, 1.8 + 0.42 * len(self.depths)))
+        figure, panels = figures.row(2, size=(width, 1.8 + 0.5 * len(self.depths)))
         at = {(cell.length, cell.depth): cell for cell in self.cells}
         for axes, key, title in zip(panels, ("teacher_forced", "generated"), ("teacher-forced", "generated")):
-            rates = [[getattr(at[length, depth], key).rate for length in self.lengths] for depth in self.depths]
-            image = axes.imshow(rates, vmin=0, vmax=1, cmap=colours, aspect="auto")
-            for row, values in enumerate(rates):
-                for column, value in enumerate(values):
-                    axes.text(
-                        column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=8,
-                        color="white" if value > 0.6 else "black",
-                    )  # fmt: skip
+            rates = [[getattr(at[length, depth], key) for length in self.lengths] for depth in self.depths]
+            image = axes.imshow([[r.rate for r in row] for row in rates], vmin=0, vmax=1, cmap=colours, aspect="auto")
+            for place, value in ((place, value) for row in enumerate(rates) for place, value in _places(*row)):
+                colour = "white" if value.rate > 0.6 else "black"
+                low, high = (100 * end for end in value.interval)
+                axes.text(*place, f"{100 * value.rate:.0f}\n", ha="center", va="center", fontsize=9, color=colour)
+                axes.text(*place, f"\n{low:.0f}–{high:.0f}", ha="center", va="center", fontsize=6, color=colour)
             axes.set_xticks(range(len(self.lengths)), [figures.short(length) for length in self.lengths], fontsize=8)
             axes.set_yticks(range(len(self.depths)), [f"{depth:.0%}" for depth in self.depths], fontsize=8)
             axes.set_xlabel("prompt (tokens)")
             axes.set_ylabel("depth of the needle")
-            axes.set_title(f"{self.task}: exact match, {title} (%)", fontsize=10)
+            axes.set_title(f"{self.task}: exact match, {title} (%, 95 % interval)", fontsize=10)
             inside = sum(length <= (self.train_seq_len or 0) for length in self.lengths)
             if 0 < inside < len(self.lengths):
                 axes.axvline(inside - 0.5, color=figures.RED, linewidth=1.5, linestyle="--")
@@ -181,6 +180,10 @@ class PasskeyResult(Result):
         if self.train_seq_len:
             figures.mark(axes, self.train_seq_len, "training length")
         return figure
+
+
+def _places(row: int, values: Sequence[Rate]) -> list[tuple[tuple[int, int], Rate]]:
+    return [((column, row), value) for column, value in enumerate(values)]
 
 
 def by_length(cells: Sequence[GridCell]) -> list[LengthRow]:
