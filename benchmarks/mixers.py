@@ -5,8 +5,9 @@
 
 Every registered mixer at one d_model, its own keys at their defaults, and its peers (benchmarks/support/
 mixer_subjects.py says what each is); bfloat16 on a GPU, float32 and one thread on a CPU. What is timed is y = mixer(x)
-and the gradients of x and of all parameters; medians of three calls at least. The call before them is not counted,
-unless it takes more than 10 s: then it is the only one. Each subject and length runs in a process of its own (on a GPU
+and the gradients of x and of all parameters, on a CPU in seconds that the one thread computed (support/mixer_case.py);
+medians of three calls at least. The call before them is not counted, unless it takes more than 10 s: then it is the
+only one. Each subject and length runs in a process of its own (on a GPU
 all lengths of a subject in one, so that kernels are tuned once), a peer's where no other peer can be imported. Memory
 is the peak above what stands before a call (parameters, x, the gradient of y): of the process on a CPU, after a short
 call that brings libraries into memory; of what torch has allocated on a GPU. Lengths grow until a case fails or is not
@@ -88,13 +89,13 @@ def run_process(name: str, subject: Subject, batch: int, lengths: list[int], opt
     environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
     if options.device == "cpu":
         environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(options.threads)}
-    patience = STARTING + len(lengths) * (2 * options.limit + COMPILING)
+    patience = STARTING + len(lengths) * (10 * options.limit + COMPILING)
     try:
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, errors="replace", timeout=patience, check=False
         )
         text, problem = done.stdout, {}
-        if done.returncode == -signal.SIGALRM:
+        if done.returncode in (-signal.SIGALRM, -signal.SIGPROF):
             problem = {"over": options.limit}
         elif done.returncode:
             last = (done.stderr.strip() or "no message").splitlines()[-1][:300]
@@ -185,7 +186,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--lengths", type=int, nargs="+", help="default: 1K to 64K")
     parser.add_argument("--only", nargs="+", default=[""], help="subjects whose name contains one of these")
-    parser.add_argument("--limit", type=float, help="seconds for a case; default: 60 on a CPU, 20 on a GPU")
+    parser.add_argument("--limit", type=float, help="seconds for a case; default: 30 on a CPU, 20 on a GPU")
     parser.add_argument("--memory", type=float, default=8.0, help="GiB a case may allocate on a CPU")
     parser.add_argument("--runs", type=int, help="counted calls at most; default: 5 on a CPU, 20 on a GPU")
     parser.add_argument("--seconds", type=float, default=1.0, help="for a case's counted calls, about, but at least 3")
@@ -197,7 +198,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     cpu = options.device == "cpu"
     options.dtype = options.dtype or ("float32" if cpu else "bfloat16")
     options.d_model = options.d_model or (256 if cpu else 2048)
-    options.limit = options.limit or (60.0 if cpu else 20.0)
+    options.limit = options.limit or (30.0 if cpu else 20.0)
     options.runs = options.runs or (5 if cpu else 20)
     options.lengths = sorted(options.lengths or LENGTHS[options.device])
     return options

@@ -26,6 +26,9 @@ SHORT = 256
 COMPILING = 120.0
 """Seconds that a first call on a GPU may take beyond the limit."""
 
+Sample = tuple[float, float]
+"""What counts of a call, and the time that went by, in seconds."""
+
 
 def limit_memory(gigabytes: float) -> None:
     """Lets an allocation beyond it fail, on a machine that others use too."""
@@ -47,25 +50,44 @@ def _status(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def repeated(run: Callable[[], Any], options: argparse.Namespace, first: float) -> tuple[list[float], list[float]]:
-    """Seconds of calls, by the clock and of the CPU: at least three, one if a call is slow, as the limit allows."""
-    begin, values, used = time.perf_counter(), list[float](), list[float]()
-    spent = first if options.device == "cpu" else 0.0
-    while len(values) < options.runs:
-        gone = time.perf_counter() - begin
-        if values and (values[-1] > SLOW or gone + spent + values[-1] > 0.9 * options.limit):
+class Clock:
+    """Seconds of calls. On a CPU those that the process computed, which others on the machine disturb less than the
+    time that went by; the limit counts the same, so that a busy machine decides no result. Of several threads all
+    compute, so there it is the time that went by."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.cuda = options.device == "cuda"
+        self.computing = not self.cuda and options.threads == 1
+        self.timer = signal.ITIMER_PROF if self.computing else signal.ITIMER_REAL
+        self.now = time.process_time if self.computing else time.perf_counter
+
+    def limit(self, seconds: float) -> None:
+        """The process ends by SIGPROF or SIGALRM after so long, wherever it is; 0: it does not."""
+        signal.setitimer(self.timer, seconds)
+
+    def sample(self, run: Callable[[], Any]) -> Sample:
+        """One call."""
+        before = self.now()
+        passed = timing.sample(run, "cuda" if self.cuda else "cpu")
+        return (self.now() - before if self.computing else passed), passed
+
+
+def repeated(run: Callable[[], Any], options: argparse.Namespace, clock: Clock, spent: float) -> list[Sample]:
+    """Samples: at least three, one if a call is slow, and no more than the limit leaves time for."""
+    begin, found = clock.now(), list[Sample]()
+    while len(found) < options.runs:
+        gone, last = clock.now() - begin, found[-1][0] if found else 0.0
+        if last > SLOW or (found and gone + spent + last > 0.9 * options.limit):
             break
-        if len(values) >= 3 and gone > options.seconds:
+        if len(found) >= 3 and gone > options.seconds:
             break
-        before = time.process_time()
-        values.append(timing.sample(run, options.device))
-        used.append(time.process_time() - before)
-    return values, used
+        found.append(clock.sample(run))
+    return found
 
 
 def measure(call: Call, parameters: list[torch.Tensor], length: int, options: argparse.Namespace) -> dict[str, Any]:
-    """The row of one length. Past the limit the process ends by SIGALRM, wherever it is."""
-    dtype = getattr(torch, options.dtype)
+    """The row of one length. Past the limit the process ends."""
+    dtype, cuda, clock = getattr(torch, options.dtype), options.device == "cuda", Clock(options)
     torch.manual_seed(0)
     x = torch.randn(options.batch[0], length, options.d_model, dtype=dtype, device=options.device).requires_grad_()
     grad = torch.randn_like(x)
@@ -73,27 +95,25 @@ def measure(call: Call, parameters: list[torch.Tensor], length: int, options: ar
     def run(tokens: int = length) -> None:
         torch.autograd.grad(call(x[:, :tokens]), [x, *parameters], grad[:, :tokens], allow_unused=True)
 
-    cuda = options.device == "cuda"
-    signal.setitimer(signal.ITIMER_REAL, options.limit + COMPILING * cuda)
+    clock.limit(options.limit + COMPILING * cuda)
     if not cuda:
         run(min(length, SHORT))
     before = 0 if cuda else restart_peak()
-    begin = time.process_time()
-    first = timing.sample(run, options.device)
-    used = time.process_time() - begin
+    first = clock.sample(run)
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        signal.setitimer(signal.ITIMER_REAL, options.limit)
-    once = not cuda and (first > SLOW or 1.9 * first > 0.9 * options.limit)
-    values, cpu = ([first], [used]) if once else repeated(run, options, first)
-    signal.setitimer(signal.ITIMER_REAL, 0)
+        clock.limit(options.limit)
+    once = not cuda and (first[0] > SLOW or 1.9 * first[0] > 0.9 * options.limit)
+    found = [first] if once else repeated(run, options, clock, 0.0 if cuda else first[0])
+    clock.limit(0)
     peak = torch.cuda.max_memory_allocated() if cuda else _status("VmHWM")
+    values, passed = map(list, zip(*found, strict=True))
     return {
-        "first": first,
+        "first": first[0],
         "samples": values,
-        **({} if cuda else {"cpu_samples": cpu}),
+        "passed": passed,
         "seconds": timing.summary(values),
         "memory_bytes": peak - before,
         "parameters": sum(p.numel() for p in parameters),

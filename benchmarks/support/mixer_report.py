@@ -1,6 +1,6 @@
 """What the rows of the benchmark of the mixers come to: a table, growth, comparisons, errors.
 
-A row has "subject", "batch" and "length"; and "samples", "seconds" and "memory_bytes", or "error", or "over".
+A row has "subject", "batch" and "length"; and "samples", "passed", "seconds" and "memory_bytes", or "error", or "over".
 """
 
 from __future__ import annotations
@@ -70,11 +70,6 @@ def comparisons(rows: Iterable[Row], chosen: dict[str, Subject]) -> list[str]:
     return lines
 
 
-def disturbed(row: Row) -> bool:
-    """On a CPU: whether the process had to wait for a fifth of its time, most likely for other processes."""
-    return "cpu_samples" in row and sum(row["cpu_samples"]) < 0.8 * sum(row["samples"])
-
-
 def cell_text(row: Row | None) -> str:
     """Time and memory, or what came instead."""
     if row is None:
@@ -86,8 +81,7 @@ def cell_text(row: Row | None) -> str:
     seconds, size = row["seconds"]["median"], row["memory_bytes"]
     clock = f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
     memory = f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
-    marks = "*" * (len(row["samples"]) < 3) + "~" * disturbed(row)
-    return f"{clock}{marks}  {memory}"
+    return f"{clock}{'*' if len(row['samples']) < 3 else ''}  {memory}"
 
 
 def show(rows: list[Row], chosen: dict[str, Subject], head: str) -> None:
@@ -114,8 +108,10 @@ def show(rows: list[Row], chosen: dict[str, Subject], head: str) -> None:
         console.print(shown)
     if any("samples" in row and len(row["samples"]) < 3 for row in rows):
         print("* fewer than three repetitions: one takes long")
-    if any(map(disturbed, rows)):
-        print("~ the machine was busy with something else: too large; cpu_samples has the CPU's seconds")
+    passed = sum(sum(row.get("passed", ())) for row in rows)
+    if passed:
+        share = sum(sum(row.get("samples", ())) for row in rows) / passed
+        print(f"what is counted is {share:.0%} of the time that went by")
     print("\n".join(comparisons(rows, chosen)))
     for row in rows:
         if "error" in row and "since" not in row:
