@@ -22,6 +22,7 @@ from paralm.evaluation.result import eval_dir, read_json
 from paralm.evaluation.state_statistics import effective_rank, state_statistics
 from paralm.evaluation.suite import Target, run_suite
 from paralm.models import LanguageModel, build_model
+from paralm.models.mitigations import Mitigation, mitigated
 from paralm.registry import MIXERS
 
 T, LENGTH = 8, 40
@@ -169,6 +170,16 @@ def test_statistics_are_of_heads(tokenizer: Tokenizer) -> None:
     assert all(1 <= rank <= 4 for rank in ssm.rank)
     conv = found[1, "conv"]
     assert (len(conv.norm), conv.rank, conv.cosine) == (1, None, [0.0])
+
+
+@pytest.mark.parametrize("name", ["mamba2", "mlstm"])
+def test_statistics_leave_out_what_a_mitigation_keeps_for_itself(name: str, tokenizer: Tokenizer) -> None:
+    model = model_of(name, tokenizer.vocab_size)
+    ids = torch.zeros(2, 6, dtype=torch.int64)
+    plain = [(f.layer, f.leaf) for f in state_statistics(model, model(ids).state)]
+    for mitigation in (Mitigation(window=3), Mitigation(clip=1.0), Mitigation(decay=0.5)):
+        with mitigated(model, mitigation):
+            assert [(f.layer, f.leaf) for f in state_statistics(model, model(ids).state)] == plain
 
 
 # -- the evaluation in the frame -----------------------------------------------------------------------------

@@ -96,7 +96,7 @@ class MLSTM(Mixer):
 
     def forward(self, x: Tensor, state: State | None = None, reset: Tensor | None = None) -> tuple[Tensor, State]:
         """See :class:`Mixer`. State: (C (batch, head, d_k, d_v), n (batch, head, d_k)), in at least float32; under a
-        window a third part, see `paralm_kernels.windowed_chunkwise`."""
+        window a third part, ``{"window": …}``, see `paralm_kernels.windowed_chunkwise`."""
         q, k, v, o = self.in_proj(x).split(self.sizes, dim=-1)
         q, k, v = (part.unflatten(-1, (self.n_heads, -1)) for part in (q, k, v))
         i, f = self.gates(x)
@@ -135,14 +135,14 @@ class MLSTM(Mixer):
         q, k, v = (part.to(gain.dtype) for part in (q * self.scale, k, v))
         line: dict[str, Any] | None = None
         if state is not None:
-            line = {"S": torch.cat((state[0], state[1].unsqueeze(-1)), -1), **state[2]}
+            line = {"S": torch.cat((state[0], state[1].unsqueeze(-1)), -1), **state[2]["window"]}
         v = torch.cat((v, v.new_ones(*v.shape[:-1], 1)), -1)
         y, line = paralm_kernels.windowed_chunkwise(
             q, k, v, log_decay, gain, window, line, reset, chunk_size=self.config.chunk_size
         )
         both = line.pop("S")
         h = y[..., :-1] / y[..., -1:].abs().clamp(min=1.0)
-        return h, (both[..., :-1].contiguous(), both[..., -1].contiguous(), line)
+        return h, (both[..., :-1].contiguous(), both[..., -1].contiguous(), {"window": line})
 
     def clip_state(self, state: State, limit: float) -> State:
         """C and n by the same factor, that of C: what is remembered keeps its normaliser."""
@@ -166,7 +166,7 @@ class MLSTM(Mixer):
             batch, self.mitigation.window, heads, heads, d_k, d_v + 1, dtype=wide, device=c.device
         )
         line.pop("S")
-        return c, n, line
+        return c, n, {"window": line}
 
     def extra_flops_per_token(self, seq_len: int) -> float:
         """What the chunk form takes: q·k and the sum over v, over the (chunk + 1)/2 tokens that a token sees of its
