@@ -63,6 +63,9 @@ class LmEvalResult(Result):
 
     lm_eval: str  # its version
     limit: int | None
+    reset_every: int | None
+    max_length: int | None
+    score_eos: bool
     scores: list[TaskScore]
 
     def scalars(self) -> dict[str, float]:
@@ -157,8 +160,17 @@ class LmEval(Evaluation):
     def combine(self, cells: Mapping[str, dict[str, Any]]) -> list[Result]:
         """One table of all."""
         scores = [TaskScore.model_validate(score) for cell in cells.values() for score in cell["scores"]]
-        version = self.settings.made_of.split()[1]
-        return [LmEvalResult(lm_eval=version, limit=self.settings.limit, scores=scores)]
+        s: LmEvalSettings = self.settings
+        return [
+            LmEvalResult(
+                lm_eval=s.made_of.split()[1],
+                limit=s.limit,
+                reset_every=s.reset_every,
+                max_length=s.max_length,
+                score_eos=s.score_eos,
+                scores=scores,
+            )
+        ]
 
     @classmethod
     def page(cls, results: Sequence[Any]) -> str:
@@ -180,8 +192,17 @@ class LmEval(Evaluation):
             parts.append(md.table(header, rows, right=(2, 3, 4, 5)))
             if result.figures():
                 parts.append(f"![Scores]({result.name}_scores.png)")
-            limited = f" The first {result.limit:,} documents of each task only." if result.limit else ""
-            parts.append(f"By lm_eval {result.lm_eval}; texts are read whole, with no window.{limited}")
+            read = "texts are read whole, with the state carried"
+            if result.max_length is not None:
+                read = f"in windows of {result.max_length:,} tokens"
+            elif result.reset_every is not None:
+                read = f"rolling tasks forget after every {result.reset_every:,} tokens"
+            notes = [f"By lm_eval {result.lm_eval}; {read}."]
+            if result.score_eos:
+                notes.append("In rolling tasks the end of a document counts.")
+            if result.limit is not None:
+                notes.append(f"Of each task only the first {result.limit:,} documents.")
+            parts.append(" ".join(notes))
         return "\n\n".join(parts)
 
 

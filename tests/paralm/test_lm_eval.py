@@ -387,7 +387,9 @@ def test_lm_evals_command_line_finds_the_model(
     assert {(s.task, s.metric) for s in result.scores} >= {
         ("own_texts", "bits_per_byte"), ("own_choices", "acc"), ("own_words", "exact_match")
     }  # fmt: skip
-    assert "own_choices" in outcome.report.read_text()
+    page = outcome.report.read_text()
+    assert "own_choices" in page
+    assert "texts are read whole, with the state carried. In rolling tasks the end of a document counts." in page
     assert (trained / "eval" / "lm-eval_scores.png").is_file()
     again = run_suite("lm-eval", trained, {"tasks": names, "include_path": str(tasks), "score_eos": True})
     assert (again.measured, again.kept) == (0, 3)
