@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fnmatch import fnmatchcase
 from typing import Any
 
 import paralm_kernels
@@ -298,3 +299,22 @@ def test_a_hybrid_is_refused_by_the_layer_that_cannot() -> None:
     with pytest.raises(UserError, match="no window in layer 1, paragru"), mitigated(model, Mitigation(window=4)):
         pass
     assert model.mixers[0].mitigation is None
+
+
+@pytest.mark.parametrize("name", MIXERS.names())
+def test_what_a_mixer_says_of_its_states_leaves_is_so(name: str) -> None:
+    """Named leaves exist, heads have an axis of their own behind the batch, matrices two more, free ones start at 0."""
+    mixer = model_of(name).mixers[0]
+    leaves = named_leaves(mixer.initial_state(2))
+    for pattern in mixer.state_leaves:
+        if not name.startswith("titans"):  # whose variants share one list
+            assert any(fnmatchcase(path, pattern) for path, _ in leaves), pattern
+    if name.startswith("titans"):
+        assert [mixer.leaf(path).matrix for path, _ in leaves if "weights/" in path]
+        assert all(mixer.leaf(path).matrix for path, _ in leaves if "weights/" in path)
+    for path, leaf in leaves:
+        layout = mixer.leaf(path)
+        if layout.heads is not None:
+            assert 1 <= layout.heads < leaf.ndim, path
+        assert not layout.matrix or leaf.ndim >= 4, path
+        assert not layout.free or (leaf.is_floating_point() and not leaf.any()), path
