@@ -352,6 +352,7 @@ def write_config(folder: Path, **sections: dict[str, Any]) -> Path:
             "validate_tokens": 500,
             "threads": 1,
         },
+        "optimizer": {"lr": 3e-4},  # at 3e-3 this model jumps about, and rounding of 1e-7 becomes 4e-5 in ten steps
         "checkpoint": {"every": 1},
     }
     for section, values in sections.items():
