@@ -103,6 +103,22 @@ def test_losses_depend_neither_on_the_ranks_nor_on_the_stage(corpus: Path, prepa
 
 
 @pytest.mark.slow
+def test_what_rows_start_from_depends_neither_on_the_ranks_nor_on_a_move(
+    corpus: Path, prepared: Path, tmp_path: Path
+) -> None:
+    """Passed states and fitted noise on one rank, on three, and moved from one to three in between."""
+    grid = Grid(corpus, prepared, tmp_path)
+    kinds = ("passed", "noise")
+    first = [grid.stop(f"{kind}_moved", 1, initial_state=kind) for kind in kinds]
+    run_ranks(1, [*first, *(grid.config(f"{kind}_one", 1, initial_state=kind) for kind in kinds)], tmp_path)
+    names = [f"{kind}_{how}" for kind in kinds for how in ("three", "moved")]
+    run_ranks(3, [grid.config(name, 1, initial_state=name.partition("_")[0]) for name in names], tmp_path)
+    for name in names:
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / f"{name.partition('_')[0]}_one"), rel=SAME)
+    assert losses(tmp_path / "passed_one")[3] != losses(tmp_path / "noise_one")[3]
+
+
+@pytest.mark.slow
 def test_a_run_moves_over_world_sizes_and_stages(corpus: Path, prepared: Path, tmp_path: Path) -> None:
     """4 → 2 → 1 → 3 ranks, each at another stage; three or more parameter groups; Adam's and Muon's states."""
     grid = Grid(corpus, prepared, tmp_path)
