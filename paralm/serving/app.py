@@ -144,15 +144,25 @@ async def _read_body(request: Request, limit: int) -> bytes:
 async def _completions(request: Request) -> Response:
     engine: Engine = request.app.state.engine
     body = await _read_body(request, engine.settings.max_body_bytes)
-    # Not in the event loop: a long prompt takes a while to encode.
-    job = await asyncio.to_thread(lambda: engine.prepare(parse_request(body)))
     loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Piece]()
 
     def deliver(piece: Piece) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-    engine.submit(job, deliver)
+    def begin() -> Job:
+        job = engine.prepare(parse_request(body))
+        engine.submit(job, deliver)
+        return job
+
+    # Not in the event loop: a long prompt takes a while to encode. If this request is dropped meanwhile, the job that
+    # was begun is told so, or it would hold its session.
+    beginning = asyncio.ensure_future(asyncio.to_thread(begin))
+    try:
+        job = await asyncio.shield(beginning)
+    except asyncio.CancelledError:
+        beginning.add_done_callback(lambda done: None if done.exception() else engine.cancel(done.result()))
+        raise
     answer = _Answer(engine, job)
     if job.request.stream:
         return StreamingResponse(_events(request, engine, job, pieces, answer), media_type="text/event-stream")

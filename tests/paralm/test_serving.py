@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import logging
@@ -320,6 +321,48 @@ def test_a_session_is_never_begun_or_shared_silently(lm: LanguageModel, tokenize
         ask(client, prompt="x", max_tokens=1, session=name)
 
 
+def test_a_request_that_is_dropped_while_its_prompt_is_encoded_holds_no_session(
+    lm: LanguageModel, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Ray Serve drops a request whose client went away: its task is cancelled."""
+    with client_of(lm, tokenizer) as client:
+        name = ask(client, prompt="the", max_tokens=2, session="new")["session"]
+        engine: Engine = client.app.state.engine  # type: ignore[attr-defined]
+        prepare, entered, go_on = engine.prepare, threading.Event(), threading.Event()
+
+        def slow(request: Any) -> Any:
+            entered.set()
+            assert go_on.wait(30)
+            return prepare(request)
+
+        monkeypatch.setattr(engine, "prepare", slow)
+        body = json.dumps({"prompt": "x", "session": name, "max_tokens": 4000}).encode()
+
+        async def dropped() -> None:
+            async def receive() -> dict[str, Any]:
+                return {"type": "http.request", "body": body, "more_body": False}
+
+            async def send(message: Any) -> None:
+                raise AssertionError(f"an answer to nobody: {message}")
+
+            scope = {
+                "type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": [
+                    (b"host", b"127.0.0.1"), (b"content-type", b"application/json")
+                ], "scheme": "http", "server": ("127.0.0.1", 80), "http_version": "1.1", "app": client.app,
+            }  # fmt: skip
+            task = asyncio.ensure_future(client.app(scope, receive, send))  # type: ignore[arg-type]
+            while not entered.is_set():
+                await asyncio.sleep(0.01)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            go_on.set()
+
+        assert client.portal is not None
+        client.portal.call(dropped)
+        wait_until(lambda: not engine.sessions.look(name).busy)
+        wait_until(lambda: engine.under_way == 0)
+
+
 def test_tokens_of_a_text_that_ends_inside_a_token_or_a_character(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("the 水→ river")
     for length in range(len("the 水→ river") + 1):
@@ -588,7 +631,7 @@ def test_a_process_streams_forgets_who_goes_away_and_ends_cleanly(
     # What is under way when it is asked to stop is finished.
     last = connect(port, {**long, "max_tokens": 400})
     wait_until(lambda: under_way(port) == 1)
-    running.send_signal(signal.SIGINT)
+    running.send_signal(signal.SIGTERM)  # SIGINT is what uvicorn and Python make of it
     finished = json.loads(last.getresponse().read())
     assert finished["choices"][0]["finish_reason"] in ("length", "stop")
     out, err = running.communicate(timeout=60)
