@@ -9,6 +9,7 @@ flat     one document of a million tokens through a small model (one layer of wi
          tokens, which must be below 4 MB
 speed    tokens a second of `paralm eval perplexity` with a 10M-parameter preset of each architecture, 16 documents
          side by side, 512 tokens at a time
+passkey  the cost of a passkey grid and of a multi-query one, shared text read once through state snapshots, and without
 
 Writes benchmarks/results/evaluate.json row by row; rows that are not asked for stay as they were there.
 """
@@ -28,6 +29,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from support.retrieval import grids
 from support.streams import Stream, bounded, in_a_process_of_its_own, one_arena
 from support.timing import ROOT, environment
 
@@ -105,7 +107,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--tokens", type=int, default=1_000_000, help="of the flat part")
     parser.add_argument("--mixers", default="", help="of the flat part, with commas; default: every one")
-    parser.add_argument("--only", default="", help="parts, with commas: flat, speed")
+    parser.add_argument("--only", default="", help="parts, with commas: flat, speed, passkey")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
     if not one_arena():
@@ -117,6 +119,7 @@ def main() -> int:
     parts: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
         "flat": lambda: flat(options.tokens, mixers),
         "speed": speed,
+        "passkey": grids,
     }
     wanted = options.only.split(",") if options.only else list(parts)
     unknown = set(wanted) - parts.keys()
