@@ -8,21 +8,27 @@ quiet way for a kernel to be slow. Whatever spills, or does not compile, is name
 NVIDIA: `cuobjdump --dump-resource-usage` (it comes with Triton) of the cubin; STACK and LOCAL are bytes per thread in
 memory, and these kernels have no other use for it than spills. AMD: the counts that the assembler leaves in the code
 object's metadata.
+
+With --record FILE a kernel that the file knows by its fingerprint (the source with all it calls, the constants, the
+target, Triton's version) is not compiled again, but for a sixteenth of them, which must come out as recorded; --update
+writes the file anew.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
+import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -51,6 +57,7 @@ class Usage:
     shared: int = 0
     seconds: float = 0.0
     error: str = ""
+    fingerprint: str = ""
 
     @property
     def ok(self) -> bool:
@@ -68,13 +75,51 @@ def checked_cells() -> dict[str, Cell]:
     return {**cells(), **{cell.name: cell for cell in scans}}
 
 
+def fingerprint(launch: Any, target: str) -> str:
+    """Of everything a compilation depends on; 16 hexadecimal digits."""
+    import triton
+
+    constexprs = {name: repr(value) for name, value in sorted(launch.constexprs.items())}
+    options = (launch.num_warps, launch.num_stages, sorted(launch.aligned), TARGETS[target], triton.__version__)
+    parts = [launch.function.cache_key, launch.signature, constexprs, options]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+Record = Mapping[str, Usage]
+"""What was compiled before, by fingerprint."""
+
+
+def read_record(path: Path) -> dict[str, Usage]:
+    """A file that :func:`write_record` wrote; empty if there is none."""
+    if not path.exists():
+        return {}
+    return {row["fingerprint"]: Usage(**row) for row in json.loads(path.read_text(encoding="utf-8"))}
+
+
+def write_record(path: Path, usages: Iterable[Usage]) -> None:
+    """A JSON list, a row a line, of what compiled without spills."""
+    rows = [json.dumps({k: v for k, v in asdict(u).items() if k not in ("seconds", "error")}) for u in usages if u.ok]
+    path.write_text("[\n" + ",\n".join(sorted(rows)) + "\n]\n", encoding="utf-8")
+
+
+def checked(cell: str, launch: Any, target: str, record: Record) -> Usage:
+    """From the record where it knows the launch; a sixteenth of the record is compiled nevertheless."""
+    known = record.get(fingerprint(launch, target))
+    if known is not None and not known.fingerprint.startswith("0"):
+        return known
+    usage = compile_launch(cell, launch, target)
+    if known is not None and usage.ok and replace(usage, seconds=0.0) != known:
+        return replace(usage, error="not as recorded; write the record anew with --update")
+    return usage
+
+
 def compile_launch(cell: str, launch: Any, target: str) -> Usage:
     """Compiles one launch (see `triton_solver.Launch`) for a target; a failure to compile is in the result."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    blank = Usage(cell, launch.name, target, launch.num_warps)
+    blank = Usage(cell, launch.name, target, launch.num_warps, fingerprint=fingerprint(launch, target))
     start = time.perf_counter()
     try:
         names = launch.function.arg_names
@@ -132,20 +177,23 @@ def read_metadata(text: str) -> tuple[int, int]:
     return found["vgpr_count"], spills
 
 
-def compile_cell(name: str, target: str, dtypes: Sequence[str]) -> list[Usage]:
+def compile_cell(name: str, target: str, dtypes: Sequence[str], record: Record | None = None) -> list[Usage]:
     """Every kernel of a cell, or of an entry of WRITTEN, in its default configurations, for inputs of these dtypes."""
     if name in WRITTEN:
         module = importlib.import_module(f".{WRITTEN[name]}", __package__)
         meant = (launch for launch in module.default_launches(dtypes) if not launch.targets or target in launch.targets)
-        return [compile_launch(name, launch, target) for launch in meant]
+        return [checked(name, launch, target, record or {}) for launch in meant]
     from .triton_solver import default_launches
 
-    return [compile_launch(name, launch, target) for launch in default_launches(checked_cells()[name], dtypes)]
+    launches = default_launches(checked_cells()[name], dtypes)
+    return [checked(name, launch, target, record or {}) for launch in launches]
 
 
-def compile_all(names: Sequence[str], targets: Sequence[str], dtypes: Sequence[str], jobs: int = 1) -> list[Usage]:
+def compile_all(
+    names: Sequence[str], targets: Sequence[str], dtypes: Sequence[str], jobs: int = 1, record: Record | None = None
+) -> list[Usage]:
     """Every cell for every target, in that many processes."""
-    tasks = [(name, target, dtypes) for name in names for target in targets]
+    tasks = [(name, target, dtypes, record) for name in names for target in targets]
     if jobs == 1:
         return [usage for task in tasks for usage in compile_cell(*task)]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
@@ -171,7 +219,8 @@ def report(usages: Sequence[Usage]) -> int:
     for usage in bad:
         why = usage.error or f"spills {usage.spills}"
         print(f"{usage.cell}: {usage.kernel} for {usage.target}: {why}", file=sys.stderr)
-    print(f"{len(usages)} kernels compiled, {len(bad)} of them not as they should be")
+    fresh = sum(usage.seconds > 0 for usage in usages)
+    print(f"{len(usages)} kernels, {fresh} of them compiled now; {len(bad)} not as they should be")
     return 1 if bad or not usages else 0
 
 
@@ -182,11 +231,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cell", action="append", choices=[*checked_cells(), *WRITTEN], help="default: all")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="of the inputs; default: bf16 and fp32")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--record", type=Path, help="JSON of what compiled before, which is not compiled again")
+    parser.add_argument("--update", action="store_true", help="compile everything and write --record anew")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: Triton would interpret instead of compiling; unset it")
     names, targets = options.cell or [*checked_cells(), *WRITTEN], options.target or list(TARGETS)
-    return report(compile_all(names, targets, options.dtype or ["bf16", "fp32"], max(1, options.jobs)))
+    if options.update and not options.record:
+        parser.error("--update needs --record FILE, the file to write")
+    record = read_record(options.record) if options.record and not options.update else None
+    usages = compile_all(names, targets, options.dtype or ["bf16", "fp32"], max(1, options.jobs), record)
+    if options.update:
+        write_record(options.record, usages)
+    return report(usages)
 
 
 if __name__ == "__main__":
