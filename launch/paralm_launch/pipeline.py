@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from paralm.config import Config, SourceConfig
 from paralm.config_files import frozen_differences, load_config
-from paralm.errors import ConfigError, RunError
+from paralm.errors import ConfigError, RunError, UserError
 from paralm.user_modules import load_modules
 from paralm_launch.console import ProgressLine, duration, quantity, say, table
 from paralm_launch.discovery import settle
@@ -169,7 +169,8 @@ def _show_step(line: ProgressLine, row: dict[str, Any]) -> None:
 def evaluate_run(run: str | Path, overrides: Sequence[str] = (), again: bool = False) -> None:
     """Measure a run (``RUN`` or ``RUN@STEP``) and write its report; what is measured already is kept.
 
-    ``overrides``: of the ``eval`` section. Raises UserError, one line, as ``run_evaluation`` does.
+    ``overrides``: of the ``eval`` section; for a run of a task, settings of ``tracking``. Raises UserError, one line,
+    as ``run_evaluation`` and ``run_suite`` do.
     """
     from paralm.evaluation.run import run_evaluation
     from paralm.export import is_export
@@ -179,6 +180,9 @@ def evaluate_run(run: str | Path, overrides: Sequence[str] = (), again: bool = F
     exported = is_export(path)
     if not exported:
         path = open_run(run).path
+    if _is_of_task(path):
+        _evaluate_task(run, path, overrides, again)
+        return
     for text in overrides:
         if not text.startswith(("eval.", "data.dir=") if exported else "eval."):
             raise ConfigError(f"override '{text}': only eval.* can change here; the run itself is as it was trained")
@@ -203,11 +207,35 @@ def evaluate_run(run: str | Path, overrides: Sequence[str] = (), again: bool = F
     say(f"report: {found.report}")
 
 
-def compare_runs(runs: Sequence[Path], out: Path) -> None:
-    """Overlay the curves of runs in a figure and print what they reached."""
-    from paralm.evaluation.compare import compare
+def _evaluate_task(run: str | Path, path: Path, overrides: Sequence[str], again: bool) -> None:
+    """The evaluation of a run of a synthetic task: its answers, by length."""
+    from paralm.evaluation.report import write_report
+    from paralm.evaluation.suite import get_evaluation
+    from paralm.export import is_export
+    from paralm_launch import evaluation
 
-    comparison = compare(runs, out)
+    evaluation.evaluate(get_evaluation("tracking"), str(run), overrides, again=again)
+    if not is_export(path):
+        say(f"report: {write_report(path)}")
+
+
+def _is_of_task(run: Path) -> bool:
+    """Whether a run was trained on a synthetic task; what is no run is not."""
+    from paralm.training.load import saved_config
+
+    try:
+        return saved_config(run).data.synthetic is not None
+    except UserError:
+        return False
+
+
+def compare_runs(runs: Sequence[Path], out: Path) -> None:
+    """Overlay the curves of runs in a figure and print what they reached; of runs of tasks, the answers right."""
+    from paralm.evaluation.compare import compare
+    from paralm.evaluation.compare_tracking import compare_tracking
+
+    of_tasks = bool(runs) and all(_is_of_task(run) for run in runs)
+    comparison = compare_tracking(runs, out) if of_tasks else compare(runs, out)
     table(None, comparison.header, comparison.cells)
     for note in comparison.notes:
         say(f"\n{note}")

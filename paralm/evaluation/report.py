@@ -89,7 +89,8 @@ def write_report(run_dir: str | Path) -> Path:
 
 def _head(config: Config, curves: Curves, results: ResultSet) -> str:
     step, last = int(curves.step[-1]), config.training.max_steps
-    what = f"A {mixer_names(config.model)} language model"
+    kind = "language model" if config.data.synthetic is None else "model"
+    what = f"A {mixer_names(config.model)} {kind}"
     if results.record is not None:
         what += f" of {short(results.record.parameters)} parameters"
     trained = f"trained on {short(float(curves.tokens[-1]))} tokens in {md.duration(float(curves.seconds[-1]))}"
@@ -104,6 +105,8 @@ def _head(config: Config, curves: Curves, results: ResultSet) -> str:
 
 
 def _measured(run_dir: Path, config: Config, results: ResultSet) -> list[str]:
+    if config.data.synthetic is not None:
+        return _task_measured(run_dir)
     heading = "## On text it was not trained on"
     if results.record is None or "held_out" not in results.perplexity:
         return [heading, f"Not measured yet: `paralm eval {_quoted(run_dir)}`."]
@@ -137,6 +140,17 @@ def _measured(run_dir: Path, config: Config, results: ResultSet) -> list[str]:
     if (eval_dir(run_dir) / "report.md").exists():
         parts.append("Every evaluation, past the training length too: [eval/report.md](eval/report.md).")
     return parts
+
+
+def _task_measured(run_dir: Path) -> list[str]:
+    """Of a run of a synthetic task."""
+    from paralm.evaluation.tracking import Tracking, TrackingResult
+
+    heading = "## On examples it was not trained on"
+    found = read_json(TrackingResult, eval_dir(run_dir) / "tracking.json")
+    if found is None:
+        return [heading, f"Not measured yet: `paralm eval {_quoted(run_dir)}`."]
+    return [heading, Tracking.page([found]).replace("](tracking_", "](eval/tracking_")]
 
 
 def _against_compressors(name: str, scored: PerplexityResult, compressed: CompressionResult | None) -> list[str]:
@@ -198,7 +212,9 @@ def _course(run_dir: Path, curves: Curves, drawn: dict[str, Path]) -> list[str]:
     facts.append(f"{skipped:,} skipped steps" if skipped else "no step skipped")
     for name, found in curves.validation.items():
         if len(found.loss):
-            facts.append(f"last validation, {_shown(name)}: {float(found.bits_per_byte[-1]):.3f} bits per byte")
+            bits, right = float(found.bits_per_byte[-1]), float(found.accuracy[-1])
+            reached = f"{bits:.3f} bits per byte" if np.isfinite(bits) else f"{right:.1%} of the answers right"
+            facts.append(f"last validation, {_shown(name)}: {reached}")
     parts.append("\n".join(f"- {fact}" for fact in facts))
     return parts
 
@@ -227,9 +243,11 @@ def _mixer_row(spec: Mapping[str, Any]) -> str:
 
 def _made_from(config: Config, curves: Curves, results: ResultSet) -> list[str]:
     model, training, optimizer = config.model, config.training, config.optimizer
-    source = config.data.source
+    source, task = config.data.source, config.data.synthetic
     rows = [
-        ["text", source.dataset or (", ".join(source.paths) if source.paths else source.kind)],
+        ["text", source.dataset or (", ".join(source.paths) if source.paths else source.kind)]
+        if task is None
+        else ["task", ", ".join(f"{key} {value}" for key, value in task.items()).removeprefix("task ")],
         *(["mixer", _mixer_row(spec)] for spec, _ in mixer_pattern(model)),
         ["layers × width", f"{model.n_layers} × {model.d_model}"],
         ["parameters", f"{results.record.parameters:,}" if results.record is not None else ""],
@@ -275,6 +293,8 @@ def _next(run_dir: Path, config: Config, curves: Curves, results: ResultSet) -> 
         ("measure on more text", f"paralm eval {run} eval.max_tokens={config.eval.max_tokens * 10}"),
         ("beside another run", f"paralm compare {run} OTHER_RUN"),
     ]
+    if config.data.synthetic is not None:
+        commands = [commands[1], ("more examples", f"paralm eval tracking {run} samples=4096"), commands[3]]
     if curves.step[-1] < steps:
         commands.insert(0, ("train on", f"paralm run {_quoted(run_dir / 'config.yaml')}"))
     else:

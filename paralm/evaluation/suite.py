@@ -62,6 +62,7 @@ MODULES: tuple[str, ...] = (
     "paralm.evaluation.effective_memory",
     "paralm.evaluation.passkey",
     "paralm.evaluation.downstream",
+    "paralm.evaluation.tracking",
 )
 """Modules that register the built-in evaluations."""
 

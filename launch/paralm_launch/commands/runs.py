@@ -30,10 +30,13 @@ def run(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     pipeline.train_run(settings)
     pipeline.evaluate_run(settings.run_dir)
     root = settings.run_dir
+    text = (
+        f"  paralm generate {root} --prompt 'def '   text from the model\n" if settings.data.synthetic is None else ""
+    )
     say(
         f"\nlook next at\n"
-        f"  {root / 'report.md'}   the results, with curves and samples\n"
-        f"  paralm generate {root} --prompt 'def '   text from the model\n"
+        f"  {root / 'report.md'}   the results, with curves{' and samples' if text else ''}\n"
+        f"{text}"
         f"  paralm monitor {root}   every metric, in a browser"
     )
 

@@ -1,0 +1,93 @@
+"""Runs of one synthetic task over one another: answers right by length, in one figure and one table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from paralm.errors import RunError
+from paralm.evaluation import figures
+from paralm.evaluation import markdown as md
+from paralm.evaluation.result import eval_dir, read_json
+from paralm.evaluation.tracking import TrackingResult, draw, frame, title
+
+
+@dataclass(frozen=True)
+class TrackingComparison:
+    """Results by run, in the order the runs were given."""
+
+    results: dict[str, TrackingResult]
+    figure: Path
+    notes: list[str]
+
+    @property
+    def sizes(self) -> list[str]:
+        """The sizes that every run was tested on, as the first has them."""
+        every = [{s.size for s in result.sizes} for result in self.results.values()]
+        return [s.size for s in next(iter(self.results.values())).sizes if all(s.size in sizes for sizes in every)]
+
+    @property
+    def header(self) -> list[str]:
+        """Of :attr:`cells`."""
+        return ["run", "mixer", "seed", "99 % right to", *self.sizes]
+
+    @property
+    def cells(self) -> list[list[str]]:
+        """A row a run: the share of answers that are right at each size."""
+        rows = []
+        for name, result in self.results.items():
+            accuracy = {s.size: s.accuracy for s in result.sizes}
+            reach = f"{result.solved:,}" if result.solved else "–"
+            rows.append([name, result.mixer, str(result.seed), reach, *(f"{accuracy[s]:.1%}" for s in self.sizes)])
+        return rows
+
+    def markdown(self) -> str:
+        """The table, and the notes below it."""
+        return "\n\n".join([md.table(self.header, self.cells, right=range(2, len(self.header))), *self.notes])
+
+
+def compare_tracking(runs: Sequence[str | Path], out: str | Path) -> TrackingComparison:
+    """Draw the curves of ``runs`` into the PNG ``out``; runs of one mixer have one colour.
+
+    Raises RunError, one line: fewer than two runs, one that was not measured, runs of different tasks, or an ``out``
+    that is no PNG or cannot be written.
+    """
+    paths, target = [Path(run) for run in runs], Path(out)
+    if len(paths) < 2:
+        raise RunError(f"{len(paths)} run to compare; give at least two")
+    if target.suffix.lower() != ".png":
+        raise RunError(f"{target}: the figure is a PNG; give a name that ends in .png")
+    results: dict[str, TrackingResult] = {}
+    for path in paths:
+        found = read_json(TrackingResult, eval_dir(path) / "tracking.json")
+        if found is None:
+            raise RunError(f"{path}: not measured yet; paralm eval tracking {path}")
+        results[path.resolve().name if path.resolve().name not in results else str(path)] = found
+    names, first = list(results), next(iter(results.values()))
+    for name, result in results.items():
+        if (title(result.task), result.chance) != (title(first.task), first.chance):
+            raise RunError(
+                f"{names[0]} is of {title(first.task)}, {name} of {title(result.task)}; compare runs of one task"
+            )
+    notes = []
+    if any(result.task != first.task for result in results.values()):
+        notes.append("The runs' tasks have different settings (paralm config show RUN/config.yaml).")
+    return TrackingComparison(results, _draw(results, target), notes)
+
+
+def _draw(results: dict[str, TrackingResult], out: Path) -> Path:
+    first = next(iter(results.values()))
+    figure, axes = figures.new("length of the example (tokens)", "answers right")
+    mixers = list(dict.fromkeys(result.mixer for result in results.values()))
+    labelled: set[str] = set()
+    for result in results.values():
+        color = figures.CYCLE[mixers.index(result.mixer) % len(figures.CYCLE)]
+        draw(axes, result, color, result.mixer if result.mixer not in labelled else "_")
+        labelled.add(result.mixer)
+    frame(axes, list(results.values()))
+    axes.set_title(title(first.task))
+    try:
+        return figures.save(figure, out)
+    except OSError as error:
+        raise RunError(f"{out}: cannot be written ({error.strerror or error})") from None
