@@ -24,7 +24,7 @@ PEERS := $(VENV)/.paralm-peers-installed
 SOURCES := paralm kernels data_pipeline launch tests benchmarks tools
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart compare test peers lint format bench gpu-check gpu-wheels mutants chaos clean
+.PHONY: help quickstart compare tracking test peers lint format bench gpu-check gpu-wheels mutants chaos clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | awk -F ':.*  ## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -57,6 +57,12 @@ COMPARED := $(patsubst configs/compare/%.yaml,%,$(wildcard configs/compare/*.yam
 compare: $(BASE)  ## every architecture at equal parameters and tokens on the quick start's text, curves in one figure
 	@set -e; for name in $(COMPARED); do $(BIN)/paralm run compare/$$name; done
 	$(BIN)/paralm compare $(COMPARED:%=runs/compare-%) --out runs/compare.png
+
+TRACKED := $(patsubst configs/tracking/%.yaml,%,$(wildcard configs/tracking/parity_*.yaml))
+
+tracking: $(BASE)  ## every architecture on parity, tested far past the trained lengths, curves in one figure
+	@set -e; for name in $(TRACKED); do $(BIN)/paralm run tracking/$$name; done
+	$(BIN)/paralm compare $(foreach name,$(TRACKED),runs/tracking-$(subst _,-,$(name))) --out runs/tracking.png
 
 bench: $(DEV) $(PEERS)  ## every benchmark that needs no GPU; results in benchmarks/results
 	@set -e; for script in $(filter-out benchmarks/gpu_%,$(wildcard benchmarks/*.py)); do \

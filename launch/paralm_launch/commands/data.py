@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from paralm.errors import RunError
 from paralm_launch.commands.arguments import ConfigArgument, OverridesArgument, RunArgument, add_command
 from paralm_launch.console import quantity, say, table
 
 if TYPE_CHECKING:
-    from paralm_data import Batch, StoreReport, Tokenizer
+    from paralm_data import Batch, StoreReport, Task, Tokenizer
 
 app = typer.Typer(no_args_is_help=True, help="Prepare text, inspect it, and see what a training step saw.")
 
@@ -52,7 +53,12 @@ def inspect(
     from paralm_launch import pipeline
 
     if (path / "config.yaml").is_file():
-        path = pipeline.open_run(path).data_dir
+        place = pipeline.open_run(path)
+        if place.config.data.synthetic is not None:
+            raise RunError(
+                f"{path}: of a synthetic task, which is not stored; see a step of it: paralm data show {path}"
+            )
+        path = place.data_dir
     for report in paralm_data.inspect(path, samples=samples, sample_tokens=tokens, verify="full" if full else "size"):
         _print_report(report)
 
@@ -64,12 +70,19 @@ def show(
     world_size: Annotated[int, typer.Option(min=1, help="The number of ranks; with 1, the whole global batch.")] = 1,
 ) -> None:
     """Print the exact text that a training step of a run saw."""
-    from paralm_data import Loader, Tokenizer, TokenStore
+    from paralm_data import Loader, SyntheticLoader, Tokenizer, TokenStore
 
+    from paralm.synthetic import task_of
     from paralm_launch import pipeline
 
     place = pipeline.open_run(run)
     training, data = place.config.training, place.config.data
+    task = task_of(data)
+    if task is not None:
+        rows = (training.seq_len, training.global_batch_size, place.config.run.seed)
+        batch = SyntheticLoader(task, *rows, rank=rank, world_size=world_size).batch(step - 1)
+        _print_examples(batch, task, step, rank, world_size)
+        return
     loader = Loader(
         TokenStore.open(place.data_dir / "train", verify="size"),
         seq_len=training.seq_len,
@@ -112,6 +125,19 @@ def _leaves(values: Mapping[str, object]) -> Iterator[tuple[str, object]]:
             yield from _leaves(value)
         else:
             yield key, value
+
+
+def _print_examples(batch: Batch, task: Task, step: int, rank: int, world_size: int) -> None:
+    say(f"step {step}, rank {rank} of {world_size}: {len(batch.rows)} examples of task '{task.name}'")
+    for row, tokens, labels in zip(batch.rows, batch.tokens.tolist(), batch.labels.tolist()):
+        length = max((i + 1 for i, (t, y) in enumerate(zip(tokens, labels)) if t != task.pad_id or y >= 0), default=0)
+        say(f"\n── example {row}: {length} tokens, {sum(y >= 0 for y in labels)} answers")
+        if task.tokenizer is not None:
+            say(task.tokenizer.decode(tokens[:length]))
+            continue
+        width = len(str(task.vocab_size))
+        say("tokens  " + " ".join(f"{t:>{width}}" for t in tokens[:length]))
+        say("answers " + " ".join(f"{y if y >= 0 else '·':>{width}}" for y in labels[:length]))
 
 
 def _print_batch(batch: Batch, tokenizer: Tokenizer, step: int, rank: int, world_size: int) -> None:
