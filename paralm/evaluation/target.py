@@ -105,6 +105,9 @@ class Target:
     def tokenizer(self) -> Tokenizer:
         """Raises RunError, one line, where none came along."""
         if self.own_tokenizer is None:
+            if self.config.data.synthetic is not None:
+                task = self.config.data.synthetic["task"]
+                raise RunError(f"{self.run_dir}: trained on task '{task}', which has no text; paralm eval tracking")
             raise RunError(f"{self.run_dir}: imported without a tokenizer; import it again with --tokenizer FILE")
         return self.own_tokenizer
 
