@@ -94,14 +94,10 @@ def evaluate(
     return found
 
 
-def follow(
-    evaluation: type[Evaluation], run: str, overrides: Sequence[str] = (), *, part: str | None = None, every: int = 1
-) -> None:
+def follow(evaluation: type[Evaluation], run: str, overrides: Sequence[str] = (), *, every: int = 1) -> None:
     """Evaluate each checkpoint as it appears. Raises UserError, one line; StoppedError where none appears for long."""
     from paralm.evaluation.follow import follow as each
 
-    if part is not None:
-        raise RunError("--follow takes whole evaluations; leave --part out")
     settings, data_dir = _split(overrides)
     with ProgressLine() as line:
         for found in each(
@@ -116,6 +112,58 @@ def follow(
             numbers = [f"{r.name}/{key} {value:.6g}" for r in found.results for key, value in r.scalars().items()]
             line.say(f"step {found.step:,}: {', '.join(numbers)}")
     say(f"{evaluation.name}: the run is over, and its last checkpoint is evaluated")
+
+
+def evaluate_on_ray(
+    evaluation: type[Evaluation], target: str, overrides: Sequence[str] = (), *, tasks: int, again: bool = False
+) -> Outcome:
+    """Measure in ``tasks`` tasks of Ray, a share each, then combine here.
+
+    The cluster is the run's ``launcher.address``, else RAY_ADDRESS, else one of this machine for the time being; its
+    nodes see the run's folder. A task that a lost worker took along is begun again by Ray, and goes on with the cells
+    that are missing. Raises UserError, one line, as :func:`evaluate` does.
+    """
+    from paralm.training.load import saved_config
+    from paralm.training.session import parse_run
+    from paralm_launch.launchers import ray as launcher
+
+    config = saved_config(parse_run(target)[0])
+    config.launcher.address = config.launcher.address or os.environ.get("RAY_ADDRESS")
+    ray = launcher.import_ray(config)
+    ours = launcher.start(ray, config, tasks)
+    try:
+        gpus = config.launcher.gpus_per_rank
+        if gpus is None:
+            gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
+        task = ray.remote(num_cpus=config.launcher.cpus_per_rank, num_gpus=gpus)(_part_on_ray)
+        given = (os.getcwd(), evaluation.name, target, *_split(overrides), again)
+        waiting = [task.remote(*given, index, tasks) for index in range(1, tasks + 1)]
+        with ProgressLine() as line:
+            while waiting:
+                line.update("parts", tasks - len(waiting), tasks, f"{tasks - len(waiting):,}/{tasks:,}")
+                done, waiting = ray.wait(waiting, timeout=1.0)
+                ray.get(done)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from None
+        raise
+    finally:
+        if ours:
+            ray.shutdown()
+    return evaluate(evaluation, target, overrides)
+
+
+def _part_on_ray(
+    folder: str, name: str, target: str, settings: list[str], data_dir: Path | None, again: bool, index: int, count: int
+) -> int:
+    """What a task of Ray runs; returns how many cells it measured."""
+    from paralm.evaluation.suite import Part, get_evaluation, run_suite
+
+    os.chdir(folder)  # paths are relative to where the command runs
+    _load_modules_of(target)
+    return run_suite(
+        get_evaluation(name), target, settings, again=again, part=Part(index, count), data_dir=data_dir
+    ).measured
 
 
 def _split(overrides: Sequence[str]) -> tuple[list[str], Path | None]:

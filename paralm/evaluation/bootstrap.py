@@ -51,18 +51,17 @@ def ratio_intervals(
     return found
 
 
-def ratio_interval_by_moments(
-    loss: float, weight: float, loss2: float, loss_weight: float, weight2: float, count: int
-) -> Interval | None:
-    """A 95 % interval of r = Σ loss / Σ weight over ``count`` documents from sums alone, which add up over parts.
+def ratio_interval_by_moments(moments: Sequence[float] | NDArray[np.float64]) -> Interval | None:
+    """A 95 % interval of r = Σ loss / Σ weight over documents from sums alone, which add up over parts.
 
     The ratio estimator's linearised variance (Cochran, Sampling Techniques, 3rd ed., section 2.11), with
     documents drawn with replacement:
 
         var r ≈ count/(count − 1) · Σ (loss_d − r weight_d)² / (Σ weight_d)²
 
-    ``loss2``, ``loss_weight``, ``weight2``: Σ loss², Σ loss·weight, Σ weight². None for fewer than two documents.
+    ``moments``: Σ loss, Σ weight, Σ loss², Σ loss·weight, Σ weight², count. None for fewer than two documents.
     """
+    loss, weight, loss2, loss_weight, weight2, count = (float(moment) for moment in moments)
     if count < 2 or weight <= 0:
         return None
     ratio = loss / weight

@@ -102,8 +102,8 @@ class PerplexityResult(Result):
         middle = [math.sqrt(b.first * b.last) for b in self.by_position]
         axes.plot(middle, [b.nats_per_token for b in self.by_position], marker="o", color=figures.BLUE)
         sure = [(x, *b.interval) for x, b in zip(middle, self.by_position) if b.interval is not None]
-        if sure:
-            axes.fill_between(*map(list, zip(*sure)), color=figures.BLUE, alpha=0.15, linewidth=0)
+        at, low, high = [[point[i] for point in sure] for i in range(3)]
+        axes.fill_between(at, low, high, color=figures.BLUE, alpha=0.15, linewidth=0)
         axes.set_xscale("log", base=2)
         if self.train_seq_len:
             figures.mark(axes, self.train_seq_len, "training length")
@@ -273,7 +273,7 @@ def summarize(
                 last=(2 << b) - 1,
                 tokens=int(row[1]),
                 nats_per_token=float(row[0] / row[1]),
-                interval=ratio_interval_by_moments(*row[:5].tolist(), int(row[5])) if sums.detailed else None,
+                interval=ratio_interval_by_moments(row) if sums.detailed else None,
             )
             for b, row in enumerate(sums.buckets)
             if row[1]

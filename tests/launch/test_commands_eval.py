@@ -111,6 +111,22 @@ def test_two_processes_side_by_side_are_one(run: Path, tmp_path: Path, capsys: p
     assert len(list((run / "eval" / "perplexity.cells").glob("held_out-*.json"))) == 3
 
 
+@pytest.mark.slow
+def test_tasks_of_ray_are_one(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A cluster of this machine for the time being, on the loopback."""
+    shutil.copytree(run, tmp_path / "one")
+    assert call(capsys, "eval", "perplexity", tmp_path / "one", *PERPLEXITY)[0] == 0
+    code, out, err = call(capsys, "eval", "perplexity", run, *PERPLEXITY, "--ray", "2")
+    assert code == 0, err
+    assert "0 pieces measured, 3 were there" in out
+    assert (run / "eval" / "perplexity.json").read_bytes() == (
+        tmp_path / "one" / "eval" / "perplexity.json"
+    ).read_bytes()
+    code, _, err = call(capsys, "eval", "perplexity", run, "sets=[nowhere]", "--ray", "1")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "no set 'nowhere'" in err
+
+
 def test_the_standard_evaluation_and_the_suite_do_not_pass_for_each_other(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -139,7 +155,7 @@ def test_the_standard_evaluation_and_the_suite_do_not_pass_for_each_other(
         (["perplexity", "RUN", "--part", "3/2"], ["part 3/2"]),
         (["RUN", "--part", "1/2"], ["--part goes with an evaluation by name"]),
         (["perplexity", "RUN@2", "--follow"], ["only a run can be followed"]),
-        (["perplexity", "RUN", "--follow", "--part", "1/2"], ["leave --part out"]),
+        (["perplexity", "RUN", "--follow", "--part", "1/2"], ["one at a time"]),
         ([], ["nothing to evaluate"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -12,7 +12,7 @@ from paralm_data import DataError, StoreWriter, Tokenizer, TokenStore
 
 from paralm.config import ModelConfig
 from paralm.errors import UserError
-from paralm.evaluation.bootstrap import ratio_intervals
+from paralm.evaluation.bootstrap import ratio_interval_by_moments, ratio_intervals
 from paralm.evaluation.perplexity import PerplexityResult, perplexity, validate
 from paralm.evaluation.result import eval_dir, read_json, save
 from paralm.evaluation.scoring import score
@@ -198,6 +198,25 @@ def test_the_bootstrap_covers_what_it_says() -> None:
         assert interval is not None
         held += interval[0] <= 2.0 <= interval[1]
     assert 0.89 * 200 <= held <= 199  # five standard deviations below, and not always
+
+
+def test_intervals_from_sums_are_the_bootstraps_and_add_up() -> None:
+    draws = np.random.Generator(np.random.PCG64(5))
+    weight = draws.integers(1, 200, 400).astype(float)
+    loss = weight * draws.normal(3, 0.4, 400)
+
+    def moments(which: slice) -> np.ndarray:
+        part, n = loss[which], weight[which]
+        return np.array([part.sum(), n.sum(), (part**2).sum(), (part * n).sum(), (n**2).sum(), len(part)])
+
+    whole = ratio_interval_by_moments(moments(slice(None)))
+    assert whole is not None
+    (expected,) = ratio_intervals(loss, [weight])
+    assert expected is not None
+    assert whole == pytest.approx(expected, abs=0.1 * (expected[1] - expected[0]))
+    parts = moments(slice(0, 130)) + moments(slice(130, None))
+    assert ratio_interval_by_moments(parts) == pytest.approx(whole, rel=1e-9)
+    assert ratio_interval_by_moments([3.0, 2.0, 9.0, 6.0, 4.0, 1.0]) is None
 
 
 def test_intervals_are_reproducible_and_none_where_there_is_nothing_to_draw() -> None:

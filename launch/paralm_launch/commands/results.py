@@ -35,6 +35,7 @@ def evaluate(
         str | None,
         typer.Option(help="Measure a share: 1/4, 'rank' (under torchrun or srun), or 'array' (a SLURM job array)."),
     ] = None,
+    ray: Annotated[int, typer.Option(min=0, help="Measure in so many tasks of Ray, on its cluster or here.")] = 0,
     follow: Annotated[
         bool, typer.Option("--follow", help="Evaluate each checkpoint as it appears, until the run is over.")
     ] = False,
@@ -65,10 +66,14 @@ def evaluate(
         raise RunError("nothing to evaluate: paralm eval RUN, or paralm eval NAME RUN ('paralm eval --list')")
     chosen = evaluation.find_evaluation(given)
     if chosen is None:
-        evaluation.refuse_options_of_the_suite(part=part, follow=follow)
+        evaluation.refuse_options_of_the_suite(part=part, follow=follow, ray=ray)
         pipeline.evaluate_run(given[0], given[1:], again)
+    elif sum(map(bool, (part, follow, ray))) > 1:
+        raise RunError("--part, --ray and --follow go one at a time: take one of them")
     elif follow:
-        evaluation.follow(chosen, given[1], given[2:], part=part, every=every)
+        evaluation.follow(chosen, given[1], given[2:], every=every)
+    elif ray:
+        evaluation.evaluate_on_ray(chosen, given[1], given[2:], tasks=ray, again=again)
     else:
         evaluation.evaluate(chosen, given[1], given[2:], again=again, part=part)
 

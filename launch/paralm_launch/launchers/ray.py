@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _PASSED_ON = ("PYTHONPATH", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "DS_ACCELERATOR")
 
 
-def _import_ray(config: Config) -> Any:
+def import_ray(config: Config) -> Any:
     """Ray, told through the environment what it only takes from there."""
     address = config.launcher.address
     os.environ["RAY_USAGE_STATS_ENABLED"] = "1" if config.launcher.usage_stats else "0"
@@ -140,7 +140,7 @@ def _trainer(ray: Any, config: Config, launch: Launch, ranks: int) -> Any:
 @register_launcher("ray")
 def ray(config: Config, on_progress: Callable[[dict[str, Any]], None], say: Callable[[str], None]) -> TrainResult:
     """Train on ``launcher.ranks`` workers of Ray Train."""
-    module = _import_ray(config)
+    module = import_ray(config)
     ranks = number_of_ranks(config)
     ours = False
 
