@@ -90,11 +90,29 @@ def same(got: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("window", [1, 5, 100])
+@pytest.mark.parametrize("window", [1, 5, 100, 140, 150])
 def test_window_attention_is_softmax_over_the_window(window: int) -> None:
     block = mixer("window_attention", n_heads=2, window=window, n_persistent=3)
     given = x(150)
     same(block(given)[0], attention_written_out(block.attention, given, window) @ block.out_proj.weight.T)
+
+
+def test_pieces_of_many_blocks_are_the_whole() -> None:
+    """Pieces within and beyond the window and its blocks, with resets; outputs, state, gradients."""
+    block = mixer("window_attention", n_heads=2, window=140, n_persistent=1)
+    given, reset = x(381), torch.zeros(2, 381, dtype=torch.bool)
+    reset[0, 33] = reset[1, 250] = True
+    results = []
+    for pieces in ([381], [30, 200, 1, 150], [140, 141, 100]):
+        state, outputs, part = None, [], given.clone().requires_grad_()
+        for piece, cut in zip(part.split(pieces, 1), reset.split(pieces, 1), strict=True):
+            y, state = block(piece, state, cut)
+            outputs.append(y)
+        y = torch.cat(outputs, 1)
+        results.append((y, *state.values(), torch.autograd.grad(y.sin().sum() + state["v"].sum(), part)[0]))
+    for result in results[1:]:
+        for got, expected in zip(result, results[0], strict=True):
+            same(got, expected)
 
 
 def test_a_wide_window_is_attention() -> None:
