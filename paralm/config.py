@@ -326,6 +326,8 @@ class Config(Section):
     def _possible(self) -> Config:
         if self.training.carry_state and self.data.synthetic is not None:
             raise ValueError("training.carry_state is of text: every row of data.synthetic is a whole example")
+        if self.training.initial_state != "zero" and self.data.synthetic is not None:
+            raise ValueError("training.initial_state is of text: every row of data.synthetic is a whole example")
         if self.training.carry_state and self.data.order != "lanes":
             raise ValueError("training.carry_state needs data.order: lanes (windows are not consecutive)")
         if self.training.carry_state and self.training.initial_state != "zero":

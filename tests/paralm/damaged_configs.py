@@ -123,6 +123,11 @@ DAMAGED = [
         "data: {synthetic: {task: parity}}\ntraining: {carry_state: true}\n",
         ("run.yaml:2", "training.carry_state", "data.synthetic"),
     ),
+    Damaged(
+        "examples that start from another's state",
+        "data: {synthetic: {task: parity}}\ntraining: {initial_state: passed}\n",
+        ("run.yaml:2", "training.initial_state", "data.synthetic"),
+    ),
     # files
     Damaged("key given twice", "run:\n  seed: 1\n  seed: 2\n", ("run.yaml:3", "run.seed", "line 2")),
     Damaged("tab for spaces", "model:\n\td_model: 64\n", ("run.yaml:2", "not valid YAML")),
