@@ -134,7 +134,7 @@ def main() -> None:
             print(f"figure: {compare_tracking(folders, DOCS / f'tracking_{task}.png').figure}")
     show(rows)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    content = {"environment": environment(), "published_percent": PUBLISHED, "rows": rows}
+    content = {"environment": environment("cpu"), "published_percent": PUBLISHED, "rows": rows}
     options.out.write_text(json.dumps(content, indent=1) + "\n")
     print(f"\n{options.out}")
 
