@@ -115,7 +115,6 @@ def measure_all(chosen: dict[str, Subject], done: dict[Key, Row], options: argpa
     """Every row that is not in ``done``, as it comes."""
     import psutil
 
-    commit = timing.environment(options.device)["commit"]
     for name, subject in chosen.items():
         for batch in options.batch:
             todo = list(options.lengths)
@@ -124,12 +123,13 @@ def measure_all(chosen: dict[str, Subject], done: dict[Key, Row], options: argpa
                 if known is None:
                     lengths = todo if options.device == "cuda" else todo[:1]
                     print(f"… {name}, batch {batch}, {lengths[0]} tokens", file=sys.stderr, flush=True)
+                    commit = timing.commit()  # a benchmark that goes on may go on with another one
                     busy = psutil.cpu_percent(interval=0.2) / 100
                     rows = run_process(name, subject, batch, lengths, options)
                     if not rows:
                         rows = [{"length": lengths[0], "error": "its process ended without a result"}]
                 else:
-                    rows = [known]
+                    rows, commit = [known], known["commit"]
                 for row in rows:
                     todo.remove(row["length"])
                     if row is not known:

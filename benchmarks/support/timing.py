@@ -83,7 +83,7 @@ def environment(device: str) -> dict[str, Any]:
     except ImportError as error:
         with_triton = f"absent: {error}"
     return {
-        "commit": _output("git", "-C", str(ROOT), "rev-parse", "HEAD"),
+        "commit": commit(),
         "uncommitted": _output("git", "-C", str(ROOT), "status", "--short", "--", "kernels", "benchmarks"),
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
         "clocks": _output("nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader") if device == "cuda" else "",
@@ -92,6 +92,11 @@ def environment(device: str) -> dict[str, Any]:
         "triton": with_triton,
         "python": platform.python_version(),
     }
+
+
+def commit() -> str:
+    """What is checked out."""
+    return _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
 
 
 def _output(*command: str) -> str:
