@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from paralm_data.atomic import write_file
 
-from paralm.config import Config
+from paralm.config import Config, TrainingConfig
 from paralm.errors import RunError
 from paralm.evaluation import markdown as md
 from paralm.evaluation import record as records
@@ -251,7 +251,7 @@ def _made_from(config: Config, curves: Curves, results: ResultSet) -> list[str]:
         *(["mixer", _mixer_row(spec)] for spec, _ in mixer_pattern(model)),
         ["layers × width", f"{model.n_layers} × {model.d_model}"],
         ["parameters", f"{results.record.parameters:,}" if results.record is not None else ""],
-        ["sequence length", f"{training.seq_len:,} tokens" + (", state carried" if training.carry_state else "")],
+        ["sequence length", f"{training.seq_len:,} tokens" + _started(training)],
         ["batch", f"{training.global_batch_size:,} sequences"],
         ["steps", f"{int(curves.step[-1]):,} of {training.max_steps:,}"],
         ["optimizer", f"{optimizer.name}, learning rate {optimizer.lr:g}, {optimizer.schedule.kind}"],
@@ -260,6 +260,13 @@ def _made_from(config: Config, curves: Curves, results: ResultSet) -> list[str]:
     ]
     shown = md.table(["", ""], [row for row in rows if row[1]])
     return ["## What it was made from", shown, "The whole configuration is in [config.yaml](config.yaml)."]
+
+
+def _started(training: TrainingConfig) -> str:
+    """What rows start from, where that is not zeros."""
+    if training.carry_state:
+        return ", state carried"
+    return "" if training.initial_state == "zero" else f", initial state: {training.initial_state}"
 
 
 def _environment(run_dir: Path) -> list[str]:
