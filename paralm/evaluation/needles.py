@@ -247,7 +247,7 @@ class Builder:
             questions=asked[1],
             answers=asked[2],
             keys=asked[3],
-            text=f"{self.name} {length if task.distractors else 'any'}",
+            text=f"{self.name} {self.seed} {length if task.distractors else 'any'}",
             _pieces=[piece for piece in pieces if piece.stop > piece.start],
             _filler=self.filler,
         )
