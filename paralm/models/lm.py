@@ -89,13 +89,21 @@ class Head(nn.Module):
         return losses.capped(losses.logits_of(hidden.flatten(0, 1), weight), self.cap).unflatten(0, hidden.shape[:2])
 
 
+class Embedding(nn.Embedding):
+    """torch's, without first values: :meth:`LanguageModel.init_weights` gives them, and drawing some on the meta device
+    would import torch's compiler (1.6 s of a processor)."""
+
+    def reset_parameters(self) -> None:
+        """Nothing."""
+
+
 class LanguageModel(nn.Module):
     """Built by :func:`build_model`. Its parameters are uninitialised until :meth:`init_weights`."""
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
         self.config, self.vocab_size = config, vocab_size
-        self.embedding = nn.Embedding(vocab_size, config.d_model)
+        self.embedding = Embedding(vocab_size, config.d_model)
         self.blocks = nn.ModuleList(
             Block(config, build_mixer(spec, config, layer)) for layer, spec in enumerate(layer_mixers(config))
         )
