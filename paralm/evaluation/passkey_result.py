@@ -159,6 +159,8 @@ class PasskeyResult(Result):
         return figure
 
     def _distance(self) -> Figure:
+        from matplotlib import colormaps
+
         from paralm.evaluation import figures
 
         figure, axes = figures.new("tokens between needle and question", "exact match, generated")
@@ -166,7 +168,7 @@ class PasskeyResult(Result):
             points = sorted((n.distance, n.generated.rate) for c in self.cells if c.length == length for n in c.needles)
             axes.plot(
                 [max(x, 1) for x, _ in points], [y for _, y in points], "o", markersize=4, alpha=0.7,
-                color=figures.CYCLE[index % len(figures.CYCLE)], label=figures.short(length),
+                color=colormaps["viridis"](index / max(len(self.lengths) - 1, 1)), label=figures.short(length),
             )  # fmt: skip
         middle = [math.sqrt(max(row.first, 1) * max(row.last, 1)) for row in self.by_distance]
         rates = [row.generated for row in self.by_distance]
@@ -174,8 +176,8 @@ class PasskeyResult(Result):
         axes.errorbar(middle, [r.rate for r in rates], yerr=errors, color="black", capsize=3, linewidth=1.2)
         axes.axhline(self.chance, color=figures.GREY, linewidth=1, linestyle=":")
         axes.set_xscale("log", base=2)
-        axes.set_ylim(-0.03, 1.03)
-        axes.legend(title="prompt", fontsize=8, title_fontsize=8, ncols=2)
+        axes.set_ylim(-0.03, 1.1)
+        axes.legend(title="prompt", fontsize=8, title_fontsize=8, ncols=2, loc="lower left", bbox_to_anchor=(0, 0.05))
         axes.set_title(f"{self.task}: accuracy by distance; bars: 95 % Wilson over all lengths", fontsize=10)
         if self.train_seq_len:
             figures.mark(axes, self.train_seq_len, "training length")
