@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from paralm.errors import RunError, UserError
 from paralm_launch.console import ProgressLine, duration, say, table
+from paralm_launch.discovery import settle
 
 if TYPE_CHECKING:
     from paralm.evaluation.suite import Evaluation, Outcome
@@ -52,8 +53,20 @@ def find_evaluation(arguments: Sequence[str]) -> type[Evaluation] | None:
             raise UserError(f"evaluation '{first}' of what? paralm eval {first} RUN (or RUN@STEP, or an export)")
         return None
     if first not in evaluations():
+        if _is_run(first):
+            return None
         _load_modules_of(second)  # a run's own evaluations, among its `imports:`
     return get_evaluation(first)
+
+
+def _is_run(text: str) -> bool:
+    from paralm.training.session import parse_run
+
+    try:
+        parse_run(text)
+    except RunError:
+        return False
+    return True
 
 
 def _load_modules_of(target: str) -> None:
@@ -76,6 +89,8 @@ def evaluate(
     from paralm.evaluation.suite import Part, run_suite
 
     settings, data_dir = _split(overrides)
+    if part == "rank":
+        settle()
     share = Part.parse(part) if part is not None else None
     with ProgressLine() as line:
         found = run_suite(

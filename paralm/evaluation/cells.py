@@ -98,6 +98,12 @@ class Cells:
         whole = all(file_digest(self.folder.parent / name) == digest for name, digest in found.files.items())
         return found if whole else None
 
+    def unfinish(self) -> None:
+        """Before cells of this basis are measured again: what is there is no longer whole."""
+        found = load_record(self.folder)
+        if found is not None and found.digest == self.digest:
+            (self.folder / "record.json").unlink(missing_ok=True)
+
     def finish(self, record: SuiteRecord) -> None:
         """Write the record."""
         write_file(self.folder / "record.json", (record.model_dump_json(indent=1) + "\n").encode("utf-8"))

@@ -76,6 +76,7 @@ def write_report(run_dir: str | Path) -> Path:
     parts = [
         _head(config, curves, results),
         *_measured(path, config, results),
+        *_suite(path),
         *_course(path, curves, drawn),
         *_text(results),
         *_made_from(config, curves, results),
@@ -137,9 +138,14 @@ def _measured(run_dir: Path, config: Config, results: ResultSet) -> list[str]:
     figure = eval_dir(run_dir) / "perplexity_by_position.png"
     if figure.exists():
         parts.append(f"![Loss by position]({figure.relative_to(run_dir).as_posix()})")
-    if (eval_dir(run_dir) / "report.md").exists():
-        parts.append("Every evaluation, past the training length too: [eval/report.md](eval/report.md).")
     return parts
+
+
+def _suite(run_dir: Path) -> list[str]:
+    """Where the evaluations by name are."""
+    if not (eval_dir(run_dir) / "report.md").is_file():
+        return []
+    return ["Every evaluation made of it, past the training length too, is in [eval/report.md](eval/report.md)."]
 
 
 def _task_measured(run_dir: Path) -> list[str]:

@@ -22,6 +22,7 @@ A module that is listed in :data:`MODULES`, or among a run's ``imports:``, regis
 from __future__ import annotations
 
 import abc
+import contextlib
 import importlib
 import inspect
 import os
@@ -296,6 +297,7 @@ def run_suite(
 
     Results do not depend on parts or interruptions. Raises UserError, one line, before anything is measured.
     """
+    from paralm.evaluation.report import write_report
     from paralm.evaluation.suite_report import write_suite_report
 
     started = time.monotonic()
@@ -313,6 +315,8 @@ def run_suite(
         mine = part.of(names) if part is not None else names
         discarded = cells.prepare(again=again and part is None)
         todo = mine if again else cells.missing(mine)
+        if todo:
+            cells.unfinish()
         for number, cell in enumerate(todo):
             _measure(running, cells, cell, number, len(todo), on_progress)
         missing = cells.missing(names)
@@ -320,6 +324,9 @@ def run_suite(
     finally:
         target.sealed.pop()
     report = write_suite_report(target.run_dir)
+    if files and (target.run_dir / "report.md").is_file():
+        with contextlib.suppress(UserError):  # a run whose metrics are damaged has its evaluations all the same
+            write_report(target.run_dir)
     return Outcome(
         chosen.name, target.run_dir, target.step, found, files, report, len(todo), len(mine) - len(todo),
         len(missing), discarded, time.monotonic() - started,

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from paralm_launch import cli
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -153,6 +154,7 @@ def test_the_standard_evaluation_and_the_suite_do_not_pass_for_each_other(
         (["perplexity", "RUN@3"], ["no checkpoint of step 3"]),
         (["perplexity", "nowhere"], ["nowhere: no such run folder"]),
         (["perplexity", "RUN", "--part", "3/2"], ["part 3/2"]),
+        (["RUN", "perplexity"], ["override 'perplexity'", "only eval.*"]),
         (["RUN", "--part", "1/2"], ["--part goes with an evaluation by name"]),
         (["perplexity", "RUN@2", "--follow"], ["only a run can be followed"]),
         (["perplexity", "RUN", "--follow", "--part", "1/2"], ["one at a time"]),
@@ -169,6 +171,20 @@ def test_mistakes_are_one_line_and_change_nothing(
     assert len(err.splitlines()) == 1
     assert all(part in err for part in parts), err
     assert not (run / "eval").exists()
+
+
+def test_an_export_is_measured_on_the_text_of_its_run(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the numbers are the run's."""
+    assert call(capsys, "eval", "perplexity", run, *PERPLEXITY)[0] == 0
+    assert call(capsys, "export", run, "--to", tmp_path / "export")[0] == 0
+    code, _, err = call(capsys, "eval", "perplexity", tmp_path / "export", *PERPLEXITY)
+    assert code == 2
+    assert "data.dir=DIR" in err
+    data = yaml.safe_load((run / "config.yaml").read_text())["data"]["dir"]
+    assert call(capsys, "eval", "perplexity", tmp_path / "export", *PERPLEXITY, f"data.dir={data}")[0] == 0
+    assert perplexity(tmp_path / "export") == perplexity(run)
 
 
 def test_lists(capsys: pytest.CaptureFixture[str]) -> None:

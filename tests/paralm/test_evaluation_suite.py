@@ -146,6 +146,14 @@ def test_the_same_call_again_measures_nothing_and_again_measures_all(tmp_path: P
     assert run_suite(Norms.name, target(tmp_path), again=True).measured == 4
 
 
+def test_measured_again_is_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a mended mistake that nobody gave a new version."""
+    run_suite(Norms.name, target(tmp_path))
+    monkeypatch.setattr(Norms, "measure", lambda self, cell: {"norm": 1.0})
+    assert set(run_suite(Norms.name, target(tmp_path), again=True).results[0].values.values()) == {1.0}
+    assert b'"a":1.0' in (eval_dir(tmp_path) / "norms_of_tests.json").read_bytes().replace(b" ", b"")
+
+
 @pytest.mark.parametrize("change", ["settings", "weights", "version"])
 def test_a_changed_basis_discards(tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     run_suite(Norms.name, target(tmp_path), part=Part(1, 2))
