@@ -25,7 +25,6 @@ import abc
 import contextlib
 import importlib
 import inspect
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +37,7 @@ from paralm.config_yaml import parse
 from paralm.errors import ConfigError, RunError, UserError
 from paralm.evaluation import result as results
 from paralm.evaluation.cells import Cells, SuiteRecord, file_digest
+from paralm.evaluation.parts import Part
 from paralm.evaluation.result import Result, eval_dir
 from paralm.evaluation.target import Target, checkpoint_digest, weights_digest
 from paralm.registry import nearest
@@ -204,52 +204,6 @@ def _first_fault(evaluation: type[Evaluation], error: ValidationError) -> str:
     if not key:
         return f"evaluation '{evaluation.name}': {message}"
     return f"{key}: {message.replace('Input should', 'must')}, got {fault['input']!r}"
-
-
-# -- parts ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Part:
-    """Share ``index`` (from 1) of ``count`` of an evaluation's cells."""
-
-    index: int
-    count: int
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.index <= self.count:
-            raise UserError(f"part {self.index}/{self.count}: parts are counted from 1/{self.count}")
-
-    @classmethod
-    def parse(cls, text: str, environment: Mapping[str, str] | None = None) -> Part:
-        """``i/n``; ``rank`` for this rank's share (RANK, WORLD_SIZE); ``array`` for a SLURM array task's.
-
-        Raises UserError, one line.
-        """
-        given = os.environ if environment is None else environment
-        if text == "rank":
-            return cls(_number(given, "RANK", text) + 1, _number(given, "WORLD_SIZE", text))
-        if text == "array":
-            first = int(given.get("SLURM_ARRAY_TASK_MIN", "0"))
-            step = int(given.get("SLURM_ARRAY_TASK_STEP", "1") or 1)
-            task = _number(given, "SLURM_ARRAY_TASK_ID", text)
-            return cls((task - first) // step + 1, _number(given, "SLURM_ARRAY_TASK_COUNT", text))
-        index, slash, count = text.partition("/")
-        if not slash or not index.isdigit() or not count.isdigit():
-            raise UserError(f"part '{text}': give i/n, such as 1/4, or 'rank' or 'array'")
-        return cls(int(index), int(count))
-
-    def of(self, names: Sequence[str]) -> list[str]:
-        """This part's cells: every ``count``-th, so that parts are about as dear as each other."""
-        return list(names[self.index - 1 :: self.count])
-
-
-def _number(environment: Mapping[str, str], name: str, part: str) -> int:
-    value = environment.get(name, "")
-    if not value.isdigit():
-        what = "a SLURM job array" if part == "array" else "torchrun or srun"
-        raise UserError(f"part '{part}': {name} is {value or 'not set'}; start this under {what}, or give i/n")
-    return int(value)
 
 
 # -- running -------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from paralm_launch import cli
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -21,6 +22,7 @@ from paralm.evaluation.cells import load_steps
 from paralm.evaluation.perplexity import PerplexityResult
 from paralm.evaluation.result import read_json
 from paralm.evaluation.suite import get_evaluation
+from paralm.training import checkpoint as ckpt
 from tests.conftest import settings
 
 PERPLEXITY = ("max_tokens=6000", "rows=3", "chunk=40", "parts=3")
@@ -110,6 +112,34 @@ def test_two_processes_side_by_side_are_one(run: Path, tmp_path: Path, capsys: p
     for name in ("perplexity.json", "perplexity_by_position.png"):
         assert (run / "eval" / name).read_bytes() == (tmp_path / "one" / "eval" / name).read_bytes()
     assert len(list((run / "eval" / "perplexity.cells").glob("held_out-*.json"))) == 3
+
+
+def test_a_checkpoint_of_any_world_size(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Step 6 written once more in three files, cut inside parameters as ZeRO cuts them: other files, same numbers."""
+    assert call(capsys, "eval", "perplexity", run, *PERPLEXITY)[0] == 0
+    one = perplexity(run)
+    folder = run / "checkpoints"
+    source = ckpt.Checkpoint(folder / "step_00000006")
+    total = sum(torch.Size(shape).numel() for shape in source.shapes.values())
+    bounds, files = [total * rank // 3 for rank in range(4)], []
+    for rank in range(3):
+        fragments, begin = [], 0
+        for name, shape in source.shapes.items():
+            count = torch.Size(shape).numel()
+            low, high = max(begin, bounds[rank]) - begin, min(begin + count, bounds[rank + 1]) - begin
+            if low < high:
+                fragments.append(("master", name, low, source.read("master", name, low, high - low)))
+            begin += count
+        files.append(ckpt.write_rank_file(folder / "three", rank, fragments, {}))
+    own = ("format", "sha256", "files", "fragments")
+    meta = {key: value for key, value in source.manifest.items() if key not in own}
+    ckpt.write_manifest(folder / "three", files, meta)
+    shutil.rmtree(folder / "step_00000006")
+    (folder / "three").rename(folder / "step_00000006")
+    assert ckpt.Checkpoint(folder / "step_00000006").world_size == 3
+    out = call(capsys, "eval", "perplexity", run, *PERPLEXITY)[1]
+    assert "3 pieces measured on something else" in out  # by the checkpoint's digest
+    assert perplexity(run) == one
 
 
 @pytest.mark.slow
