@@ -490,3 +490,25 @@ def test_a_growing_state_is_bounded_by_a_setting(tokenizer: Tokenizer, tmp_path:
     (cell,) = running.cells()
     assert running.measure(cell)["n"] == 5
     assert seen == [2]
+
+
+def test_a_run_of_the_task_is_measured_with_the_tasks_own_tokenizer(tmp_path: Path) -> None:
+    from paralm.config import Config
+    from paralm.training.loop import train
+
+    config = Config.model_validate(
+        {
+            "run": {"name": "keys", "root": str(tmp_path)},
+            "data": {"synthetic": {"task": "passkey", "max_length": 120}},
+            "model": {"d_model": 16, "n_layers": 1, "mixer": {"name": "paragru", "n_heads": 2}},
+            "training": {"max_steps": 2, "seq_len": 126, "global_batch_size": 2, "micro_batch_size": 2, "threads": 1,
+                         "validate_tokens": 40},
+            "checkpoint": {"every": 2},
+        }
+    )  # fmt: skip
+    train(config, say=lambda text: None)
+    outcome = run_suite("passkey", config.run_dir, {"lengths": [104, 256], "depths": [0.5], "samples": 2})
+    (found,) = outcome.results
+    assert (found.step, found.train_seq_len, found.key_tokens, found.one_token_a_digit) == (2, 126, 5, True)
+    assert [cell.length for cell in found.cells] == [104, 256]
+    assert "## passkey" in outcome.report.read_text()
