@@ -277,7 +277,7 @@ def _page(result: CapacityResult) -> str:
     if result.passed:
         rows = [
             [
-                p.evaluation,
+                p.evaluation + ("" if p.step == result.step else f" (step {p.step:,})"),
                 _length(p),
                 f"{p.tested:,}",
                 f"{result.elements / p.length:,.1f}" if p.length else "–",
