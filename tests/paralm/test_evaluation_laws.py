@@ -102,6 +102,7 @@ def test_memory_is_flat_over_a_long_stream(tokens: int, names: tuple[str, ...], 
     for row in rows:
         assert "error" not in row, row
         assert row["tokens"] == tokens
+        assert row["flat"], row
         assert row["peak_growth"] < limit, row
 
 
