@@ -98,13 +98,13 @@ class CollapseResult(Result):
             right.fill_between(middle, rise - error, rise + error, color=color, alpha=0.15, linewidth=0)
         for axes, what in ((left, "loss (nats per token)"), (right, "rise against reading afresh (nats)")):
             self._by_position(axes, what)
-            axes.legend(frameon=False, fontsize=8)
         right.axhline(0, color=figures.GREY, linewidth=0.8)
         verdict = self.plain.verdict
         if verdict.onset is not None and verdict.onset_interval is not None:
             low, high = (min(end, self.length) for end in verdict.onset_interval)
-            right.axvspan(low, high, color=figures.ORANGE, alpha=0.25, linewidth=0)
-            figures.mark(right, verdict.onset, "onset")
+            right.axvspan(low, high, color=figures.GREY, alpha=0.15, linewidth=0, label="onset as trained, 95 %")
+        for axes in (left, right):
+            axes.legend(frameon=False, fontsize=8)
         left.set_title(f"Natural text, {self.streams} streams of {self.length:,} tokens")
         right.set_title(f"As trained: {verdict.verdict if verdict.verdict != 'none' else 'no collapse'}")
         return figure
