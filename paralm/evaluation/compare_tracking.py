@@ -12,6 +12,8 @@ from paralm.evaluation import markdown as md
 from paralm.evaluation.result import eval_dir, read_json
 from paralm.evaluation.tracking import TrackingResult, draw, frame, title
 
+_MARKERS = "osD^vXP*"
+
 
 @dataclass(frozen=True)
 class TrackingComparison:
@@ -82,8 +84,9 @@ def _draw(results: dict[str, TrackingResult], out: Path) -> Path:
     mixers = list(dict.fromkeys(result.mixer for result in results.values()))
     labelled: set[str] = set()
     for result in results.values():
-        color = figures.CYCLE[mixers.index(result.mixer) % len(figures.CYCLE)]
-        draw(axes, result, color, result.mixer if result.mixer not in labelled else "_")
+        place = mixers.index(result.mixer)
+        color, marker = figures.CYCLE[place % len(figures.CYCLE)], _MARKERS[place % len(_MARKERS)]
+        draw(axes, result, color, result.mixer if result.mixer not in labelled else "_", marker)
         labelled.add(result.mixer)
     frame(axes, list(results.values()))
     axes.set_title(title(first.task))

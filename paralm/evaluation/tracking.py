@@ -139,15 +139,21 @@ def points(result: TrackingResult) -> list[SizeScore]:
     return sorted(alone or result.sizes, key=lambda s: (s.longest, s.size))
 
 
-def draw(axes: Axes, result: TrackingResult, color: str, label: str) -> None:
-    """Accuracy over length, with its interval as a band; of several sizes of one length (mqar) the lowest."""
+def draw(axes: Axes, result: TrackingResult, color: str, label: str, marker: str = "o") -> None:
+    """Accuracy over length, with its interval as a band; of several sizes of one length (mqar) the lowest.
+
+    Markers are hollow, so that curves of different ones are seen where they lie on one another.
+    """
     lowest: dict[int, SizeScore] = {}
     for score in points(result):
         if score.longest not in lowest or score.accuracy < lowest[score.longest].accuracy:
             lowest[score.longest] = score
     scores = list(lowest.values())
     lengths = [s.longest for s in scores]
-    axes.plot(lengths, [s.accuracy for s in scores], marker=".", color=color, label=label)
+    axes.plot(
+        lengths, [s.accuracy for s in scores], marker=marker, markersize=7, markerfacecolor="none", color=color,
+        label=label, linewidth=1.2,
+    )  # fmt: skip
     axes.fill_between(
         lengths, [s.interval[0] for s in scores], [s.interval[1] for s in scores], color=color, alpha=0.15, linewidth=0
     )
@@ -159,7 +165,7 @@ def frame(axes: Axes, results: Sequence[TrackingResult]) -> None:
 
     axes.set_xscale("log", base=2)
     figures.short_axis(axes)
-    axes.set_ylim(-0.02, 1.04)
+    axes.set_ylim(-0.02, 1.12)  # the words at the mark stand above the curves
     axes.axhline(results[0].chance, color=figures.GREY, linewidth=1, linestyle="--", label="chance")
     for length in sorted({result.trained for result in results}):
         figures.mark(axes, length, "trained up to here")
