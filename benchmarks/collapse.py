@@ -45,7 +45,7 @@ def row(run: Path, label: str, result: CollapseResult, reading: Reading) -> dict
         "verdict": verdict.verdict,
         "sentence": verdict.sentence,
         "by_the_loss_alone": reading.loss_verdict.sentence,
-        "onset": verdict.onset,
+        "onset": None if verdict.onset is None else int(verdict.onset),
         "onset_interval": [min(end, float(result.length)) for end in verdict.onset_interval or ()],
         "rise_at_the_end": verdict.rise[-1],
         "rise_at_the_end_se": verdict.rise_se[-1],
