@@ -1,8 +1,8 @@
 """Does a Mamba2 whose state is large for its training length collapse past it, and what helps?
 
     paralm run collapse/mamba2          (then collapse/mamba2_carried, mamba2_noise, mamba2_passed, which go on from it)
-    paralm eval collapse runs/collapse-mamba2 'mitigations=["decay=0.99","input=0.5","clip=1","window=256"]'
-    paralm eval collapse runs/collapse-mamba2-carried           (and the others)
+    paralm eval collapse runs/collapse-mamba2 streams=8 length=4096 'mitigations=["decay=0.996","clip=20","window=256"]'
+    paralm eval collapse runs/collapse-mamba2-carried streams=8 length=4096 'texts=[]'        (and the others)
     .venv/bin/python benchmarks/collapse.py
 
 Puts side by side what `paralm eval collapse` found in each run (eval/collapse.json), measures nothing itself. Writes
