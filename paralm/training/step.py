@@ -129,7 +129,7 @@ class Stepper:
         stats: dict[str, Any] = {}
         for index, (ids, labels, reset) in enumerate(pieces):
             rows = batch.rows[index * self.micro : (index + 1) * self.micro]
-            start_state = self.carried[index] if self.noise is None else self.noise.draw(step, rows)
+            start_state = self.carried[index] if self.noise is None else self.noise.draw(step, rows.tolist())
             output = self.engine(ids, labels=labels, state=start_state, reset=reset)
             if self.noise is not None and len(rows):
                 self.noise.add(output.state)
