@@ -228,8 +228,13 @@ def test_monitor_serves_this_machine_only(done: Path, background: list[subproces
     assert process.stdout is not None
     url = process.stdout.readline().split()[0]
     assert url.startswith("http://127.0.0.1:")
-    with urllib.request.urlopen(f"{url}data/runs", timeout=60) as response:
-        assert any("tiny" in name for name in json.load(response))
+    runs: list[str] = []
+    deadline = time.monotonic() + 60
+    while not runs and time.monotonic() < deadline:  # TensorBoard answers before it has read them
+        with urllib.request.urlopen(f"{url}data/runs", timeout=60) as response:
+            runs = json.load(response)
+        time.sleep(0.1)
+    assert any("tiny" in name for name in runs)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode == 0
