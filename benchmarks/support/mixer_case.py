@@ -52,9 +52,9 @@ def _status(name: str) -> int:
 
 class Clock:
     """Seconds of calls. On a CPU those that the thread computed, which others on the machine disturb less than the
-    time that went by; the limit counts the process's, so that a busy machine decides no result. (With a limit
-    set, Linux tells the process's own seconds only to the tick of 4 ms, the thread's exactly.) Of several threads all compute, so
-    there it is the time that went by."""
+    time that went by; the limit counts the process's, so that a busy machine decides no result. (With a limit set,
+    Linux tells the process's seconds only to the tick of 4 ms, the thread's exactly.) Of several threads all compute,
+    so there it is the time that went by."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.cuda = options.device == "cuda"
