@@ -218,7 +218,11 @@ def background() -> Iterator[list[subprocess.Popen[str]]]:
 
 def start(background: list[subprocess.Popen[str]], *arguments: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "paralm_launch", *map(str, arguments)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
+    try:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
     background.append(process)
     return process
 
