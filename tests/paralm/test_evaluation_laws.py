@@ -122,3 +122,14 @@ def flat(names: Sequence[str], tokens: int, folder: Path) -> list[dict[str, obje
     assert (folder / "flat.json").exists(), done.stderr
     rows: list[dict[str, object]] = json.loads((folder / "flat.json").read_text())["flat"]["rows"]
     return rows
+
+
+def test_every_bounded_mixer_has_its_million_on_record() -> None:
+    """benchmarks/results/evaluate.json, of the whole stream for each."""
+    path = ROOT / "benchmarks" / "results" / "evaluate.json"
+    rows = {row["mixer"]: row for row in json.loads(path.read_text())["flat"]["rows"]}
+    missing = [name for name in BOUNDED if name not in rows]
+    assert not missing
+    for name in BOUNDED:
+        assert rows[name]["tokens"] == 1_000_000
+        assert rows[name]["peak_growth"] < 4e6, rows[name]

@@ -14,6 +14,7 @@ from pydantic import Field
 from paralm.config import ModelConfig
 from paralm.errors import ConfigError, UserError
 from paralm.evaluation import suite
+from paralm.evaluation.cells import Cells
 from paralm.evaluation.result import Result, eval_dir
 from paralm.evaluation.suite import (
     Evaluation,
@@ -179,6 +180,16 @@ def test_cells_of_another_basis_are_never_combined_whoever_writes_them(tmp_path:
     assert (eval_dir(tmp_path) / "norms_of_tests.json").read_bytes() == (
         eval_dir(tmp_path / "alone") / "norms_of_tests.json"
     ).read_bytes()
+
+
+def test_a_cell_is_read_under_its_own_basis_and_name_only(tmp_path: Path) -> None:
+    """The guard behind the clearing of the folder: another process may write between the two."""
+    mine, other = (Cells(tmp_path, "passkey", {"power": power}) for power in (1, 2))
+    mine.prepare()
+    mine.put("a", {"norm": 1.0}, 0.0)
+    assert mine.get("a") == {"norm": 1.0}
+    assert other.get("a") is None
+    assert mine.get("b") is None
 
 
 def test_a_damaged_cell_is_measured_again(tmp_path: Path) -> None:
