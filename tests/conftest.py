@@ -69,3 +69,7 @@ def settings(corpus: Path, data_dir: Path | None, root: Path, **sections: Any) -
     for section, values in sections.items():
         base.setdefault(section, {}).update(values)
     return base
+
+
+def quiet(_: str) -> None:
+    """Where warnings go that a test does not look at."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -205,28 +206,20 @@ class Recorder:
         held-out split, the loss and the share of right answers."""
         session, config = self.session, self.session.config
         session.engine.eval()
+        shared: dict[str, Any] = {
+            "rows": config.eval.rows,
+            "chunk": config.eval.chunk,
+            "device": session.device,
+            "rank": session.rank,
+            "world_size": session.world_size,
+        }
         if session.task is not None:
-            self._task_validation(session.task)
+            self._task_validation(session.task, shared)
         # A state that grows is scored in windows, as it was trained; a bounded one over whole documents.
         reset_every = config.eval.reset_every or (None if session.model.bounded_state else config.training.seq_len)
-        lockstep = Lockstep(session.engine, session.device) if config.parallel.zero_stage == 3 else None
         for name, store in session.validation.items():
-            sums = validate(
-                lockstep or session.engine,
-                store,
-                max_tokens=config.training.validate_tokens,
-                rows=config.eval.rows,
-                chunk=config.eval.chunk,
-                device=session.device,
-                rank=session.rank,
-                world_size=session.world_size,
-                reset_every=reset_every,
-            )
-            if lockstep is not None:
-                lockstep.finish()
-            total = torch.tensor([sums.loss_sum, sums.tokens, sums.n_bytes], dtype=torch.float64, device=session.device)
-            dist.all_reduce(total)
-            loss_sum, tokens, n_bytes = total.tolist()
+            score = partial(validate, store=store, max_tokens=config.training.validate_tokens, reset_every=reset_every)
+            loss_sum, tokens, n_bytes, _ = self._over_ranks(partial(score, **shared))
             self._write(
                 {
                     "kind": "validation",
@@ -239,28 +232,12 @@ class Recorder:
             )
         session.engine.train()
 
-    def _task_validation(self, task: Task) -> None:
+    def _task_validation(self, task: Task, shared: dict[str, Any]) -> None:
         session, config = self.session, self.session.config
-        lockstep = Lockstep(session.engine, session.device) if config.parallel.zero_stage == 3 else None
-        sums = validate_answers(
-            lockstep or session.engine,
-            task,
-            max(1, config.training.validate_tokens // config.training.seq_len),
-            vocab_size=session.blueprint.vocab_size,
-            seed=config.run.seed,
-            rows=config.eval.rows,
-            chunk=config.eval.chunk,
-            device=session.device,
-            rank=session.rank,
-            world_size=session.world_size,
-        )
-        if lockstep is not None:
-            lockstep.finish()
-        total = torch.tensor(
-            [sums.loss, sums.answers, sums.right, sums.examples, sums.whole], dtype=torch.float64, device=session.device
-        )
-        dist.all_reduce(total)
-        loss, answers, right, examples, whole = total.tolist()
+        count = max(1, config.training.validate_tokens // config.training.seq_len)
+        known: dict[str, Any] = {"vocab_size": session.blueprint.vocab_size, "seed": config.run.seed}
+        score = partial(validate_answers, task=task, count=count, **known, **shared)
+        loss, answers, right, examples, whole = self._over_ranks(score)
         self._write(
             {
                 "kind": "validation",
@@ -272,6 +249,20 @@ class Recorder:
                 "sequence_accuracy": whole / max(1.0, examples),
             }
         )
+
+    def _over_ranks(self, score: Callable[[Any], Any]) -> list[float]:
+        """The fields, in order, of what ``score(model)`` finds (a dataclass of numbers), each summed over the ranks."""
+        session = self.session
+        if session.config.parallel.zero_stage == 3:
+            lockstep = Lockstep(session.engine, session.device)
+            sums = score(lockstep)
+            lockstep.finish()
+        else:
+            sums = score(session.engine)
+        total = torch.tensor(astuple(sums), dtype=torch.float64, device=session.device)
+        dist.all_reduce(total)
+        found: list[float] = total.tolist()
+        return found
 
 
 class Profiler:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,25 +14,9 @@ from paralm.models import LanguageModel, build_model
 from paralm.training.initial_states import RATE, StateNoise
 from paralm.training.loop import train
 from paralm.training.metrics import read_metrics
-from tests.conftest import settings
+from tests.conftest import quiet
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def make(corpus: Path, prepared: Path, tmp_path: Path) -> Any:
-    """``make(name, **sections)``: a configuration whose run is ``tmp_path / name``."""
-
-    def make(name: str, **sections: Any) -> Config:
-        base = settings(corpus, prepared, tmp_path, **sections)
-        base["run"]["name"] = name
-        return Config.model_validate(base)
-
-    return make
-
-
-def quiet(_: str) -> None:
-    """Where warnings go that a test does not look at."""
 
 
 def losses(config: Config) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import json
 import re
 from pathlib import Path
@@ -166,7 +167,7 @@ def test_the_longest_length_passed_is_before_the_first_failure() -> None:
 # -- models that know, and that do not -----------------------------------------------------------------------
 
 
-class Fake(nn.Module):
+class Fake(nn.Module, abc.ABC):
     """What Target and Reader use of a LanguageModel. The state is every token read."""
 
     bounded_state = False
@@ -189,8 +190,9 @@ class Fake(nn.Module):
             [nn.functional.one_hot(torch.tensor(self.next(row.tolist())), self.vocab_size) for row in read]
         ).float()
 
+    @abc.abstractmethod
     def next(self, read: list[int]) -> int:
-        raise NotImplementedError
+        """The likeliest token after those read."""
 
 
 class Oracle(Fake):

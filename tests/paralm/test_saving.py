@@ -22,24 +22,19 @@ from paralm.training.checkpoint_writer import CheckpointWrite, HostBuffer, Plan,
 from paralm.training.loop import train
 from paralm.training.saving import Saver
 from paralm.training.session import Session
-from tests.conftest import settings
+from tests.conftest import quiet
 
 
-@pytest.fixture
-def make(corpus: Path, prepared: Path, tmp_path: Path) -> Any:
-    """``make(name, **sections)``: a configuration whose run is ``tmp_path / name``; asynchronous unless told."""
+@pytest.fixture(name="make")
+def asynchronous(make: Any) -> Any:
+    """As ``make``; asynchronous unless told."""
 
-    def make(name: str, **sections: Any) -> Config:
+    def made(name: str, **sections: Any) -> Config:
         sections["checkpoint"] = {"asynchronous": True, **sections.get("checkpoint", {})}
-        base = settings(corpus, prepared, tmp_path, **sections)
-        base["run"]["name"] = name
-        return Config.model_validate(base)
+        found: Config = make(name, **sections)
+        return found
 
-    return make
-
-
-def quiet(_: str) -> None:
-    """Where warnings go that a test does not look at."""
+    return made
 
 
 def leftovers(run: Path) -> list[Path]:

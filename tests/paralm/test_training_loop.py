@@ -20,23 +20,7 @@ from paralm.training.loop import train
 from paralm.training.metrics import MetricsWriter, read_metrics
 from paralm.training.optimizers import OPTIMIZERS
 from paralm.training.session import Session
-from tests.conftest import settings
-
-
-@pytest.fixture
-def make(corpus: Path, prepared: Path, tmp_path: Path) -> Any:
-    """``make(name, **sections)``: a configuration whose run is ``tmp_path / name``."""
-
-    def make(name: str, **sections: Any) -> Config:
-        base = settings(corpus, prepared, tmp_path, **sections)
-        base["run"]["name"] = name
-        return Config.model_validate(base)
-
-    return make
-
-
-def quiet(_: str) -> None:
-    """Where warnings go that a test does not look at."""
+from tests.conftest import quiet
 
 
 def rows(config: Config, kind: str = "train") -> list[dict[str, Any]]:
