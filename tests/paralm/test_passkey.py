@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 import json
 import re
 from pathlib import Path
@@ -167,8 +166,8 @@ def test_the_longest_length_passed_is_before_the_first_failure() -> None:
 # -- models that know, and that do not -----------------------------------------------------------------------
 
 
-class Fake(nn.Module, abc.ABC):
-    """What Target and Reader use of a LanguageModel. The state is every token read."""
+class Fake(nn.Module):
+    """What Target and Reader use of a LanguageModel besides forward."""
 
     bounded_state = False
 
@@ -177,6 +176,10 @@ class Fake(nn.Module, abc.ABC):
         self.tokenizer, self.vocab_size = tokenizer, tokenizer.vocab_size + 3  # padded
         self.head_weight = nn.Parameter(torch.zeros(1))
         self.config = ModelConfig()
+
+
+class Oracle(Fake):
+    """Looks the value up in the text, and writes it token by token. The state is every token read."""
 
     def forward(self, tokens: torch.Tensor, state: Any = None, last_logits: bool = False) -> Any:
         read = tokens if state is None else torch.cat((state["read"], tokens), dim=1)
@@ -189,14 +192,6 @@ class Fake(nn.Module, abc.ABC):
         return torch.stack(
             [nn.functional.one_hot(torch.tensor(self.next(row.tolist())), self.vocab_size) for row in read]
         ).float()
-
-    @abc.abstractmethod
-    def next(self, read: list[int]) -> int:
-        """The likeliest token after those read."""
-
-
-class Oracle(Fake):
-    """Looks the value up in the text, and writes it token by token."""
 
     def next(self, read: list[int]) -> int:
         text = self.tokenizer.decode(read)
