@@ -328,12 +328,14 @@ def _complete_model(config: Config, layer: _Layer) -> None:
     from paralm.models import build_model  # torch comes with it
     from paralm.models.hybrid import mixer_pattern
     from paralm.registry import validate_mixer
-    from paralm.synthetic import complete as complete_task
-    from paralm.synthetic import task_of, vocab_size_of
+    from paralm.synthetic import checked as checked_task
     from paralm.training.engine import deepspeed_config
+    from paralm.training.initial_states import check_states
     from paralm.training.optimizers import OPTIMIZERS
 
     where: tuple[str, ...] = ()
+    given = config.data.tokenizer.model is not None  # then its size is known when it has been read
+    vocab_size = 1 if given else config.data.tokenizer.vocab_size
 
     def complete(spec: dict[str, Any]) -> dict[str, Any]:
         entry, checked = validate_mixer(spec)
@@ -344,9 +346,8 @@ def _complete_model(config: Config, layer: _Layer) -> None:
     try:
         if config.data.synthetic is not None:
             where = ("data", "synthetic")
-            config.data.synthetic = complete_task(config.data.synthetic)
-            task = task_of(config.data)
-            assert task is not None
+            task = checked_task(config.data.synthetic)
+            config.data.synthetic, vocab_size = task.spec, task.vocab_size
             check_width(task, config.training.seq_len)
         where = ("model", "mixer")
         pattern = mixer_pattern(config.model)
@@ -354,8 +355,7 @@ def _complete_model(config: Config, layer: _Layer) -> None:
         if config.model.mixers is not None:
             where = ("model", "mixers")
             config.model.mixers = [{**complete(spec), "count": count} for spec, count in pattern]
-        given = config.data.tokenizer.model is not None  # then its size is known when it has been read
-        build_model(config.model, 1 if given else vocab_size_of(config.data), config.run.seed, device="meta")
+        check_states(config, build_model(config.model, vocab_size, config.run.seed, device="meta"))
         if config.optimizer.name not in OPTIMIZERS:
             near = difflib.get_close_matches(config.optimizer.name, OPTIMIZERS, n=1, cutoff=0.0)
             raise ConfigError(f"optimizer.name: no optimizer '{config.optimizer.name}'; nearest: {near[0]}")

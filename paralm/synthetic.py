@@ -27,8 +27,8 @@ def vocab_size_of(data: DataConfig) -> int:
     return data.tokenizer.vocab_size if task is None else task.vocab_size
 
 
-def complete(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """The task and all of its settings, defaults filled in.
+def checked(spec: Mapping[str, Any]) -> Task:
+    """The task of a specification as it was written; its ``spec`` has all settings, defaults filled in.
 
     Raises DataError, one line, for an unknown task or setting or a value out of range; pydantic's ValidationError for
     a value of the wrong type (its place counted from ``data.synthetic``).
@@ -42,4 +42,4 @@ def complete(spec: Mapping[str, Any]) -> dict[str, Any]:
     known |= {name: (hints[name], ...) for name in needed}
     strict = create_model("Settings", __config__=ConfigDict(extra="forbid", protected_namespaces=()), **known)
     strict.model_validate_json(json.dumps(keys), strict=True)
-    return make_task(spec).spec
+    return make_task(spec)

@@ -13,7 +13,7 @@ import numpy as np
 from paralm_data.errors import DataError
 from paralm_data.loader import IGNORE
 from paralm_data.passkey import TrainingSamples, is_evaluation_length, texts
-from paralm_data.synthetic import Draws, Ints, Size, Task, Words, register_task
+from paralm_data.synthetic import KEY, Draws, Ints, Size, Task, Words, register_task
 from paralm_data.tokenizer import Tokenizer
 from paralm_data.tokenizer_training import train_model
 
@@ -49,7 +49,12 @@ class PasskeyTask(Task):
 
     def __init__(self, settings: PasskeySettings) -> None:
         super().__init__(settings)
-        self.tokenizer = _tokenizer(settings.vocab_size)
+        try:
+            self.tokenizer = _tokenizer(settings.vocab_size)
+        except DataError:
+            raise DataError(
+                f"{KEY}.vocab_size: the task's texts have no tokenizer of {settings.vocab_size}; give 262 to 1363"
+            ) from None
         try:
             self.samples = TrainingSamples(
                 self.tokenizer, settings.max_length, settings.min_length, settings.digits, settings.loss

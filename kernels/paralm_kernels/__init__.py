@@ -15,6 +15,7 @@ from .conv import causal_conv
 from .dense_rnn import dense_rnn, dense_state, reference_dense_rnn
 from .errors import ArgumentError, CellError, NotConverged
 from .neural_memory import memory_state, neural_memory, read_memory
+from .positions import positions
 from .problem import SolveInfo
 from .scan import Scan, diagonal_scan, matrix_scan
 from .solve import Trajectory, solve, step
@@ -44,6 +45,7 @@ __all__ = [
     "matrix_scan",
     "memory_state",
     "neural_memory",
+    "positions",
     "read_memory",
     "reference_chunkwise",
     "reference_dense_rnn",

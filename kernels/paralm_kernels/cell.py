@@ -34,6 +34,8 @@ class Cell:
     params: ClassVar[tuple[str, ...]] = ()
     picard: ClassVar[int] = 0
     """Fixed-point sweeps h ← f(shift h, x) before Newton; cells with exponential gates need a few."""
+    free_state: ClassVar[bool] = True
+    """Whether any value may stand in the state; false where a component is a normaliser, whose scale means nothing."""
 
     def step(self, state: Tensors, inputs: Tensors, params: Tensors) -> Tensors:
         """The next state. Every tensor has, or broadcasts to, one common shape."""

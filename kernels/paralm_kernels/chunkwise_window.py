@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .chunkwise import chunkwise
 from .errors import ArgumentError
+from .positions import positions
 
 WindowState = dict[str, Tensor]
 """``S`` (batch, heads, d_k, d_v); the last ``window`` tokens' ``k``, ``v``, ``log_decay`` and ``gain``, oldest first,
@@ -51,7 +52,7 @@ def windowed_chunkwise(
         raise ArgumentError(
             f"windowed_chunkwise: the state is of a window of {state['k'].shape[1]} tokens, window is {window}"
         )
-    read = _read(state["read"], reset, time)
+    read = positions(state["read"], reset, time) + 1
     lines = {
         name: torch.cat((state[name].to(now.dtype), now), 1)
         for name, now in (("k", k), ("v", v), ("log_decay", log_decay), ("gain", gain))
@@ -75,7 +76,7 @@ def windowed_chunkwise(
         y = y[:, 1::2]
     else:
         y, after = chunkwise(q, k, v, log_decay, gain, state["S"], reset, chunk_size=chunk_size, method=method)
-    kept = {name: line[:, -window:].contiguous() for name, line in lines.items()}
+    kept = {name: line[:, -window:].clone() for name, line in lines.items()}
     return y, {"S": after, **kept, "read": read[:, -1].contiguous()}
 
 
@@ -106,13 +107,3 @@ def window_state(
 def _alternate(first: Tensor, second: Tensor) -> Tensor:
     """(batch, time, …) twice → (batch, 2 time, …), taking turns."""
     return torch.stack((first, second), 2).flatten(1, 2)
-
-
-def _read(before: Tensor, reset: Tensor | None, time: int) -> Tensor:
-    """(batch, time): tokens read since the start, this one counted."""
-    index = torch.arange(time, device=before.device)
-    count = before[:, None] + index + 1
-    if reset is None:
-        return count
-    start = torch.where(reset, index, -1).cummax(dim=1).values
-    return torch.where(start >= 0, index - start + 1, count)

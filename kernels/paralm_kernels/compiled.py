@@ -11,7 +11,7 @@ object's metadata.
 
 With --record FILE a kernel that the file knows by its fingerprint (the source with all it calls, the constants, the
 target, Triton's version) is not compiled again, but for a sixteenth of them, which must come out as recorded; --update
-writes the file anew.
+writes its rows anew.
 """
 
 from __future__ import annotations
@@ -232,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="of the inputs; default: bf16 and fp32")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--record", type=Path, help="JSON of what compiled before, which is not compiled again")
-    parser.add_argument("--update", action="store_true", help="compile everything and write --record anew")
+    parser.add_argument("--update", action="store_true", help="compile what is chosen, write its rows of --record anew")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: Triton would interpret instead of compiling; unset it")
@@ -242,7 +242,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     record = read_record(options.record) if options.record and not options.update else None
     usages = compile_all(names, targets, options.dtype or ["bf16", "fp32"], max(1, options.jobs), record)
     if options.update:
-        write_record(options.record, usages)
+        kept = [u for u in read_record(options.record).values() if u.cell not in names or u.target not in targets]
+        write_record(options.record, [*kept, *usages])
     return report(usages)
 
 

@@ -21,6 +21,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
+import paralm_kernels
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -29,7 +30,6 @@ from paralm.errors import UserError
 from paralm.models.hybrid import layer_mixers
 from paralm.models.lm import LanguageModel
 from paralm.models.mixers.base import Mixer, State, StateLeaf
-from paralm.models.mixers.windowed import positions
 
 KINDS = ("scale", "clip", "window")
 
@@ -58,7 +58,7 @@ class Mitigation:
             ("window", self.window is None or self.window >= 1, "at least 1"),
         ):
             if not good:
-                raise UserError(f"mitigation {key}={getattr(self, key):g}: it must be {wanted}")
+                raise UserError(f"mitigation {key}={_text(getattr(self, key))}: it must be {wanted}")
         if self.clip < math.inf and self.window is not None:
             raise UserError("mitigation clip with window: more would leave the window than is left of it; give one")
 
@@ -92,8 +92,14 @@ class Mitigation:
 
     def __str__(self) -> str:
         """The specification, shortest; :meth:`parse` reads it."""
-        parts = [f"{f.name}={getattr(self, f.name):g}" for f in fields(self) if getattr(self, f.name) != f.default]
+        values = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        parts = [f"{name}={_text(value)}" for name, value in values.items()]
         return ",".join(part for part in parts if self.clip < math.inf or not part.startswith("every="))
+
+
+def _text(value: float) -> str:
+    """Every digit that counts, and no more."""
+    return repr(value).removesuffix(".0")
 
 
 @contextlib.contextmanager
@@ -152,7 +158,7 @@ class Clipped(Mixer):
         inner, read = (None, None) if state is None else (state["inner"], state["read"])
         if read is None:
             read = torch.zeros(batch, dtype=torch.int64, device=x.device)
-        counts = positions(read, reset, time) + 1
+        counts = paralm_kernels.positions(read, reset, time) + 1
         due = counts % self.every == 0
         cuts = sorted({*(due.any(0).nonzero().flatten() + 1).tolist(), time})
         outputs, begin = [], 0

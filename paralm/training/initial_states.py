@@ -13,17 +13,18 @@ counters) start as always, and so does every row of the first step and every doc
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from paralm.config import Config
 from paralm.errors import ConfigError
 from paralm.models import LanguageModel
 from paralm.models.hybrid import mixer_names
 from paralm.models.mixers.base import StateLeaf, map_leaves, named_leaves
+from paralm.training import rng
 
 RATE = 0.1
 
@@ -57,7 +58,7 @@ class StateNoise:
         """The state that global rows ``rows`` start ``step`` from; None: zeros."""
         if self.moments is None or not len(rows):
             return None
-        draws = [torch.Generator().manual_seed(_seed(self.seed, step, row)) for row in rows]
+        draws = [torch.Generator().manual_seed(rng.derive(self.seed, "initial state", step, int(row))) for row in rows]
         mean, square = self.moments
         deviation = (square - mean * mean).clamp(min=0).sqrt()
         at = iter(zip(mean.cpu().split(self.sizes), deviation.cpu().split(self.sizes), strict=True))
@@ -113,6 +114,14 @@ def _along(values: Tensor, layout: StateLeaf, ndim: int) -> Tensor:
     return values.view(shape)
 
 
-def _seed(seed: int, step: int, row: int) -> int:
-    digest = hashlib.blake2b(repr((seed, "initial state", step, int(row))).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") % 2**63
+def check_states(config: Config, model: LanguageModel) -> None:
+    """ConfigError, one line, if rows of ``model`` (shapes are enough) cannot start from what ``training`` says."""
+    training = config.training
+    if (training.carry_state or training.initial_state != "zero") and not model.bounded_state:
+        key = "carry_state" if training.carry_state else "initial_state"
+        raise ConfigError(
+            f"training.{key}: the state of mixer {mixer_names(config.model)} grows with the "
+            "sequence; use a recurrent mixer"
+        )
+    if training.initial_state == "noise":
+        StateNoise(model, config.run.seed, torch.device("meta"))  # refuses a model that has none

@@ -9,10 +9,15 @@ import numpy as np
 import torch
 
 
-def seed_all(seed: int, *purpose: int | str) -> None:
-    """Seed every generator of this rank from (seed, purpose …): unrelated uses never share a stream."""
+def derive(seed: int, *purpose: int | str) -> int:
+    """A seed below 2⁶³ from (seed, purpose …): unrelated uses never share a stream."""
     digest = hashlib.blake2b(repr((seed, *purpose)).encode(), digest_size=8).digest()
-    value = int.from_bytes(digest, "little") % 2**63
+    return int.from_bytes(digest, "little") % 2**63
+
+
+def seed_all(seed: int, *purpose: int | str) -> None:
+    """Seed every generator of this rank from :func:`derive`."""
+    value = derive(seed, *purpose)
     random.seed(value)
     np.random.seed(value % 2**32)  # noqa: NPY002  (third-party code may use the global generator)
     torch.manual_seed(value)

@@ -17,14 +17,13 @@ from paralm.config_files import dump_yaml, frozen_differences
 from paralm.errors import CheckpointError, ConfigError, RunError, UserError
 from paralm.export import Exported, is_export
 from paralm.models import build_model
-from paralm.models.hybrid import mixer_names
 from paralm.models.parameters import initial_value, specs
 from paralm.synthetic import task_of
 from paralm.training import checkpoint as ckpt
 from paralm.training import rng
 from paralm.training.engine import build_engine
 from paralm.training.fragments import EngineFragments
-from paralm.training.initial_states import StateNoise
+from paralm.training.initial_states import check_states
 from paralm.training.metrics import MetricsWriter
 from paralm.training.rendezvous import device, rank_and_world, start_distributed
 from paralm.training.run_folder import RunFolder
@@ -208,16 +207,7 @@ class Session:
         config = self.config
         rng.seed_all(config.run.seed, "build")
         self.blueprint = build_model(config.model, self.vocab_size, seed=config.run.seed, device="meta")
-        key = "carry_state" if config.training.carry_state else "initial_state"
-        if (config.training.carry_state or config.training.initial_state != "zero") and (
-            not self.blueprint.bounded_state
-        ):
-            raise ConfigError(
-                f"training.{key}: the state of mixer {mixer_names(config.model)} grows with the "
-                "sequence; use a recurrent mixer"
-            )
-        if config.training.initial_state == "noise":
-            StateNoise(self.blueprint, config.run.seed, self.device)  # refuses a model that has none
+        check_states(config, self.blueprint)
         self.parameters = sum(p.numel() for p in self.blueprint.parameters())
         self.shapes = {name: tuple(p.shape) for name, p in self.blueprint.named_parameters()}
         self.engine, self.optimizer = build_engine(config, self.vocab_size, self.world_size)

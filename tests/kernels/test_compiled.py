@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from paralm_kernels import ArgumentError, cells
+from paralm_kernels import ArgumentError, cells, compiled
 from paralm_kernels.compiled import (
     TARGETS,
     WRITTEN,
@@ -87,6 +87,22 @@ for function, size in ((greedy, 64), (greedy, large), (broken, 64)):
 """
 
 
+def test_of_the_recorded_a_sixteenth_is_compiled_and_must_agree(monkeypatch):
+    fresh = Usage("cell", "kernel", "sm_90", 4, registers=32, seconds=1.0)
+    for begin, found in (("0", fresh), ("1", None)):
+        mark = begin + "f" * 15
+        monkeypatch.setattr(compiled, "fingerprint", lambda *_, mark=mark: mark)
+        monkeypatch.setattr(compiled, "compile_launch", lambda *_, mark=mark: replace(fresh, fingerprint=mark))
+        right = replace(fresh, seconds=0.0, fingerprint=mark)
+        wrong = replace(right, registers=255)
+        taken = [compiled.checked("cell", None, "sm_90", {mark: row}) for row in (right, wrong)]
+        if found is None:
+            assert taken == [right, wrong]
+        else:
+            assert taken[0] == replace(fresh, fingerprint=mark)
+            assert taken[1].error.startswith("not as recorded")
+
+
 def test_a_record_is_taken_at_its_word_but_for_a_sixteenth(tmp_path):
     fresh = tmp_path / "record.json"
     command = ("-m", "paralm_kernels.compiled", "--target", "sm_90", "--dtype", "bf16", "--cell", "diagonal_scan")
@@ -101,8 +117,13 @@ def test_a_record_is_taken_at_its_word_but_for_a_sixteenth(tmp_path):
     wrong = [row for row in rows if row.fingerprint.startswith("0")]
     assert again.stderr.count("not as recorded") == len(wrong)
     assert again.stdout.count(" 255 ") == len(rows) - len(wrong)
-    write_record(fresh, [replace(row, fingerprint="f" * 15 + str(n)) for n, row in enumerate(rows)])
-    assert f"{len(rows)} of them compiled now; 0 not" in run(*command, "--jobs", "1", "--record", fresh).stdout
+    strangers = [replace(row, cell="other", fingerprint="f" * 15 + str(n)) for n, row in enumerate(rows)]
+    write_record(fresh, strangers)
+    done = run(*command, "--jobs", "1", "--record", fresh, "--update")
+    assert f"{len(rows)} of them compiled now; 0 not" in done.stdout
+    kept = list(read_record(fresh).values())
+    assert [row for row in kept if row.cell == "other"] == strangers, "what was not chosen stays"
+    assert sorted(row.fingerprint for row in kept if row.cell != "other") == sorted(row.fingerprint for row in rows)
 
 
 @pytest.mark.parametrize(("target", "large"), [("sm_90", 4096), ("gfx942", 16384)])

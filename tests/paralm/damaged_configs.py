@@ -124,6 +124,21 @@ DAMAGED = [
         ("run.yaml:2", "training.carry_state", "data.synthetic"),
     ),
     Damaged(
+        "noise as a state of which no part is free",
+        "model: {mixer: {name: slstm}}\ntraining:\n  initial_state: noise\n",
+        ("training.initial_state: noise cannot be the state of mixer slstm",),
+    ),
+    Damaged(
+        "passed states that grow",
+        "model: {mixer: {name: attention}}\ntraining:\n  initial_state: passed\n",
+        ("training.initial_state: the state of mixer attention grows",),
+    ),
+    Damaged(
+        "a vocabulary that the passkey task's texts have not",
+        "data: {synthetic: {task: passkey, vocab_size: 100}}\n",
+        ("run.yaml:1", "data.synthetic.vocab_size", "262 to 1363"),
+    ),
+    Damaged(
         "examples that start from another's state",
         "data: {synthetic: {task: parity}}\ntraining: {initial_state: passed}\n",
         ("run.yaml:2", "training.initial_state", "data.synthetic"),

@@ -245,7 +245,16 @@ def test_a_window_that_cannot_be_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["decay=0.999,input=0.7", "clip=10", "clip=2.5,every=1", "window=256", "decay=0.5,window=3"]
+    "text",
+    [
+        "decay=0.999,input=0.7",
+        "clip=10",
+        "clip=2.5,every=1",
+        "window=256",
+        "decay=0.5,window=3",
+        "decay=0.9999999",
+        "decay=0.99999949,window=1048576",
+    ],
 )
 def test_a_specification_is_read_and_written(text: str) -> None:
     assert str(Mitigation.parse(text)) == text

@@ -34,6 +34,7 @@ class SLSTMDiagonal(Cell):
     inputs = ("x_i", "x_f", "x_z", "x_o")
     params = ("r_i", "r_f", "r_z", "r_o")
     picard = 3
+    free_state = False
 
     def step(self, state: Tensors, inputs: Tensors, params: Tensors) -> Tensors:
         (s, y, h), (x_i, x_f, x_z, x_o), (r_i, r_f, r_z, r_o) = state, inputs, params

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
+import paralm_kernels
 import torch
 import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -65,7 +66,7 @@ class Attention(Mixer):
             reset = None  # a start at position 0 is no cut; looking is free on a CPU, and the mask is not
         if state is None:
             state = self.initial_state(batch, x.device, x.dtype)
-        position = _positions(state["position"], reset, time, x.device)
+        position = paralm_kernels.positions(state["position"], reset, time)
         cos, sin = self._angles(position)
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
         past = state["k"].shape[1]
@@ -109,16 +110,6 @@ class Attention(Mixer):
     def extra_flops_per_token(self, seq_len: int) -> float:
         """q·k and the weighted sum of v, over the (seq_len + 1)/2 keys a causal query sees on average."""
         return 4.0 * self.n_heads * self.d_head * (seq_len + 1) / 2
-
-
-def _positions(carried: Tensor, reset: Tensor | None, time: int, device: torch.device) -> Tensor:
-    """(batch, time): how far each token is from the start of its document."""
-    index = torch.arange(time, device=device)
-    position = carried[:, None] + index
-    if reset is None:
-        return position
-    start = torch.where(reset, index, -1).cummax(dim=1).values
-    return torch.where(start >= 0, index - start, position)
 
 
 def _mask(position: Tensor, past: int) -> Tensor:

@@ -117,18 +117,14 @@ class CellMixer(Mixer):
             declare(self.recurrent, name, self._recurrent_init(init), decay=False, clamp=self._clamp(init))
 
     def leaf(self, path: str) -> StateLeaf:
-        """The cell's components are free, but for those of a cell with a normaliser, whose scale means nothing."""
-        return StateLeaf(free=self._free) if path.startswith("cell/") else StateLeaf()
+        """The cell's components, free where the cell says so."""
+        return StateLeaf(free=self.cell.free_state) if path.startswith("cell/") else StateLeaf()
 
     def refusal(self, kind: str) -> str | None:
         """See :class:`Mixer`."""
         if kind != "clip":
             return super().refusal(kind)
-        return None if self._free else "its output is a weighted mean, whose normaliser is part of the state"
-
-    @property
-    def _free(self) -> bool:
-        return self.cell.name != "slstm_diagonal"
+        return None if self.cell.free_state else "its output is a weighted mean, whose normaliser is part of the state"
 
     def _recurrent_init(self, init: str) -> Init:
         return normal(2 / math.sqrt(5 * self.channels) if init == "released" else 1 / math.sqrt(self.channels))

@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import paralm_kernels
 import torch
 import torch.nn.functional as F
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
@@ -30,7 +31,7 @@ from torch import Tensor
 from paralm.models.linear import Linear
 from paralm.models.mixers.base import LayerContext, Mixer, State, StateLeaf, default_heads
 from paralm.models.mixers.neural_memory import MemoryConfig, NeuralMemoryLayer
-from paralm.models.mixers.windowed import Heads, SlidingAttention, positions
+from paralm.models.mixers.windowed import Heads, SlidingAttention
 from paralm.models.norms import RMSNorm
 from paralm.models.parameters import output_std
 from paralm.registry import register_mixer
@@ -220,7 +221,8 @@ class TitansMAC(Mixer):
         time, fresh = x.shape[1], state is None
         if state is None:
             state = self.initial_state(len(x), x.device, x.dtype)
-        phase = positions(state["memory"]["memory"]["position"].clamp(min=0), reset, time) % self.config.chunk_size
+        read = state["memory"]["memory"]["position"].clamp(min=0)
+        phase = paralm_kernels.positions(read, reset, time) % self.config.chunk_size
         cuts = self._cuts(phase, fresh, reset)
         outputs = []
         for begin, end in zip(cuts, [*cuts[1:], time], strict=True):

@@ -8,8 +8,8 @@ query unrotated, so outputs depend on distances only, however far a document goe
 ``scaled_dot_product_attention`` does both: queries carry their P scores with the persistent keys as extra channels.
 
 Time is cut into blocks of half the window's length, each with the window−1 keys before it: O(time · window). *Measured*
-(one CPU thread, 8192 tokens, window 2048, forward and backward): a quarter less time than with blocks of the whole
-window, and quarters of it gain 7 % more for copies of the keys that are 5 times the keys instead of 3.
+(benchmarks/mixers.py --lengths 8192 --only window_attention, before and after): a quarter less time than with blocks of
+the whole window.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import paralm_kernels
 import torch
 import torch.nn.functional as F
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
@@ -47,16 +48,6 @@ def head_width(d_model: int, n_heads: int, key: str = "model.mixer.n_heads") -> 
     if d_model % n_heads or (d_model // n_heads) % 2:
         raise ConfigError(f"{key}: {n_heads} heads do not split d_model {d_model} into heads of even width")
     return d_model // n_heads
-
-
-def positions(carried: Tensor, reset: Tensor | None, time: int) -> Tensor:
-    """(batch, time): how far each token is from its start; ``carried`` (batch,): tokens read before."""
-    index = torch.arange(time, device=carried.device)
-    position = carried[:, None] + index
-    if reset is None:
-        return position
-    start = torch.where(reset, index, -1).cummax(dim=1).values
-    return torch.where(start >= 0, index - start, position)
 
 
 class Heads(nn.Module):
@@ -138,7 +129,7 @@ class SlidingAttention(Heads):
             past, block = 0, time  # nothing was read: no keys before the first query
         if state is None:
             state = self.initial_state(batch, x.device, x.dtype)
-        position = positions(state["position"], reset, time)
+        position = paralm_kernels.positions(state["position"], reset, time)
         q, k, v = self.project(x)
         rotated, k = self.rotate(q, position), self.rotate(k, position)
         k, v = torch.cat((state["k"].to(k.dtype), k), dim=1), torch.cat((state["v"].to(v.dtype), v), dim=1)
