@@ -1,8 +1,8 @@
 """Kill training at random moments, start it again, and see that nothing was lost: ``make chaos``.
 
 An outside killer draws its moments uniformly over the wall time that an undisturbed run takes, start-up included,
-counted from the last start or kill, three of four moments from the first third of it: loading takes a second, and
-comes early. It draws a target: one rank, all ranks, or the driver (the ``paralm train`` process).
+counted from the last start or kill. After --kills of them, a phase that has not been hit --each times is sought in the
+first third of that time: loading takes a second, and comes early. It draws a target: one rank, all ranks, or the driver (the ``paralm train`` process).
 It uses SIGKILL. Ranks are started again by their launcher, a driver by this program. When a run ends, its losses
 must be those of an undisturbed run: bit for bit at an equal world size, to 1e-5 after a change of it. The phase a
 kill hit is read from the victim's own note in the run folder; a process without one was still starting.
@@ -223,13 +223,15 @@ def disturbed(
     outcome: Outcome,
     say: Say,
     more: Callable[[], bool],
+    kills: int,
 ) -> None:
-    """A run under fire until it ends. ``more``: whether to go on killing."""
+    """A run under fire until it ends. ``more``: whether to go on killing; ``kills``: how many are drawn from all of
+    ``span`` seconds."""
     driver = Driver(config, run, launcher, ranks)
     deadline = time.monotonic() + 40 * span + PATIENCE
     try:
         while True:
-            moment = rng.uniform(0, span / 3 if len(outcome.kills) % 4 else span)
+            moment = rng.uniform(0, span if len(outcome.kills) < kills else span / 3)
             if driver.finished(moment if more() else PATIENCE):
                 break
             if not more() or time.monotonic() > deadline:
@@ -319,7 +321,7 @@ def campaign(
 
         while more() and len(outcome.problems) < 3:
             run = root / f"{launcher}-{number}"
-            disturbed(config, run, launcher, ranks, span, rng, outcome, say, more)
+            disturbed(config, run, launcher, ranks, span, rng, outcome, say, more, kills)
             compare(run, reference, True, outcome)
             number += 1
     return outcome
