@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from paralm.errors import UserError
-from paralm.generation import UntilStop, WholeCharacters, check_options, sample
+from paralm.generation import UntilStop, WholeCharacters, check_finite, check_options, sample
 
 if TYPE_CHECKING:
     from paralm_data import Tokenizer
@@ -34,7 +34,11 @@ LOGITS_BYTES = 256 << 20  # of the logits of several positions that are held at 
 
 def take_rows(state: State, rows: Sequence[int]) -> State:
     """The state of some of a batch's rows, in that order; a row may be taken several times."""
-    return pytree.tree_map(lambda leaf: leaf.index_select(0, torch.tensor(rows, device=leaf.device)), state)
+    leaves, tree = pytree.tree_flatten(state)
+    if not leaves:
+        return state
+    index = torch.tensor(rows, device=leaves[0].device)
+    return pytree.tree_unflatten([leaf.index_select(0, index) for leaf in leaves], tree)
 
 
 def join_rows(states: Sequence[State]) -> State:
@@ -101,8 +105,9 @@ class Stream:
 
     ``state``: where to go on from; None: a fresh one. ``top_scores``: with 0 or more, ``scores`` has each new
     token's log-probability and so many of the likeliest; ``prompt_scores`` asks for the prompt's too (its first token
-    has none where the state is fresh: nothing predicted it). ``copies``: streams of their own that share this one's
-    prompt and state, which is read once. ``keep_state``: ``state`` and ``prompt_state`` are there at the end.
+    has none: nothing predicted it, or what did came before ``state``, which holds no logits). ``copies``: streams of
+    their own that share this one's prompt and state, which is read once. ``keep_state``: ``state`` and
+    ``prompt_state`` are there at the end.
     """
 
     prompt: Sequence[int]
@@ -303,7 +308,11 @@ class Batch:
         for row, stream in enumerate(together):
             if stream.prompt_scores:
                 known = stream.prompt[stream._read + 1 : stream._read + 1 + width]
-                stream.of_prompt += _scores(output.logits[row], known, stream.top_scores or 0)
+                try:
+                    stream.of_prompt += _scores(output.logits[row], known, stream.top_scores or 0)
+                except UserError as error:
+                    ready += self._fail([stream], error)
+                    continue
             stream._read += width
             stream.state = take_rows(output.state, [row])
             if stream._read == len(stream.prompt):
@@ -363,30 +372,32 @@ class Batch:
     def _draw(self, stream: Stream, logits: Tensor) -> None:
         if stream.finished is not None:
             return
-        if len(stream.tokens) == stream.max_tokens:
-            stream.finished = "length"
-            return
         limit = min(stream.vocab_size or self.model.vocab_size, self.model.vocab_size)
         try:
+            if len(stream.tokens) == stream.max_tokens:  # none is asked for
+                check_finite(logits[:limit])
+                stream.finished = "length"
+                return
             token = sample(logits[:limit], stream._draws, stream.temperature, stream.top_k, stream.top_p)
+            if token in stream.stop_ids:
+                stream.finished = "stop"
+                return
+            if stream.top_scores is not None:
+                stream.scores += _scores(logits[None], [token], stream.top_scores)
         except UserError as error:
             stream.finished, stream.error = "error", error
             return
-        if token in stream.stop_ids:
-            stream.finished = "stop"
-            return
         stream.tokens.append(token)
-        if stream.top_scores is not None:
-            stream.scores += _scores(logits[None], [token], stream.top_scores)
         if len(stream.tokens) == stream.max_tokens:
             stream.finished = "length"
 
 
 def _scores(logits: Tensor, tokens: Sequence[int], top: int) -> list[TokenScore]:
-    """Of ``tokens`` under the first rows of ``logits`` (positions, vocab)."""
+    """Of ``tokens`` under the first rows of ``logits`` (positions, vocab). UserError where one is not finite."""
     if not len(tokens):
         return []
     each = logits[: len(tokens)].log_softmax(-1).cpu()
+    check_finite(each)
     own = each.gather(1, torch.tensor(list(tokens))[:, None])[:, 0].tolist()
     best, ids = each.topk(min(top, each.shape[1])) if top else (torch.empty(len(own), 0), torch.empty(len(own), 0))
     return [

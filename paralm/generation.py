@@ -106,13 +106,18 @@ def _advance(model: LanguageModel, ids: Sequence[int], state: object) -> tuple[T
     return output.logits[0, -1].cpu(), output.state
 
 
+def check_finite(logits: Tensor) -> None:
+    """UserError, one line, unless every logit (or log-probability) is finite."""
+    if not bool(torch.isfinite(logits).all()):
+        raise UserError("the model's logits are not finite; its weights diverged: use an earlier checkpoint")
+
+
 def sample(logits: Tensor, draws: torch.Generator, temperature: float, top_k: int = 0, top_p: float = 1.0) -> int:
     """One token id from logits (vocab,) on the CPU; see :func:`generate` for the options.
 
     Raises UserError if a logit is not finite.
     """
-    if not bool(torch.isfinite(logits).all()):
-        raise UserError("the model's logits are not finite; its weights diverged: use an earlier checkpoint")
+    check_finite(logits)
     if temperature == 0:
         return int(logits.argmax())
     scaled = logits.double()
@@ -127,6 +132,11 @@ def sample(logits: Tensor, draws: torch.Generator, temperature: float, top_k: in
     # One uniform number a token, whatever the number of candidates: rounding in the tail moves no later draw.
     drawn = torch.rand(1, generator=draws, dtype=reached.dtype) * reached[-1]
     return int(order[min(int(torch.searchsorted(reached, drawn, right=True)), len(reached) - 1)])
+
+
+def stop_ids_of(tokenizer: Tokenizer) -> tuple[int, int, int]:
+    """The ids that end a text: of the document's end, and those that stand in no document."""
+    return tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id
 
 
 def stream_text(
@@ -158,7 +168,7 @@ def stream_text(
         top_k=top_k,
         top_p=top_p,
         seed=seed,
-        stop_ids=(tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id),
+        stop_ids=stop_ids_of(tokenizer),
         vocab_size=tokenizer.vocab_size,
         chunk=chunk,
     )

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from paralm.batching import state_nbytes
 from paralm.config import ModelConfig
 from paralm.models import build_model
 from paralm.models.hybrid import mixer_pattern
@@ -50,8 +51,8 @@ def plan_model(config: ModelConfig, vocab_size: int, seq_len: int) -> Plan:
         raise AssertionError(f"the parts have {counted} parameters, the model {total}")
     elements = size = None
     if model.bounded_state:
-        leaves = pytree.tree_leaves(model.initial_state(1, torch.device("meta"), torch.bfloat16))
-        elements, size = sum(v.numel() for v in leaves), sum(v.numel() * v.element_size() for v in leaves)
+        state = model.initial_state(1, torch.device("meta"), torch.bfloat16)
+        elements, size = sum(leaf.numel() for leaf in pytree.tree_leaves(state)), state_nbytes(state)
     return Plan(parts, total, elements, size, seq_len, flops_per_token(model, seq_len))
 
 

@@ -39,6 +39,7 @@ from paralm.evaluation.likelihood import (
     text_likelihoods,
 )
 from paralm.evaluation.scoring import evaluating
+from paralm.generation import stop_ids_of
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -197,20 +198,19 @@ class ParalmLM(LM):
             context, given = request.args
             count = seen[context] = seen.get(context, -1) + 1
             texts.append(self._stream(context, given, f"{self._options.seed}/{count}/{context}"))
-        found = dict.fromkeys((text.stream for text in texts), "")
         by_stream = {text.stream: text for text in texts}
         batch = Batch(self.model, rows=self._options.rows, chunk=self._options.chunk)
-        for stream in sorted(found, key=lambda s: -len(s.prompt)):  # prompts of about equal length are read together
+        for stream in sorted(by_stream, key=lambda s: -len(s.prompt)):  # those of about equal length are read together
             batch.add(stream)
         with evaluating(self.model):
             while len(batch):
                 for stream in batch.step():
-                    found[stream] += by_stream[stream].take()
+                    by_stream[stream].take()
                     if stream.error is not None:
                         raise stream.error
-        for request, text in zip(requests, found.values(), strict=True):
-            self.cache_hook.add_partial("generate_until", request.args, text)
-        return list(found.values())
+        for request, text in zip(requests, texts, strict=True):
+            self.cache_hook.add_partial("generate_until", request.args, text.text)
+        return [text.text for text in texts]
 
     def _stream(self, context: str, given: dict[str, Any], seed: str) -> StreamText:
         keys: dict[str, Any] = dict(normalize_gen_kwargs(given, self._options.max_gen_toks))
@@ -231,7 +231,7 @@ class ParalmLM(LM):
             top_k=int(keys.get("top_k") or 0),
             top_p=float(keys.get("top_p") or 1.0),
             seed=int.from_bytes(hashlib.sha256(seed.encode("utf-8", "surrogatepass")).digest()[:7], "big"),
-            stop_ids=(self.tokenizer.eos_id, self.tokenizer.bos_id, self.tokenizer.pad_id),
+            stop_ids=stop_ids_of(self.tokenizer),
             vocab_size=self.tokenizer.vocab_size,
         )
         return StreamText(stream, self.tokenizer, [s for s in keys["until"] if s])

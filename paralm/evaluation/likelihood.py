@@ -19,6 +19,7 @@ from torch import Tensor
 from paralm.batching import join_rows, logits_width, read_prompts, signature, take_rows
 from paralm.errors import UserError
 from paralm.evaluation.scoring import check_sizes, evaluating, score
+from paralm.generation import check_finite
 
 if TYPE_CHECKING:
     from paralm.models import LanguageModel
@@ -64,7 +65,8 @@ def continuation_likelihoods(
     states of ``rows`` contexts and of ``rows`` continuations. ``on_progress(done, total)`` in pairs. A continuation
     without tokens is certain: (0, True).
 
-    Raises UserError, one line, for a context without tokens, an id outside the vocabulary, or sizes below 1.
+    Raises UserError, one line, for a context without tokens, an id outside the vocabulary, sizes below 1, or a
+    likelihood that is not finite.
     """
     check_sizes(rows=rows, chunk=chunk)
     _check_pairs(model, pairs)
@@ -133,11 +135,15 @@ def _score_piece(model: LanguageModel, batch: list[_Job], state: State, start: i
 
 
 def _of(logits: Tensor, tokens: Ids) -> tuple[list[float], list[bool]]:
-    """ln p of each token under its row of ``logits`` (positions, vocab), and whether it is the likeliest."""
+    """ln p of each token under its row of ``logits`` (positions, vocab), and whether it is the likeliest.
+
+    UserError where one is not finite: comparing NaN with NaN picks an answer too, often enough the right one.
+    """
     if not len(tokens):
         return [], []
     ids = torch.tensor(list(tokens), device=logits.device)
     values = logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(1)
+    check_finite(values)
     return values.tolist(), (logits.argmax(1) == ids).tolist()
 
 

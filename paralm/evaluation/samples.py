@@ -9,7 +9,7 @@ from paralm_data import Tokenizer
 from pydantic import BaseModel
 
 from paralm.evaluation.result import Result
-from paralm.generation import generate
+from paralm.generation import generate, stop_ids_of
 
 if TYPE_CHECKING:
     from paralm.models import LanguageModel
@@ -54,7 +54,7 @@ def samples(
     Each prompt has a seed of its own (``seed`` plus its place). Options as for :func:`paralm.generation.generate`.
     """
     found = []
-    ends = (tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id)
+    ends = stop_ids_of(tokenizer)
     for index, prompt in enumerate(prompts):
         ids: list[int] = []
         for token in generate(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from paralm.batching import Batch, Stream, StreamText, TokenScore
 from paralm.errors import UserError
+from paralm.generation import stop_ids_of
 from paralm.serving.protocol import NEW_SESSION, ApiError, CompletionRequest
 from paralm.serving.sessions import Session, Sessions
 from paralm.serving.settings import ServerSettings
@@ -186,7 +187,7 @@ class Engine:
             top_k=request.top_k,
             top_p=request.top_p,
             seed=seed % (1 << 63),
-            stop_ids=(self.tokenizer.eos_id, self.tokenizer.bos_id, self.tokenizer.pad_id),
+            stop_ids=stop_ids_of(self.tokenizer),
             vocab_size=self.tokenizer.vocab_size,
             state=session.state if session is not None else None,
             top_scores=request.logprobs,

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from paralm.batching import Batch, Stream, StreamText, read_prompts, state_nbytes, take_rows
 from paralm.config import ModelConfig
 from paralm.errors import UserError
+from paralm.evaluation.likelihood import continuation_likelihoods
 from paralm.generation import generate
 from paralm.models import LanguageModel, build_model
 from paralm.registry import MIXERS
@@ -214,6 +215,30 @@ def test_a_failing_stream_takes_no_other_with_it() -> None:
 
 
 @pytest.mark.parametrize(
+    "asked", [{"max_tokens": 0}, {"max_tokens": 0, "prompt_scores": True}, {"max_tokens": 2, "prompt_scores": True}]
+)
+@pytest.mark.parametrize("chunk", [2, 512])
+def test_logits_that_are_not_finite_are_an_error_though_no_token_is_drawn(asked: dict[str, Any], chunk: int) -> None:
+    lm = model("paragru")
+    keys = {**asked, "top_scores": 0}
+    alone, good, bad, copy = (Stream([1, 2, 3], **keys) for _ in range(4))
+    bad.copies = [copy]
+    bad.state = pytree.tree_map(lambda leaf: torch.full_like(leaf, float("nan")), lm.initial_state(1))
+    for together in ([alone], [bad, good]):
+        batch = Batch(lm, chunk=chunk)
+        for stream in together:
+            batch.add(stream)
+        finished = list(batch.run())
+        assert set(finished) == {*together, *(copy for stream in together for copy in stream.copies)}
+    for stream in (bad, copy):
+        assert stream.finished == "error"
+        assert "not finite" in str(stream.error)
+        assert not stream.of_prompt + stream.scores
+    assert (good.finished, good.tokens) == ("length", alone.tokens)
+    assert [s.logprob for s in good.of_prompt] == pytest.approx([s.logprob for s in alone.of_prompt], abs=1e-9)
+
+
+@pytest.mark.parametrize(
     ("keys", "message"),
     [
         ({"prompt": []}, "no tokens"),
@@ -261,6 +286,18 @@ def test_text_ends_before_a_stop_string_and_cancels_the_stream() -> None:
     assert (text.take(), text.take()) == ("c", "")
     with pytest.raises(UserError, match="stop string is empty"):
         StreamText(stream, Letters(), [""])  # type: ignore[arg-type]
+
+
+def test_likelihoods_of_a_model_that_diverged_are_an_error() -> None:
+    """NaN is as large as nothing: what compares answers would choose one all the same."""
+    lm = model("paragru")
+    pairs = [([1, 5], [2]), ([1, 5], [2, 7, 9])]
+    assert all(torch.isfinite(torch.tensor([one.logprob for one in continuation_likelihoods(lm, pairs)])))
+    with torch.no_grad():
+        lm.head_weight[11] = float("nan")  # of one token that none of them asks for
+    for pair in pairs:
+        with pytest.raises(UserError, match="logits are not finite"):
+            continuation_likelihoods(lm, [pair])
 
 
 def test_take_rows_repeats_and_orders() -> None:
