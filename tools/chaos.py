@@ -2,10 +2,11 @@
 
 An outside killer draws its moments uniformly over the wall time that an undisturbed run takes, start-up included,
 counted from the last start or kill. After --kills of them, a phase that has not been hit --each times is sought in the
-first third of that time: loading takes a second, and comes early. It draws a target: one rank, all ranks, or the driver (the ``paralm train`` process).
-It uses SIGKILL. Ranks are started again by their launcher, a driver by this program. When a run ends, its losses
-must be those of an undisturbed run: bit for bit at an equal world size, to 1e-5 after a change of it. The phase a
-kill hit is read from the victim's own note in the run folder; a process without one was still starting.
+first third of that time: loading takes a second, and comes early. It draws a target: one rank, all ranks, or the driver
+(the ``paralm train`` process). It uses SIGKILL. Ranks are started again by their launcher, a driver by this program.
+When a run ends, its losses must be those of an undisturbed run: bit for bit at an equal world size, to 1e-5 after a
+change of it. The phase a kill hit is read from the victim's own note in the run folder; a process without one was still
+starting.
 
     python tools/chaos.py [--kills 30] [--each 3] [--seed N] [--launchers torchrun,ray,mpi] [--out FILE]
 
