@@ -240,24 +240,27 @@ def perplexity_passed(result: PerplexityResult) -> Passed | None:
     """Up to which position the loss is not above that at the training length, by their intervals.
 
     A bucket fails if its 95 % interval lies wholly above that of the last bucket within the training length; the
-    length passed is the last position before the first one that fails. None if the training length is unknown, or no
-    bucket is within it, or intervals are missing (fewer than two documents).
+    length passed is the last position before the first one that fails, and none that no document has. None if the
+    training length is unknown, no bucket is within it, intervals are missing (fewer than two documents), or the model
+    forgot on the way (``reset_every``): then a position is not a length that was read.
     """
+    if result.reset_every is not None:
+        return None
     length = result.train_seq_len
     inside = [b for b in result.by_position if length and b.last <= length + 1 and b.interval is not None]
     if not inside:
         return None
     reference = inside[-1]
     assert reference.interval is not None
-    passed = reference.last
-    tested = reference.last
+    longest = max(result.documents.tokens, default=None)  # a document of n predictions ends at position n
+    passed = tested = min(reference.last, longest or reference.last)
     failed = False
     for bucket in result.by_position:
         if bucket.first <= reference.last or bucket.interval is None:
             continue
-        tested = bucket.last
+        tested = min(bucket.last, longest or bucket.last)
         failed = failed or bucket.interval[0] > reference.interval[1]
-        passed = passed if failed else bucket.last
+        passed = passed if failed else tested
     rule = "no position's loss lies above that at the training length, by 95 % intervals"
     return Passed(evaluation=result.name, rule=rule, length=passed, tested=tested, step=result.step)
 

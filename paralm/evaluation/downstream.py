@@ -40,7 +40,6 @@ class LmEvalSettings(EvaluationSettings):
     score_eos: bool = Field(default=False, description="rolling tasks: count the end of a document")
     max_gen_toks: int = Field(default=256, ge=0, description="tokens to generate where a task does not say")
     seed: int = Field(default=0, ge=0, description="of few-shot examples and sampled generation")
-    made_of: str = Field(default="", description="filled in: lm_eval's version, and a digest of include_path")
 
 
 class TaskScore(BaseModel):
@@ -113,20 +112,23 @@ class LmEval(Evaluation):
         if settings.include_path is not None and not settings.include_path.is_dir():
             raise UserError(f"include_path: {settings.include_path} is no folder")
         try:
-            version = importlib.metadata.version("lm_eval")
+            self._version = importlib.metadata.version("lm_eval")
         except importlib.metadata.PackageNotFoundError:
             raise UserError("lm_eval is not installed; pip install 'paralm[eval]'") from None
-        made_of = f"lm_eval {version} {_digest(settings.include_path)}".rstrip()
-        super().__init__(target, settings.model_copy(update={"made_of": made_of}))
+        super().__init__(target, settings)
         _ = target.tokenizer  # an import without one is refused here
         self._manager = task_manager(settings.tasks, settings.include_path)
+
+    def follows_from(self) -> dict[str, Any]:
+        """lm_eval's version, and the content of ``include_path``, which the settings only name."""
+        return {"lm_eval": self._version, "include_path": _digest(self.settings.include_path)}
 
     def cells(self) -> list[str]:
         """The tasks as they were given."""
         return list(self.settings.tasks)
 
     def measure(self, cell: str) -> dict[str, Any]:
-        """lm_eval's results of one task or group."""
+        """lm_eval's results of one task or group. UserError, one line, if its data cannot be had."""
         import lm_eval
 
         from paralm.evaluation.harness import ParalmLM
@@ -143,18 +145,22 @@ class LmEval(Evaluation):
             max_gen_toks=s.max_gen_toks,
             seed=s.seed,
         )
-        found = lm_eval.simple_evaluate(
-            model=model,
-            tasks=[cell],
-            task_manager=self._manager,
-            num_fewshot=s.num_fewshot,
-            limit=s.limit,
-            log_samples=False,
-            random_seed=s.seed,
-            numpy_random_seed=s.seed,
-            torch_random_seed=s.seed,
-            fewshot_random_seed=s.seed,
-        )
+        try:
+            found = lm_eval.simple_evaluate(
+                model=model,
+                tasks=[cell],
+                task_manager=self._manager,
+                num_fewshot=s.num_fewshot,
+                limit=s.limit,
+                log_samples=False,
+                random_seed=s.seed,
+                numpy_random_seed=s.seed,
+                torch_random_seed=s.seed,
+                fewshot_random_seed=s.seed,
+            )
+        except (ConnectionError, FileNotFoundError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise UserError(f"tasks: the data of '{cell}' cannot be had ({reason})") from None
         return {"scores": [score.model_dump() for score in scores_of(found)]}
 
     def combine(self, cells: Mapping[str, dict[str, Any]]) -> list[Result]:
@@ -163,7 +169,7 @@ class LmEval(Evaluation):
         s: LmEvalSettings = self.settings
         return [
             LmEvalResult(
-                lm_eval=s.made_of.split()[1],
+                lm_eval=self._version,
                 limit=s.limit,
                 reset_every=s.reset_every,
                 max_length=s.max_length,

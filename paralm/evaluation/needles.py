@@ -77,8 +77,15 @@ class Names:
         self.n_tokens = self._uuids.n_tokens if self._uuids is not None else self._ids.shape[1]
 
     def draw(self, stream: Stream, count: int, taken: Sequence[Ints] = ()) -> list[Ints]:
-        """``count`` names, none twice and none that is ``taken``."""
+        """``count`` names, none twice and none that is ``taken``. UserError, one line, if there are not so many."""
         used, found = {name.tobytes() for name in taken}, list[Ints]()
+        if self._uuids is None:
+            free = len({ids.tobytes() for ids in self._ids} - used)
+            if count > free:
+                raise UserError(
+                    f"queries: {count} names are wanted and {free} are left of {len(self._ids)}; "
+                    "give fewer queries or distractors"
+                )
         while len(found) < count:
             ids = self._uuids.draw(stream)[1] if self._uuids is not None else self._ids[stream.below(len(self._ids))]
             if ids.tobytes() not in used:
@@ -277,7 +284,7 @@ class Builder:
 
 def stored_text(store: TokenStore, tokens: int) -> Ints:
     """At least ``tokens`` ids of a store's documents from its beginning (or all), without BOS and EOS."""
-    found, total, document = list[Ints](), 0, 0
+    found, total, document = [np.empty(0, np.int64)], 0, 0
     while total < tokens and document < store.n_documents:
         found.append(store.document(document)[1:-1].astype(np.int64))
         total += len(found[-1])

@@ -33,7 +33,14 @@ class Part:
             first = int(given.get("SLURM_ARRAY_TASK_MIN", "0"))
             step = int(given.get("SLURM_ARRAY_TASK_STEP", "1") or 1)
             task = _number(given, "SLURM_ARRAY_TASK_ID", text)
-            return cls((task - first) // step + 1, _number(given, "SLURM_ARRAY_TASK_COUNT", text))
+            tasks = _number(given, "SLURM_ARRAY_TASK_COUNT", text)
+            last = max(task, int(given.get("SLURM_ARRAY_TASK_MAX", "0") or 0))
+            if (last - first) // step >= tasks:
+                raise UserError(
+                    f"part 'array': tasks {first} to {last} of this array are {tasks}, some left out; arrays must be "
+                    "regular, such as 0-7"
+                )
+            return cls((task - first) // step + 1, tasks)
         index, slash, count = text.partition("/")
         if not slash or not index.isdigit() or not count.isdigit():
             raise UserError(f"part '{text}': give i/n, such as 1/4, or 'rank' or 'array'")

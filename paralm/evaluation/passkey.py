@@ -140,8 +140,8 @@ class Passkey(Evaluation):
         if self.settings.lengths is None and shortest < builder.shortest:
             least = math.ceil(builder.shortest / LENGTH_STEP) * LENGTH_STEP
             self.lengths = sorted({max(length, least) for length in self.lengths})
-        else:
-            builder.prompts(shortest, 0.0, 1)
+        for length in self.lengths:  # each has distractors of its own, which leave names for its queries
+            builder.prompts(length, 0.0, 1)
         if not self.target.model.bounded_state and longest > self.settings.cache_tokens:
             raise UserError(
                 f"lengths: {longest} tokens, and the model's state grows with them up to cache_tokens = "
@@ -244,9 +244,10 @@ def _needle(start: int, distance: int, answers: Asked) -> dict[str, int]:
 
 
 def saving(cells: Sequence[Mapping[str, int]], chunk: int) -> Saving:
-    """Tokens of all prompts, and those that :class:`Reader` reads for them: of each length the shared text once (and,
-    for each cell, from the last multiple of ``chunk``), the rest for each sample, and the question for each query.
-    The answers' tokens, which both read, are left out."""
+    """Tokens of all prompts, and those that one process's :class:`Reader` reads for them: of each length the shared
+    text once (and, for each cell, from the last multiple of ``chunk``), the rest for each sample, and the question for
+    each query. Further processes (parts, a resumed call) each read the shared text of their cells once more. The
+    answers' tokens, which both read, are left out."""
     prompts = sum(c["samples"] * c["queries"] * (c["context"] + c["question"]) for c in cells)
     kept: dict[int, int] = {}
     for c in cells:

@@ -287,8 +287,8 @@ def _section(result: PasskeyResult) -> str:
     lines += [
         "",
         f"Longest prompt passed (at it and below, at least {result.pass_at:.0%} generated over all depths): "
-        f"**{passed}**{trained}. Shared text is read once: {result.snapshots.read:,} tokens instead of "
-        f"{result.snapshots.prompts:,}, {result.snapshots.factor:.2f} times fewer.",
+        f"**{passed}**{trained}. Read by one process, shared text is read once: {result.snapshots.read:,} "
+        f"tokens instead of {result.snapshots.prompts:,}, {result.snapshots.factor:.2f} times fewer.",
         "",
         f"![exact match by length and depth]({result.name}_grid.png)",
         "",

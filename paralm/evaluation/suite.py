@@ -31,15 +31,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from paralm.config_yaml import parse
 from paralm.errors import ConfigError, RunError, UserError
 from paralm.evaluation import result as results
 from paralm.evaluation.cells import Cells, SuiteRecord, file_digest
 from paralm.evaluation.parts import Part
 from paralm.evaluation.result import Result, eval_dir
 from paralm.evaluation.target import Target, checkpoint_digest, weights_digest
+from paralm.key_values import read_key_values
 from paralm.registry import nearest
 
 __all__ = [
@@ -66,6 +66,9 @@ MODULES: tuple[str, ...] = (
     "paralm.evaluation.tracking",
 )
 """Modules that register the built-in evaluations."""
+
+ROUNDS = 3
+"""How often a call without a part measures cells that somebody else removed meanwhile."""
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much is done, and how much there is."""
@@ -172,38 +175,7 @@ def read_settings(evaluation: type[Evaluation], overrides: Sequence[str] | Mappi
 
     Raises ConfigError, one line: no '=', an unknown key (the nearest is named), or a value that cannot be.
     """
-    values: dict[str, Any] = {}
-    if isinstance(overrides, Mapping):
-        values = dict(overrides)
-    else:
-        for text in overrides:
-            key, equals, value = text.partition("=")
-            if not equals or not key:
-                raise ConfigError(f"'{text}': give settings of '{evaluation.name}' as KEY=VALUE")
-            *sections, last = key.split(".")
-            place = values
-            for section in sections:
-                inner = place.setdefault(section, {})
-                if not isinstance(inner, dict):
-                    raise ConfigError(f"'{text}': {section} was given a value before")
-                place = inner
-            place[last] = parse(value, f"override '{text}'")[0]
-    try:
-        return evaluation.Settings.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(_first_fault(evaluation, error)) from None
-
-
-def _first_fault(evaluation: type[Evaluation], error: ValidationError) -> str:
-    fault = error.errors(include_url=False)[0]
-    key = ".".join(str(part) for part in fault["loc"])
-    if fault["type"] == "extra_forbidden":
-        fields = list(evaluation.Settings.model_fields)
-        return f"{key}: evaluation '{evaluation.name}' has no such setting{nearest(key, fields)}"
-    message = " ".join(str(fault["msg"]).removeprefix("Value error, ").split())
-    if not key:
-        return f"evaluation '{evaluation.name}': {message}"
-    return f"{key}: {message.replace('Input should', 'must')}, got {fault['input']!r}"
+    return read_key_values(evaluation.Settings, f"evaluation '{evaluation.name}'", overrides)
 
 
 # -- running -------------------------------------------------------------------------------------------------
@@ -249,7 +221,8 @@ def run_suite(
     ``part``: measure a share of the cells; whoever finds all cells measured combines them, so parts may run side by
     side or one after another, in any order. ``device``, ``data_dir``: as for :meth:`Target.open`.
 
-    Results do not depend on parts or interruptions. Raises UserError, one line, before anything is measured.
+    Results do not depend on parts or interruptions. Raises UserError, one line, before anything is measured; RunError,
+    one line, if an evaluation of this name with other settings keeps removing the cells of a call without ``part``.
     """
     from paralm.evaluation.report import write_report
     from paralm.evaluation.suite_report import write_suite_report
@@ -268,13 +241,24 @@ def run_suite(
             raise RuntimeError(f"evaluation '{chosen.name}': its cells must be different names, at least one: {names}")
         mine = part.of(names) if part is not None else names
         discarded = cells.prepare(again=again and part is None)
-        todo = mine if again else cells.missing(mine)
-        if todo:
-            cells.unfinish()
-        for number, cell in enumerate(todo):
-            _measure(running, cells, cell, number, len(todo), on_progress)
-        missing = cells.missing(names)
-        found, files = ([], []) if missing else _finish(running, cells, names)
+        todo, measured = mine if again else cells.missing(mine), set[str]()
+        for _ in range(ROUNDS if part is None else 1):
+            if todo:
+                cells.unfinish()
+            for number, cell in enumerate(todo):
+                _measure(running, cells, cell, number, len(todo), on_progress)
+            measured.update(todo)
+            kept = {cell: content for cell in names if (content := cells.get(cell)) is not None}
+            todo = [cell for cell in mine if cell not in kept]
+            if not todo:
+                break
+        missing = [cell for cell in names if cell not in kept]
+        if missing and part is None:
+            raise RunError(
+                f"{cells.folder}: {len(missing)} of {len(names)} pieces are gone after they were measured: another "
+                "evaluation with other settings runs in this folder; let it end, then give this command again"
+            )
+        found, files = ([], []) if missing else _finish(running, cells, kept)
     finally:
         target.sealed.pop()
     report = write_suite_report(target.run_dir)
@@ -282,7 +266,7 @@ def run_suite(
         with contextlib.suppress(UserError):  # a run whose metrics are damaged has its evaluations all the same
             write_report(target.run_dir)
     return Outcome(
-        chosen.name, target.run_dir, target.step, found, files, report, len(todo), len(mine) - len(todo),
+        chosen.name, target.run_dir, target.step, found, files, report, len(measured), len(mine) - len(measured),
         len(missing), discarded, time.monotonic() - started,
     )  # fmt: skip
 
@@ -315,15 +299,14 @@ def _measure(
     cells.put(cell, running.measure(cell), time.monotonic() - began)
 
 
-def _finish(running: Evaluation, cells: Cells, names: Sequence[str]) -> tuple[list[Result], list[Path]]:
-    """Combine all cells and write results and record; if they are there already, read them."""
+def _finish(running: Evaluation, cells: Cells, kept: Mapping[str, dict[str, Any]]) -> tuple[list[Result], list[Path]]:
+    """Combine all cells, as they were read back, and write results and record; if they are there already, read them."""
     target, done = running.target, cells.record()
     folder = eval_dir(target.run_dir)
     if done is not None:
         found = [read_result(running, folder / name) for name in done.files if name.endswith(".json")]
         return [result for result in found if result is not None], [folder / name for name in done.files]
-    kept = {cell: cells.get(cell) for cell in names}
-    combined = running.combine({cell: found for cell, found in kept.items() if found is not None})
+    combined = running.combine(kept)
     for result in combined:
         if result.name != running.name and not result.name.startswith(f"{running.name}_"):
             raise RuntimeError(f"evaluation '{running.name}': a result named '{result.name}'")
@@ -337,11 +320,11 @@ def _finish(running: Evaluation, cells: Cells, names: Sequence[str]) -> tuple[li
             digest=cells.digest,
             basis=cells.basis,
             files={path.name: file_digest(path) or "" for path in files},
-            cells=len(names),
+            cells=len(kept),
             device=str(target.device),
             dtype=str(target.dtype).removeprefix("torch."),
             parameters=sum(p.numel() for p in target.model.parameters()),
-            seconds=cells.seconds(names),
+            seconds=cells.seconds(list(kept)),
         )
     )
     cells.remember(

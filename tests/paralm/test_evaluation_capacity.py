@@ -55,9 +55,9 @@ def test_a_mixer_that_says_bounded_and_grows_is_an_error(monkeypatch: pytest.Mon
         state_sizes(model(mixer={"name": "attention"}), 4)
 
 
-def scored(losses: list[tuple[float, float]], train_seq_len: int | None = 16) -> PerplexityResult:
+def scored(losses: list[tuple[float, float]], train_seq_len: int | None = 16, **keys: Any) -> PerplexityResult:
     """With (loss, half of its interval) of the buckets 1, 2–3, 4–7, …"""
-    return PerplexityResult(
+    result = PerplexityResult(
         step=3, train_seq_len=train_seq_len, tokens=1, n_bytes=1, words=None, n_documents=1, of_documents=1,
         reset_every=None, nats_per_token=1, nats_per_token_interval=None, token_perplexity=1,
         token_perplexity_interval=None, bits_per_byte=1, bits_per_byte_interval=None, word_perplexity=None,
@@ -67,6 +67,7 @@ def scored(losses: list[tuple[float, float]], train_seq_len: int | None = 16) ->
             for b, (loss, half) in enumerate(losses)
         ],
     )  # fmt: skip
+    return result.model_copy(update=keys)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +83,21 @@ def test_how_far_perplexity_passes(losses: list[float], passed: int, tested: int
     found = perplexity_passed(scored([(loss, 0.1) for loss in losses]))
     assert found is not None
     assert (found.length, found.tested, found.step) == (passed, tested, 3)
+
+
+@pytest.mark.parametrize(
+    ("longest", "passed"), [(100, 100), (127, 127), (11, 11)]
+)  # the last bucket is 64 … 127, that of the training length 8 … 15
+def test_no_length_is_reported_that_no_document_has(longest: int, passed: int) -> None:
+    documents = Documents(index=[0, 1], nats=[9, 9], tokens=[7, longest], n_bytes=[9, 9], words=[1, 1])
+    buckets = longest.bit_length()
+    found = perplexity_passed(scored([(2, 0.1)] * buckets, documents=documents))
+    assert found is not None
+    assert (found.length, found.tested) == (passed, passed)
+
+
+def test_positions_of_a_model_that_forgets_on_the_way_are_no_lengths() -> None:
+    assert perplexity_passed(scored([(2, 0.1)] * 7, reset_every=16)) is None
 
 
 def test_nothing_is_said_of_lengths_without_a_training_length() -> None:

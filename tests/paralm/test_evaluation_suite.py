@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 
 from paralm.config import ModelConfig
-from paralm.errors import ConfigError, UserError
+from paralm.errors import ConfigError, RunError, UserError
 from paralm.evaluation import suite
 from paralm.evaluation.cells import Cells
 from paralm.evaluation.result import Result, eval_dir
@@ -182,6 +182,43 @@ def test_cells_of_another_basis_are_never_combined_whoever_writes_them(tmp_path:
     ).read_bytes()
 
 
+def test_cells_that_another_evaluation_removes_meanwhile_are_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it begins, with other settings, during the second cell."""
+    other, measure, name = Cells(tmp_path, Norms.name, {"power": 1}), Norms.measure, "norms_of_tests.json"
+    run_suite(Norms.name, target(tmp_path / "alone"))
+    Norms.measured.clear()
+
+    def disturbed(self: Norms, cell: str) -> dict[str, Any]:
+        if len(self.measured) == 1:
+            assert other.prepare() == 1
+        return measure(self, cell)
+
+    monkeypatch.setattr(Norms, "measure", disturbed)
+    found = run_suite(Norms.name, target(tmp_path))
+    assert (found.complete, found.measured, found.kept) == (True, 4, 0)
+    assert Norms.measured == ["a", "b/c", "d e", "record", "a"]
+    assert (eval_dir(tmp_path) / name).read_bytes() == (eval_dir(tmp_path / "alone") / name).read_bytes()
+
+
+def test_a_call_whose_cells_are_always_removed_does_not_end_as_if_it_were_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, measure = Cells(tmp_path, Norms.name, {"power": 1}), Norms.measure
+
+    def disturbed(self: Norms, cell: str) -> dict[str, Any]:
+        other.prepare()
+        return measure(self, cell)
+
+    monkeypatch.setattr(Norms, "measure", disturbed)
+    with pytest.raises(RunError, match="another evaluation with other settings runs in this folder") as caught:
+        run_suite(Norms.name, target(tmp_path))
+    assert "\n" not in str(caught.value)
+    assert not (eval_dir(tmp_path) / "norms_of_tests.json").exists()
+    assert run_suite(Norms.name, target(tmp_path / "parts"), part=Part(1, 2)).missing == 2
+
+
 def test_a_cell_is_read_under_its_own_basis_and_name_only(tmp_path: Path) -> None:
     """The guard behind the clearing of the folder: another process may write between the two."""
     mine, other = (Cells(tmp_path, "passkey", {"power": power}) for power in (1, 2))
@@ -234,6 +271,14 @@ def test_where_a_part_is_asked_from() -> None:
     assert Part.parse("rank", {"RANK": "3", "WORLD_SIZE": "4"}) == Part(4, 4)
     array = {"SLURM_ARRAY_TASK_ID": "14", "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_MIN": "10"}
     assert Part.parse("array", {**array, "SLURM_ARRAY_TASK_STEP": "2"}) == Part(3, 3)
+    # --array=3,5: SLURM counts two tasks, and the second has number 5.
+    for task in ("3", "5"):
+        irregular = {"SLURM_ARRAY_TASK_ID": task, "SLURM_ARRAY_TASK_COUNT": "2", "SLURM_ARRAY_TASK_MIN": "3"}
+        with pytest.raises(UserError, match="arrays must be regular, such as 0-7"):
+            Part.parse("array", {**irregular, "SLURM_ARRAY_TASK_MAX": "5"})
+    with pytest.raises(UserError, match="arrays must be regular, such as 0-7"):
+        Part.parse("array", irregular)
+    assert Part.parse("array", {**array, "SLURM_ARRAY_TASK_STEP": "2", "SLURM_ARRAY_TASK_MAX": "14"}) == Part(3, 3)
     for text in ("0/3", "4/3", "1", "1/x", "rank", "array"):
         with pytest.raises(UserError, match="part"):
             Part.parse(text, {})

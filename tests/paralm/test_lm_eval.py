@@ -393,6 +393,13 @@ def test_lm_evals_command_line_finds_the_model(
     assert (trained / "eval" / "lm-eval_scores.png").is_file()
     again = run_suite("lm-eval", trained, {"tasks": names, "include_path": str(tasks), "score_eos": True})
     assert (again.measured, again.kept) == (0, 3)
+    # What lm_eval is and what the folder holds are no settings, so following the run leaves the step out too.
+    from paralm.evaluation.follow import follow
+    from paralm.evaluation.suite import get_evaluation
+
+    assert "made_of" not in get_evaluation("lm-eval").Settings.model_fields
+    asked = {"tasks": names, "include_path": str(tasks), "score_eos": True}
+    assert list(follow(get_evaluation("lm-eval"), trained, asked)) == []
     # A changed text is another task.
     (tasks / "own_texts.jsonl").write_text(json.dumps({"text": "other"}) + "\n")
     changed = run_suite("lm-eval", trained, {"tasks": names[:1], "include_path": str(tasks), "score_eos": True})
@@ -429,3 +436,23 @@ def test_mistakes_are_one_line_before_anything_is_measured(
     with pytest.raises((UserError, ConfigError), match=message):
         run_suite("lm-eval", target, settings)
     assert not list(tmp_path.rglob("*.json"))
+
+
+@pytest.mark.parametrize(
+    "error", [ConnectionError("Couldn't reach it\nand more"), FileNotFoundError("Couldn't reach it")]
+)
+def test_data_that_cannot_be_had_is_one_line(
+    error: Exception, tasks: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import lm_eval
+
+    from paralm.evaluation.suite import Target, run_suite
+
+    def fail(**given: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", fail)
+    target = Target.of(model_of("paragru", tokenizer), tokenizer, run_dir=tmp_path)
+    with pytest.raises(UserError) as caught:
+        run_suite("lm-eval", target, {"tasks": ["own_texts"], "include_path": str(tasks)})
+    assert str(caught.value) == "tasks: the data of 'own_texts' cannot be had (Couldn't reach it)"

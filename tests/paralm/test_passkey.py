@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 from paralm_data import Tokenizer, TokenStore
-from paralm_data.passkey import ids_after, is_evaluation_key, phrasings, texts
+from paralm_data.passkey import Stream, ids_after, is_evaluation_key, phrasings, texts
 from torch import nn
 
 from paralm.config import ModelConfig
 from paralm.errors import ConfigError, UserError
-from paralm.evaluation.needles import TASKS, Builder, chosen
+from paralm.evaluation.needles import TASKS, Builder, chosen, stored_text
 from paralm.evaluation.passkey import Passkey, PasskeyResult, PasskeySettings
 from paralm.evaluation.passkey_result import LengthRow, Rate, longest_passed
 from paralm.evaluation.proportion import wilson
@@ -122,6 +122,26 @@ def test_the_needle_haystack_and_names(tokenizer: Tokenizer, prose: Path) -> Non
     queries = builder(tokenizer, "niah_multiquery", prose).prompts(1000, 0.2, 1)
     assert len({tokenizer.decode(question) for question in queries.questions[:, 0]}) == 4
     assert queries.needles == sorted(queries.needles)
+
+
+def test_names_that_run_out_are_one_line(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Before anything is measured, whether the lengths are given or follow from what the needles need."""
+    names = builder(tokenizer, "niah_noise", None).names
+    assert names is not None
+    there = len(names._ids)
+    assert len({name.tobytes() for name in names.draw(Stream("all"), there)}) == there
+    with pytest.raises(UserError, match=f"queries: 1 names are wanted and 0 are left of {there}; give fewer"):
+        names.draw(Stream("more"), 1, list(names._ids))
+    target = Target.of(tiny(MIXERS[0], tokenizer), tokenizer, run_dir=tmp_path)
+    for lengths in (None, [40_000]):
+        with pytest.raises(UserError, match=f"queries: 600 names are wanted and {there} are left"):
+            run_suite(Passkey, target, {"task": "niah_noise", "queries": 600, "lengths": lengths})
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_a_store_without_documents_has_no_prose(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    empty = SimpleNamespace(n_documents=0, path=tmp_path)
+    assert stored_text(empty, 10).tolist() == []  # type: ignore[arg-type]
 
 
 def test_prose_comes_from_a_store_without_its_documents_ends(prepared: Path) -> None:
@@ -442,6 +462,7 @@ def test_results_are_written_with_figures_scalars_and_a_page(tokenizer: Tokenize
     page = Passkey.page(outcome.results)
     assert "passkey_grid.png" in page
     assert "trained at 128" in page
+    assert "Read by one process, shared text is read once" in page
     assert page in outcome.report.read_text()
 
 
