@@ -136,7 +136,8 @@ def evaluate_on_ray(
 
     The cluster is the run's ``launcher.address``, else RAY_ADDRESS, else one of this machine for the time being; its
     nodes see the run's folder. A task that a lost worker took along is begun again by Ray, and goes on with the cells
-    that are missing. Raises UserError, one line, as :func:`evaluate` does.
+    that are missing; with ``again`` it measures all its cells again. Raises UserError, one line, as :func:`evaluate`
+    does.
     """
     from paralm.training.load import saved_config
     from paralm.training.session import parse_run

@@ -104,12 +104,9 @@ class Target:
     @property
     def tokenizer(self) -> Tokenizer:
         """Raises RunError, one line, where none came along."""
-        if self.own_tokenizer is None:
-            if self.config.data.synthetic is not None:
-                task = self.config.data.synthetic["task"]
-                raise RunError(f"{self.run_dir}: trained on task '{task}', which has no text; paralm eval tracking")
-            raise RunError(f"{self.run_dir}: imported without a tokenizer; import it again with --tokenizer FILE")
-        return self.own_tokenizer
+        from paralm.training.load import required_tokenizer
+
+        return required_tokenizer(self.own_tokenizer, self.config, self.run_dir)
 
     @property
     def device(self) -> torch.device:

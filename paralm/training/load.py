@@ -36,17 +36,22 @@ class LoadedModel:
     @property
     def tokenizer(self) -> Tokenizer:
         """Raises RunError, one line, where none came along."""
-        if self.own_tokenizer is None:
-            if self.config.data.synthetic is not None:
-                raise RunError(
-                    f"{self.run_dir}: trained on task '{self.config.data.synthetic['task']}', which has token ids and "
-                    "no text; measure it with paralm eval tracking"
-                )
-            raise RunError(
-                f"{self.run_dir}: imported without a tokenizer, so it takes token ids only (paralm.load(…).model); "
-                "import it again with --tokenizer FILE, a sentencepiece model"
-            )
-        return self.own_tokenizer
+        return required_tokenizer(self.own_tokenizer, self.config, self.run_dir)
+
+
+def required_tokenizer(own: Tokenizer | None, config: Config, run_dir: Path) -> Tokenizer:
+    """The tokenizer that came along with the model of ``run_dir``. Raises RunError, one line, where none did."""
+    if own is not None:
+        return own
+    if config.data.synthetic is not None:
+        raise RunError(
+            f"{run_dir}: trained on task '{config.data.synthetic['task']}', which has token ids and no text; measure "
+            "it with paralm eval tracking"
+        )
+    raise RunError(
+        f"{run_dir}: imported without a tokenizer, so it takes token ids only (paralm.load(…).model); import it again "
+        "with --tokenizer FILE, a sentencepiece model"
+    )
 
 
 @dataclass(frozen=True)
@@ -118,9 +123,11 @@ def load_model(
 ) -> LoadedModel:
     """Load ``RUN`` or ``RUN@STEP`` (default: the newest whole checkpoint) from its fragments, or an export's folder.
 
-    ``dtype``: of the weights; default: the run's precision. Raises RunError or CheckpointError, one line.
+    ``device``: default: the first GPU, else the CPU. ``dtype``: of the weights; default: the run's precision. Raises
+    RunError or CheckpointError, one line; for a device that is not there, before anything is read.
     """
     path, named = parse_run(run)
+    device = _usable(device)
     if is_export(path):
         return _load_export(path, step if step is not None else named, device, dtype)
     source = open_run_model(run, step, warnings.warn)
@@ -134,9 +141,21 @@ def load_model(
     return LoadedModel(model, source.own_tokenizer, config, source.checkpoint.step, tokens, path, source.data_dir)
 
 
-def _load_export(
-    path: Path, step: int | None, device: torch.device | str | None, dtype: torch.dtype | None
-) -> LoadedModel:
+def _usable(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        named = torch.device(device)
+    except RuntimeError:
+        raise RunError(f"device '{device}': no such name; give cpu, cuda, or one GPU as cuda:1") from None
+    try:
+        return torch.empty(0, device=named).device
+    except (RuntimeError, AssertionError) as error:  # not compiled in, no such GPU, no driver
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise RunError(f"device '{device}': not to be had on this machine ({reason}); give another") from None
+
+
+def _load_export(path: Path, step: int | None, device: torch.device, dtype: torch.dtype | None) -> LoadedModel:
     source = Exported(path).verify()
     if step is not None and step != source.step:
         raise RunError(f"{path}: an export of step {source.step}, there is no step {step} in it")
@@ -148,11 +167,9 @@ def _load_export(
     return LoadedModel(model, tokenizer, source.config, source.step, source.content["tokens"], path, path)
 
 
-def _empty(
-    config: Config, vocab_size: int, device: torch.device | str | None, dtype: torch.dtype | None
-) -> LanguageModel:
+def _empty(config: Config, vocab_size: int, device: torch.device, dtype: torch.dtype | None) -> LanguageModel:
     """The model in eval mode, without values yet."""
     default = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
     model = build_model(config.model, vocab_size, seed=0, device="meta", dtype=dtype or default)
-    model.to_empty(device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model.to_empty(device=device)
     return model.eval()

@@ -64,12 +64,16 @@ def evaluate(
         return
     if not given:
         raise RunError("nothing to evaluate: paralm eval RUN, or paralm eval NAME RUN ('paralm eval --list')")
+    if every > 1 and not follow:
+        raise RunError(f"--every {every} goes with --follow: without it one checkpoint is evaluated, as RUN@STEP says")
     chosen = evaluation.find_evaluation(given)
     if chosen is None:
         evaluation.refuse_options_of_the_suite(part=part, follow=follow, ray=ray)
         pipeline.evaluate_run(given[0], given[1:], again)
     elif sum(map(bool, (part, follow, ray))) > 1:
         raise RunError("--part, --ray and --follow go one at a time: take one of them")
+    elif follow and again:
+        raise RunError("--again does not go with --follow, which leaves out what is measured: give --again to RUN@STEP")
     elif follow:
         evaluation.follow(chosen, given[1], given[2:], every=every)
     elif ray:

@@ -39,26 +39,18 @@ def serve(
     KEY=VALUE changes a limit, such as max_tokens=8192 or session_bytes=4294967296. A request with "session": "new"
     keeps the model's state, and the name it returns goes on from there.
     """
-    from pydantic import ValidationError
-
-    from paralm.config_yaml import parse
-    from paralm.errors import ConfigError
-    from paralm.registry import nearest
+    from paralm.errors import RunError
+    from paralm.key_values import read_key_values
     from paralm.serving.settings import ServerSettings, check_address, read_api_key
 
-    values = {}
-    for text in overrides or []:
-        key, equals, value = text.partition("=")
-        if not equals or key not in ServerSettings.model_fields:
-            raise ConfigError(f"'{text}': no such limit{nearest(key, ServerSettings.model_fields)}")
-        values[key] = parse(value, f"override '{text}'")[0]
-    try:
-        settings = ServerSettings(**values)
-    except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        raise ConfigError(f"{fault['loc'][0]}: {fault['msg']}, got {fault['input']!r}") from None
-    check_address(host, read_api_key(api_key_file), allow_no_key)  # before the model is loaded
+    settings = read_key_values(ServerSettings, "the server", overrides or [])
+    api_key = read_api_key(api_key_file)
+    check_address(host, api_key, allow_no_key)  # before the model is loaded
     if ray is not None:
+        if device is not None:
+            raise RunError(
+                f"--device {device} goes without --ray: a replica takes the first GPU that Ray gives it, else the CPU"
+            )
         from paralm.serving import ray_serve
 
         with ray_serve.running(
@@ -83,7 +75,7 @@ def serve(
         settings,
         host=host,
         port=port,
-        api_key=read_api_key(api_key_file),
+        api_key=api_key,
         allow_no_key=allow_no_key,
         on_start=_listening,
     )
