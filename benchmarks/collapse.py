@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from support.timing import ROOT, environment
 
 from paralm.evaluation import figures
 from paralm.evaluation.cells import load_record
@@ -28,7 +28,6 @@ from paralm.evaluation.result import eval_dir, read_json
 from paralm.training.load import saved_config
 from paralm.training.metrics import read_metrics
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "collapse.json"
 FIGURE = ROOT / "docs" / "collapse.png"
 RUNS = [f"runs/collapse-mamba2{tail}" for tail in ("", "-carried", "-noise", "-passed")]
@@ -119,7 +118,7 @@ def main() -> None:
     shown = ("what", "verdict", "onset", "rise_at_the_end", "loss_within", "loss_past", "loss_past_read_afresh")
     cells = [[f"{r[k]:.3f}" if isinstance(r[k], float) else str(r[k] or "–") for k in shown] for r in rows]
     print(table([key.replace("_", " ") for key in shown], cells, right=range(2, 7)))
-    content = {"machine": platform.platform(), "python": platform.python_version(), "runs": runs, "readings": rows}
+    content = {"environment": environment("cpu"), "runs": runs, "readings": rows}
     RESULT.write_text(json.dumps(content, indent=1) + "\n")
     draw(found)
 

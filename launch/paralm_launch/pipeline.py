@@ -230,11 +230,18 @@ def _is_of_task(run: Path) -> bool:
 
 
 def compare_runs(runs: Sequence[Path], out: Path) -> None:
-    """Overlay the curves of runs in a figure and print what they reached; of runs of tasks, the answers right."""
-    from paralm.evaluation.compare import compare
+    """Overlay the curves of runs in a figure and print what they reached; of runs of tasks, the answers right.
+
+    Raises RunError, one line, as ``compare`` and ``compare_tracking`` do, and for runs of both kinds.
+    """
+    from paralm.evaluation.compare import check_runs, compare
     from paralm.evaluation.compare_tracking import compare_tracking
 
-    of_tasks = bool(runs) and all(_is_of_task(run) for run in runs)
+    of_tasks = [run for run in runs if _is_of_task(run)]
+    others = [run for run in runs if run not in of_tasks]
+    if of_tasks and others:
+        check_runs(runs, out)
+        raise RunError(f"{of_tasks[0]} is of a task, {others[0]} is not: runs of tasks and of text cannot be compared")
     comparison = compare_tracking(runs, out) if of_tasks else compare(runs, out)
     table(None, comparison.header, comparison.cells)
     for note in comparison.notes:

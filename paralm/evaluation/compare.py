@@ -83,33 +83,37 @@ def compare(runs: Sequence[str | Path], out: str | Path) -> Comparison:
     """Overlay the losses of ``runs`` over tokens and over time in the PNG ``out``, and tabulate what they reached.
 
     Losses are drawn in bits per byte where every run validated on held-out text (then tokenizers may differ),
-    otherwise in nats per token. Raises RunError, one line: fewer than two runs, a run without metrics or with
-    damaged ones, or an ``out`` that is no PNG or cannot be written.
+    otherwise in nats per token. Raises RunError, one line: what :func:`check_runs` refuses, a run without metrics or
+    with damaged ones, or an ``out`` that cannot be written.
     """
-    paths = [Path(run) for run in runs]
-    if len(paths) < 2:
-        raise RunError(f"{len(paths)} run to compare; give at least two")
-    target = Path(out)
-    if target.suffix.lower() != ".png":
-        raise RunError(f"{target}: the figure is a PNG; give a name that ends in .png")
-    for path in paths:
-        if not path.is_dir():
-            raise RunError(f"{path}: no such run folder")
-    names = _names(paths)
-    found = {name: (read_curves(path), read_results(path)) for name, path in zip(names, paths)}
+    paths, target = check_runs(runs, out)
+    found = {name: (read_curves(path), read_results(path)) for name, path in paths.items()}
     figure = _draw({name: curves for name, (curves, _) in found.items()}, target)
     rows = [_row(name, curves, results) for name, (curves, results) in found.items()]
     return Comparison(rows, figure, _notes({name: results for name, (_, results) in found.items()}))
 
 
-def _names(paths: Sequence[Path]) -> list[str]:
-    """The folders' names, or whole paths where those are not different."""
+def check_runs(runs: Sequence[str | Path], out: str | Path) -> tuple[dict[str, Path], Path]:
+    """The folders of ``runs`` by the names they are shown under, in their order, and the figure's path.
+
+    A name is the folder's, or the whole path where folders' names are not different. Raises RunError, one line: fewer
+    than two runs, a folder that is not there, a run given twice, or an ``out`` that is no PNG.
+    """
+    paths, target = [Path(run) for run in runs], Path(out)
+    if len(paths) < 2:
+        raise RunError(f"{len(paths)} run to compare; give at least two")
+    if target.suffix.lower() != ".png":
+        raise RunError(f"{target}: the figure is a PNG; give a name that ends in .png")
+    for path in paths:
+        if not path.is_dir():
+            raise RunError(f"{path}: no such run folder")
     resolved = [path.resolve() for path in paths]
     if len(set(resolved)) < len(resolved):
         twice = next(path for path, full in zip(paths, resolved) if resolved.count(full) > 1)
         raise RunError(f"{twice}: given twice; compare different runs")
     names = [path.name for path in resolved]
-    return names if len(set(names)) == len(names) else [str(path) for path in resolved]
+    names = names if len(set(names)) == len(names) else [str(path) for path in resolved]
+    return dict(zip(names, paths, strict=True)), target
 
 
 def _row(name: str, curves: Curves, results: ResultSet) -> Row:

@@ -9,6 +9,7 @@ from pathlib import Path
 from paralm.errors import RunError
 from paralm.evaluation import figures
 from paralm.evaluation import markdown as md
+from paralm.evaluation.compare import check_runs
 from paralm.evaluation.result import eval_dir, read_json
 from paralm.evaluation.tracking import TrackingResult, draw, frame, title
 
@@ -52,20 +53,16 @@ class TrackingComparison:
 def compare_tracking(runs: Sequence[str | Path], out: str | Path) -> TrackingComparison:
     """Draw the curves of ``runs`` into the PNG ``out``; runs of one mixer have one colour.
 
-    Raises RunError, one line: fewer than two runs, one that was not measured, runs of different tasks, or an ``out``
-    that is no PNG or cannot be written.
+    Raises RunError, one line: what ``check_runs`` refuses, a run that was not measured, runs of different tasks, or an
+    ``out`` that cannot be written.
     """
-    paths, target = [Path(run) for run in runs], Path(out)
-    if len(paths) < 2:
-        raise RunError(f"{len(paths)} run to compare; give at least two")
-    if target.suffix.lower() != ".png":
-        raise RunError(f"{target}: the figure is a PNG; give a name that ends in .png")
+    paths, target = check_runs(runs, out)
     results: dict[str, TrackingResult] = {}
-    for path in paths:
+    for name, path in paths.items():
         found = read_json(TrackingResult, eval_dir(path) / "tracking.json")
         if found is None:
             raise RunError(f"{path}: not measured yet; paralm eval tracking {path}")
-        results[path.resolve().name if path.resolve().name not in results else str(path)] = found
+        results[name] = found
     names, first = list(results), next(iter(results.values()))
     for name, result in results.items():
         if (title(result.task), result.chance) != (title(first.task), first.chance):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
+from io import BytesIO
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
+from paralm_data.atomic import write_file
 
 # Colour-blind safe (Okabe and Ito).
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#7F7F7F"
@@ -67,7 +68,7 @@ def short_axis(axes: Axes, which: str = "x") -> None:
 def save(figure: Figure, path: Path) -> Path:
     """Write a PNG; a reader sees the old picture or the new one, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.tmp-{os.getpid()}{path.suffix}")  # several processes may write at once
-    figure.savefig(temporary, dpi=_DPI, facecolor="white", metadata={"Software": None})
-    temporary.replace(path)
+    content = BytesIO()
+    figure.savefig(content, format="png", dpi=_DPI, facecolor="white", metadata={"Software": None})
+    write_file(path, content.getvalue())
     return path

@@ -71,7 +71,7 @@ def test_a_step_is_shown(root: Path, capsys: pytest.CaptureFixture[str]) -> None
     [
         (("data", "inspect"), "which is not stored"),
         (("generate",), "which has token ids and no text"),
-        (("eval", "perplexity"), "trained on task 'parity', which has no text"),
+        (("eval", "perplexity"), "trained on task 'parity', which has token ids and no text"),
     ],
 )
 def test_what_needs_text_says_so(
@@ -92,3 +92,12 @@ def test_runs_side_by_side(root: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "mamba2" in out
     assert "40-256" in out
     assert (root / "c.png").stat().st_size > 5000
+
+
+def test_tasks_and_text_are_not_compared(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text").mkdir()
+    for runs in ((root / "a", tmp_path / "text"), (tmp_path / "text", root / "a")):
+        code, out, err = call(capsys, "compare", *runs, "--out", tmp_path / "c.png")
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert "runs of tasks and of text cannot be compared" in err
+    assert not (tmp_path / "c.png").exists()

@@ -299,6 +299,13 @@ def test_runs_side_by_side(trained: Path, tmp_path: Path) -> None:
     assert found.header[-3:] == CHEAP["sizes"]
     assert [row[:2] for row in found.cells] == [["trained", "paragru"], ["other", "mamba2"]]
     assert "| other" in found.markdown()
+    with pytest.raises(RunError, match="given twice; compare different runs"):
+        compare_tracking([trained, other, trained], tmp_path / "b.png")
+    with pytest.raises(RunError, match="1 run to compare"):
+        compare_tracking([trained], tmp_path / "b.png")
+    with pytest.raises(RunError, match=r"ends in \.png"):
+        compare_tracking([trained, other], tmp_path / "b.pdf")
+    assert not list(tmp_path.glob("b.*"))
     third = run(tmp_path, "third", data={"synthetic": {"task": "cycle_navigation", "max_len": 12}}).run_dir
     run_suite("tracking", third, CHEAP)
     with pytest.raises(RunError, match="compare runs of one task"):
@@ -315,8 +322,9 @@ def test_refused_in_one_line(trained: Path, tmp_path: Path) -> None:
     model = build_model(config.model.model_copy(update={"d_model": 16, "n_layers": 1}), 300, seed=0)
     with pytest.raises(UserError, match=r"trained on text; 'tracking' measures runs of a task"):
         run_suite("tracking", Target.of(model, run_dir=tmp_path), {})
-    with pytest.raises(RunError, match="trained on task 'parity', which has token ids and no text"):
-        _ = load_model(trained).tokenizer
+    for loaded in (load_model(trained), Target.open(trained)):
+        with pytest.raises(RunError, match="trained on task 'parity', which has token ids and no text"):
+            _ = loaded.tokenizer
 
 
 def test_the_saved_configuration_says_everything(tmp_path: Path) -> None:
