@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
 
 from paralm.serving.engine import Engine, Job, Piece
 from paralm.serving.protocol import ApiError, LogprobWriter, parse_request
@@ -62,9 +63,12 @@ def create_app(
 
     async def authorize(request: Request) -> None:
         if expected is None:
-            if only_local and not is_loopback(request.url.hostname or ""):
-                raise ApiError(403, f"no API key is set, so only requests to this machine's own names are answered, "
-                               f"not to {request.url.hostname}")  # fmt: skip
+            # Starlette puts the server's own address where it cannot read what was asked for: then the two differ.
+            host = request.headers.get("host")
+            if only_local and (request.url.netloc != host or not is_loopback(request.url.hostname or "")):
+                raise ApiError(
+                    403, f"no API key is set, so only requests to this machine's own names are answered, not to {host}"
+                )
             return
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not hmac.compare_digest(_digest(key.strip()), expected):
@@ -79,6 +83,8 @@ def create_app(
     app.add_api_route("/v1/sessions/{name}", _session, methods=["GET"], dependencies=guarded)
     app.add_api_route("/v1/sessions/{name}", _delete_session, methods=["DELETE"], dependencies=guarded)
     app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _internal_error)
     return app
 
 
@@ -90,6 +96,17 @@ async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}.get(error.status)
     return JSONResponse(error.body(), error.status, headers)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """What the framework refuses: a path that is not there, a method that a path does not take."""
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    return JSONResponse(ApiError(error.status_code, message).body(), error.status_code, error.headers)
+
+
+async def _internal_error(request: Request, error: Exception) -> Response:
+    return JSONResponse(ApiError(500, f"internal error: {type(error).__name__}").body(), 500)
 
 
 async def _health(request: Request) -> Response:

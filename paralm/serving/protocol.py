@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 
 from paralm.batching import TokenScore
 
@@ -29,10 +29,21 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
+class _AtFirstFault(FailFast):
+    """A list is given up at its first wrong element: a fault for each of a million would take gigabytes."""
+
+    __hash__ = object.__hash__  # a dataclass that compares has none, and a union of annotated types asks for it
+
+
+_AT_FIRST = _AtFirstFault()
+_Ids = Annotated[list[int], _AT_FIRST]
+_Texts = Annotated[list[str], _AT_FIRST]
+
+
 class StreamOptions(BaseModel):
     """Of a streamed answer."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="allow")  # as in CompletionRequest
 
     include_usage: bool = False
 
@@ -45,16 +56,17 @@ class CompletionRequest(BaseModel):
     there, so ``prompt`` is only what is new. The fields at the end may only have the values that change nothing.
     """
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    # Unknown fields are refused by parse_request, the first of them, not as a fault for each.
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     model: str | None = None
-    prompt: str | list[int] | list[str] | list[list[int]] = ""
+    prompt: str | _Ids | _Texts | Annotated[list[_Ids], _AT_FIRST] = ""
     max_tokens: int = Field(default=16, ge=0)
     temperature: float = Field(default=1.0, ge=0, le=100)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)
     n: int = Field(default=1, ge=1)
-    stop: str | list[str] | None = None
+    stop: str | _Texts | None = None
     seed: int | None = Field(default=None, ge=0, lt=1 << 63)
     logprobs: int | None = Field(default=None, ge=0)
     echo: bool = False
@@ -66,7 +78,7 @@ class CompletionRequest(BaseModel):
     suffix: Literal[None, ""] = None
     frequency_penalty: Literal[None, 0] = None
     presence_penalty: Literal[None, 0] = None
-    logit_bias: dict[str, float] | None = Field(default=None, max_length=0)
+    logit_bias: dict[str, Any] | None = Field(default=None, max_length=0)
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -89,13 +101,13 @@ def parse_request(body: bytes) -> CompletionRequest:
     try:
         request = CompletionRequest.model_validate_json(body)
     except ValidationError as error:
-        fault = error.errors(include_url=False, include_context=False)[0]
+        fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
         place = str(fault["loc"][0]) if fault["loc"] else None
-        if fault["type"] == "extra_forbidden":
-            raise ApiError(400, f"{place}: not supported", place) from None
-        faults = [f for f in error.errors(include_url=False) if not place or f["loc"][:1] == (place,)]
-        what = "must be text, token ids, or a list of either" if place == "prompt" else faults[0]["msg"]
+        what = "must be text, token ids, or a list of either" if place == "prompt" else fault["msg"]
         raise ApiError(400, " ".join(f"{place or 'the request'}: {what}".split()), place) from None
+    for where, given in (("", request), ("stream_options.", request.stream_options)):
+        for unknown in (given.model_extra if given is not None else None) or {}:
+            raise ApiError(400, " ".join(f"{where}{unknown}: not supported".split()), f"{where}{unknown}")
     if request.best_of not in (None, request.n):
         raise ApiError(400, "best_of: only as many as n are supported", "best_of")
     if request.stream_options is not None and not request.stream:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paralm.errors import UserError
-from paralm.serving.server import bind, load
+from paralm.serving.server import bind, check, load
 from paralm.serving.settings import ServerSettings, check_address, read_api_key
 
 if TYPE_CHECKING:
@@ -54,6 +54,8 @@ def deployment(
     given = settings or ServerSettings()
     if replicas < 1:
         raise UserError(f"replicas is {replicas}; give 1 or more")
+    if not gpus >= 0 or (gpus > 1 and not float(gpus).is_integer()):
+        raise UserError(f"gpus is {gpus}; give a share of one GPU, such as 0.5, or a whole number of them")
     if replicas > 1:
         given = given.model_copy(update={"session_bytes": 0})
     key_needed = read_api_key(api_key_file) is not None
@@ -124,10 +126,17 @@ def running(
     made = deployment(target, settings, api_key_file=api_key_file, allow_no_key=allow_no_key, **options)
     with contextlib.closing(bind(host, port)) as probe:  # one line for a port that is taken
         port = probe.getsockname()[1]
+    if not address.startswith("ray://"):  # then this is a machine of the cluster, which sees the run
+        check(target)
     own = _connect(address)
     try:
         serve.start(http_options={"host": host, "port": port})
-        serve.run(made, name="paralm", route_prefix="/")
+        if own:
+            _check_gpus(options.get("gpus", 0), options.get("replicas", 1))
+        try:
+            serve.run(made, name="paralm", route_prefix="/")
+        except RuntimeError as error:
+            raise UserError(f"Ray Serve: {_reason(error)}") from None
         yield f"http://{host}:{port}"
     finally:
         serve.delete("paralm")
@@ -136,6 +145,20 @@ def running(
 
             serve.shutdown()
             ray.shutdown()
+
+
+def _check_gpus(gpus: float, replicas: int) -> None:
+    """UserError where a cluster of our own has too few: Ray would wait for ever for more machines."""
+    import ray
+
+    found = ray.cluster_resources().get("GPU", 0)
+    if gpus * replicas > found:
+        raise UserError(f"replicas: {replicas} of {gpus:g} GPUs each, and this machine has {found:g}")
+
+
+def _reason(error: Exception) -> str:
+    """One line of several: what a replica died of stands last among those that are not empty."""
+    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
 
 
 def _connect(address: str) -> bool:

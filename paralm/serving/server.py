@@ -6,9 +6,10 @@ import contextlib
 import signal
 import socket
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from paralm.errors import UserError
 from paralm.serving.settings import ServerSettings, check_address
@@ -27,6 +28,19 @@ def load(run: str | Path, device: str | None = None) -> tuple[LanguageModel, Tok
     return loaded.model, loaded.tokenizer
 
 
+def check(run: str | Path) -> None:
+    """UserError, one line, for a run or an export that is not there or not whole; no model is made."""
+    from paralm.export import Exported, is_export
+    from paralm.training.load import open_run_model
+    from paralm.training.session import parse_run
+
+    path, _ = parse_run(run)
+    if is_export(path):
+        Exported(path).verify()
+    else:
+        open_run_model(run, None, warnings.warn).tokenizer  # noqa: B018 (raises where there is none)
+
+
 def bind(host: str, port: int) -> socket.socket:
     """A socket that listens soon; port 0: a free one. UserError, one line, if it cannot be had."""
     try:
@@ -40,8 +54,8 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def serve(
-    model: LanguageModel,
-    tokenizer: Tokenizer,
+    model: LanguageModel | Callable[[], tuple[LanguageModel, Tokenizer]],
+    tokenizer: Tokenizer | None,
     settings: ServerSettings,
     *,
     host: str = "127.0.0.1",
@@ -52,8 +66,9 @@ def serve(
 ) -> None:
     """Answer until SIGINT or SIGTERM; then finish what is under way, for ``settings.shutdown_seconds`` at most.
 
-    ``on_start`` is given the URL once it listens. Raises UserError, one line: an address that others reach without
-    a key being asked for, or one that cannot be had.
+    ``model`` and no ``tokenizer``: what loads both, once the address is had, so that a port that is taken is told
+    before a large model is read. ``on_start`` is given the URL once it listens. Raises UserError, one line: an address
+    that others reach without a key being asked for, or one that cannot be had.
     """
     check_address(host, api_key, allow_no_key)
     try:
@@ -63,8 +78,11 @@ def serve(
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed; pip install 'paralm[serve]'") from None
 
-    app = create_app(model, tokenizer, settings, api_key=api_key, only_local=not allow_no_key)
     with contextlib.closing(bind(host, port)) as listening:
+        if tokenizer is None:
+            load = cast("Callable[[], tuple[LanguageModel, Tokenizer]]", model)
+            model, tokenizer = load()
+        app = create_app(model, tokenizer, settings, api_key=api_key, only_local=not allow_no_key)
         url = f"http://{host if ':' not in host else f'[{host}]'}:{listening.getsockname()[1]}"
 
         class Server(uvicorn.Server):

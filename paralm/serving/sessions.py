@@ -19,18 +19,15 @@ REMEMBERED = 10_000  # names of sessions that were let go, so that the answer sa
 
 @dataclass
 class Session:
-    """Where a session is: a state, and the tokens it has yet to read. ``tokens``: read or to be read, in all."""
+    """Where a session is: a state, and the tokens it has yet to read. ``tokens``: read or to be read, in all.
+    ``nbytes``: of what is kept."""
 
     name: str
     state: State | None = None
     pending: list[int] = field(default_factory=list)
     tokens: int = 0
     busy: bool = False
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes kept."""
-        return (0 if self.state is None else state_nbytes(self.state)) + 8 * len(self.pending)
+    nbytes: int = 0
 
 
 class Sessions:
@@ -44,6 +41,7 @@ class Sessions:
         self._lock = threading.Lock()
         self._kept: OrderedDict[str, Session] = OrderedDict()
         self._gone: OrderedDict[str, None] = OrderedDict()
+        self._bytes = 0  # of all that are kept
 
     def new(self) -> Session:
         """A fresh session, in use until :meth:`put` or :meth:`release`."""
@@ -80,14 +78,20 @@ class Sessions:
         return ApiError(404, 'session: no such session; "new" begins one', "session", "session_unknown")
 
     def put(self, session: Session, state: State, pending: list[int], tokens: int) -> bool:
-        """Keep where a session is now. Returns whether it could be kept: alone it may be larger than the limit."""
+        """Keep where a session is now. Returns whether it could be kept: one that is larger than the limit alone is
+        let go at once, and no other with it."""
+        size = state_nbytes(state) + 8 * len(pending)
         with self._lock:
             if session.name in self._gone:
                 return False  # deleted meanwhile
+            self._bytes += size - (session.nbytes if session.name in self._kept else 0)
             session.state, session.pending, session.busy, session.tokens = state, pending, False, tokens
+            session.nbytes = size
             self._kept[session.name] = session
             self._kept.move_to_end(session.name)
-            while self._bytes() > self.limit:
+            if size > self.limit:
+                self._drop(session.name)
+            while self._bytes > self.limit:
                 idle = next((s for s in self._kept.values() if not s.busy), None)
                 if idle is None:
                     break
@@ -107,15 +111,12 @@ class Sessions:
             self._drop(name)
 
     def _drop(self, name: str) -> None:
-        del self._kept[name]
+        self._bytes -= self._kept.pop(name).nbytes
         self._gone[name] = None
         while len(self._gone) > REMEMBERED:
             self._gone.popitem(last=False)
 
-    def _bytes(self) -> int:
-        return sum(session.nbytes for session in self._kept.values())
-
     def usage(self) -> tuple[int, int]:
         """How many are kept, and their bytes."""
         with self._lock:
-            return len(self._kept), self._bytes()
+            return len(self._kept), self._bytes

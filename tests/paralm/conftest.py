@@ -1,14 +1,39 @@
-"""What the tests of runs share."""
+"""What the tests of runs and of the server share."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from paralm_data import Tokenizer
 
 from paralm.config import Config
 from tests.conftest import settings
+
+
+@pytest.fixture(scope="module")
+def tokenizer(prepared: Path) -> Tokenizer:
+    """Of the tiny corpus."""
+    return Tokenizer.load(prepared / "tokenizer.model")
+
+
+@pytest.fixture(scope="module")
+def lm(tokenizer: Tokenizer) -> Any:
+    """What the tests of the server serve."""
+    from tests.paralm.serving import model_of
+
+    return model_of("paragru", tokenizer)
+
+
+@pytest.fixture(scope="module")
+def client(lm: Any, tokenizer: Tokenizer) -> Iterator[Any]:
+    """A client of it."""
+    from tests.paralm.serving import client_of
+
+    with client_of(lm, tokenizer, chunk=8) as found:
+        yield found
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -117,6 +118,57 @@ def test_mistakes_are_one_line_before_ray_is_started(trained: Path, tmp_path: Pa
         ray_serve.deployment(trained, replicas=0)
     with pytest.raises(UserError, match="cannot be read"):
         ray_serve.deployment(trained, api_key_file=tmp_path / "none")
+    for gpus in (-1, 1.5, float("nan"), float("inf")):
+        with pytest.raises(UserError, match="gpus is"):
+            ray_serve.deployment(trained, gpus=gpus)
+    for target, message in ((tmp_path / "nowhere", "nowhere: no such run folder"), (f"{trained}@77", "77")):
+        with pytest.raises(UserError, match=message) as caught, ray_serve.running(target, port=0):
+            pass
+        assert "\n" not in str(caught.value)
     import ray
 
     assert not ray.is_initialized()
+
+
+def test_a_deployment_that_fails_is_one_line(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+    from ray import serve
+
+    from paralm.serving import ray_serve
+
+    def fail(*given: object, **keys: object) -> None:
+        raise RuntimeError("Deploying application paralm failed:\nTraceback\n  paralm.errors.RunError: no room\n\n")
+
+    for name in ("start", "delete", "shutdown"):
+        monkeypatch.setattr(serve, name, lambda *given, **keys: None)
+    monkeypatch.setattr(serve, "run", fail)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 2.0})
+    monkeypatch.setattr(ray_serve, "_connect", lambda address: True)
+    with pytest.raises(UserError, match="no room") as caught, ray_serve.running(trained, port=0, replicas=2, gpus=1):
+        pass
+    assert "\n" not in str(caught.value)
+    with (
+        pytest.raises(UserError, match="3 of 1 GPUs each, and this machine has 2"),
+        ray_serve.running(trained, port=0, replicas=3, gpus=1),
+    ):
+        pass
+
+
+def test_the_command_line_says_replicas_and_gpus(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from paralm_launch import cli
+    from paralm_launch.commands import serve
+
+    from paralm.serving import ray_serve
+
+    asked: dict[str, Any] = {}
+
+    @contextlib.contextmanager
+    def running(target: Path, *given: object, **keys: object) -> Iterator[str]:
+        asked.update(keys)
+        yield "http://127.0.0.1:1"
+
+    monkeypatch.setattr(ray_serve, "running", running)
+    monkeypatch.setattr(serve, "_wait", lambda: None)
+    assert cli.run(["serve", str(trained), "--ray", "local", "--replicas", "3", "--gpus", "0.5"]) == 0
+    assert (asked["address"], asked["replicas"], asked["gpus"]) == ("local", 3, 0.5)

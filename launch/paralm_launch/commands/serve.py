@@ -33,6 +33,7 @@ def serve(
         typer.Option(metavar="ADDRESS", help="As a deployment of Ray Serve there; local: on a cluster of its own."),
     ] = None,
     replicas: Annotated[int, typer.Option(min=1, help="With --ray; more than one keeps no sessions.")] = 1,
+    gpus: Annotated[float, typer.Option(min=0, help="With --ray: of each replica; 0.5 shares one.")] = 0,
 ) -> None:
     """Answer OpenAI-compatible completions (POST /v1/completions) from a run's model or an export, until Ctrl-C.
 
@@ -62,16 +63,19 @@ def serve(
             api_key_file=api_key_file,
             allow_no_key=allow_no_key,
             replicas=replicas,
+            gpus=gpus,
         ) as url:
             _listening(url)
             _wait()
         return
+    for option, value, default in (("--replicas", replicas, 1), ("--gpus", gpus, 0)):
+        if value != default:
+            raise RunError(f"{option} {value:g} goes with --ray only: without it, one process serves the model")
     from paralm.serving import server
 
-    model, tokenizer = server.load(run, device)
     server.serve(
-        model,
-        tokenizer,
+        lambda: server.load(run, device),
+        None,
         settings,
         host=host,
         port=port,
