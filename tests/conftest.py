@@ -11,6 +11,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")  # Ray's 30 s ran out once on a busy machine
 
 _WORDS = ["the", "a", "of", "river", "stone", "light", "walks", "under", "over", "and", "then", "never", "sings", "old"]
 _WORDS += ["seven", "bridge", "12", "307", "because", "north", "cold", "wind", "letter", "answers", "door", "window"]

@@ -30,6 +30,7 @@ def _serve() -> Any:
     # Ray takes these from the environment when it is imported: no statistics to others, and 127.0.0.1 stays what it is
     # (Ray would turn it into the machine's outer address, and listen at all of them).
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")  # a busy machine takes more than Ray's 30 s
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
         from ray import serve

@@ -31,6 +31,7 @@ def import_ray(config: Config) -> Any:
     address = config.launcher.address
     os.environ["RAY_USAGE_STATS_ENABLED"] = "1" if config.launcher.usage_stats else "0"
     os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")  # a busy machine takes more than Ray's 30 s
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what Ray will do anyway, without its warning
     if address is None or address.startswith(("127.", "localhost")):
         # Ray would turn 127.0.0.1 into the machine's outer address, and listen at all of them.
