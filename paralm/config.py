@@ -14,6 +14,7 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     model_validator,
@@ -65,6 +66,56 @@ class TokenizerConfig(Section):
     sample_bytes: PositiveInt = Field(default=20_000_000, description="text sampled to train on, in bytes")
 
 
+class LengthConfig(Section):
+    """How long a document may be, in characters."""
+
+    min_characters: NonNegativeInt = 0
+    max_characters: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _possible(self) -> LengthConfig:
+        if self.max_characters is not None and self.max_characters < self.min_characters:
+            raise ValueError(f"max_characters {self.max_characters} is below min_characters {self.min_characters}")
+        return self
+
+
+class LanguageConfig(Section):
+    """Which languages are kept; found by py3langid (paralm[corpus])."""
+
+    keep: list[str] = Field(default_factory=list, description="ISO 639-1 codes, as en; empty: all, undetected")
+    min_probability: float = Field(default=0.5, ge=0, le=1, description="less certain documents are left out")
+
+
+class MinHashConfig(Section):
+    """Near-duplicates: a document with an earlier one that shares a whole band of its signature is left out.
+
+    Two documents whose sets of word n-grams have Jaccard similarity s share one with probability
+    1 - (1 - s^rows)^bands. The signatures are rensa's (paralm[corpus]).
+    """
+
+    enabled: bool = False
+    bands: PositiveInt = 14
+    rows: PositiveInt = 8
+    ngram: PositiveInt = Field(default=5, description="words of a shingle")
+    seed: int = Field(default=1, ge=0, lt=2**63)
+
+
+class StepsConfig(Section):
+    """What is done to the documents of data.source before they become tokens, in this order."""
+
+    max_document_bytes: PositiveInt = Field(default=2**30, description="a longer record is a bad one")
+    normalize: Literal["none", "nfc", "nfkc"] = Field(default="none", description="Unicode normalisation")
+    length: LengthConfig = Field(default_factory=LengthConfig)
+    language: LanguageConfig = Field(default_factory=LanguageConfig)
+    quality: list[Literal["gopher", "gopher_repetition", "c4"]] = Field(
+        default_factory=list, description="rules by which documents are left out"
+    )
+    exact_duplicates: Literal["drop", "keep"] = Field(default="drop", description="the first of equal texts stays")
+    minhash: MinHashConfig = Field(default_factory=MinHashConfig)
+    shuffle: Literal["none", "shards"] = Field(default="none", description="the order of input shards in a store")
+    shuffle_seed: int = Field(default=0, ge=0, lt=2**63)
+
+
 class DataConfig(Section):
     """Corpus, tokenizer, token store and the order in which it is read; or a computed task instead of all that."""
 
@@ -76,12 +127,23 @@ class DataConfig(Section):
     dir: Path | None = Field(default=None, description="tokenizer and stores; default: the run's folder, data/")
     held_out_fraction: float = Field(default=0.02, gt=0, lt=0.5, description="of documents, by content hash")
     validation: dict[str, SourceConfig] = Field(default_factory=dict, description="further validation sets, by name")
+    steps: StepsConfig = Field(default_factory=StepsConfig)
+    executor: Literal["local", "ray", "mpi"] = Field(
+        default="local", description="what prepares: processes, tasks on a Ray cluster (launcher.address), MPI ranks"
+    )
+    workers: PositiveInt | None = Field(
+        default=None, description="tasks at a time; default: this machine's processors, the cluster's, or all ranks"
+    )
+    shard_bytes: PositiveInt = Field(default=64 << 20, description="of input that one task reads, about")
+    max_bad_records: NonNegativeInt = Field(
+        default=0, description="of a source; they are listed in quarantine.jsonl, and one more ends the preparation"
+    )
     order: Literal["windows", "lanes"] = "windows"
     verify: Literal["size", "full"] = Field(default="full", description="what is checked when a store is opened")
 
     @model_validator(mode="after")
     def _one_of_both(self) -> DataConfig:
-        for key in ("source", "tokenizer", "validation", "order"):
+        for key in ("source", "tokenizer", "validation", "steps", "order"):
             if self.synthetic is not None and getattr(self, key) != type(self).model_fields[key].get_default(
                 call_default_factory=True
             ):

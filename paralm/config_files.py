@@ -37,7 +37,7 @@ _FROZEN_TRAINING = (
     "max_steps",
 )
 _FROZEN = ("run.seed", "data", "model", "optimizer", *(f"training.{key}" for key in _FROZEN_TRAINING))
-_FREE = ("data.verify",)
+_FREE = ("data.verify", "data.executor", "data.workers", "data.shard_bytes", "data.max_bad_records")
 _HOME_PATHS = (("run", "root"), ("data", "dir"), ("data", "tokenizer", "model"), ("data", "source", "paths"))
 
 
