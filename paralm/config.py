@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -20,11 +18,9 @@ from pydantic import (
     model_validator,
 )
 
-
-class Section(BaseModel):
-    """A part of the configuration. Unknown keys are refused; values are not coerced across types."""
-
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+from paralm.config_base import Section as Section
+from paralm.config_base import SourceConfig as SourceConfig
+from paralm.config_mixture import MixtureConfig as MixtureConfig
 
 
 class RunConfig(Section):
@@ -34,27 +30,6 @@ class RunConfig(Section):
     root: Path = Field(default=Path("runs"), description="a file system that every rank sees")
     seed: int = Field(default=0, ge=0, lt=2**63, description="initial weights, data order and RNG derive from it")
     deterministic: bool = Field(default=False, description="torch's deterministic algorithms; slower on a GPU")
-
-
-class SourceConfig(Section):
-    """Where text comes from."""
-
-    kind: Literal["python-stdlib", "text", "jsonl", "parquet", "datasets"] = "python-stdlib"
-    paths: list[str] = Field(default_factory=list, description="files, folders or globs (text, jsonl, parquet)")
-    text_key: str = Field(default="text", description="the field that holds the text (jsonl, parquet, datasets)")
-    dataset: str | None = Field(default=None, description="hub name or local path (kind: datasets)")
-    subset: str | None = Field(default=None, description="the dataset's configuration name")
-    split: str = "train"
-    streaming: bool = True
-    max_documents: PositiveInt | None = None
-
-    @model_validator(mode="after")
-    def _complete(self) -> SourceConfig:
-        if self.kind in ("text", "jsonl", "parquet") and not self.paths:
-            raise ValueError(f"kind '{self.kind}' needs 'paths'")
-        if self.kind == "datasets" and not self.dataset:
-            raise ValueError("kind 'datasets' needs 'dataset', a hub name or a local path")
-        return self
 
 
 class TokenizerConfig(Section):
@@ -123,6 +98,7 @@ class DataConfig(Section):
         default=None, description="instead of text: the name of a task under 'task', and the task's own settings"
     )
     source: SourceConfig = Field(default_factory=SourceConfig)
+    mixture: MixtureConfig | None = Field(default=None, description="instead of source: several, with weights")
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
     dir: Path | None = Field(default=None, description="tokenizer and stores; default: the run's folder, data/")
     held_out_fraction: float = Field(default=0.02, gt=0, lt=0.5, description="of documents, by content hash")
@@ -143,11 +119,27 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _one_of_both(self) -> DataConfig:
-        for key in ("source", "tokenizer", "validation", "steps", "order"):
+        for key in ("source", "mixture", "tokenizer", "validation", "steps", "order"):
             if self.synthetic is not None and getattr(self, key) != type(self).model_fields[key].get_default(
                 call_default_factory=True
             ):
                 raise ValueError(f"'{key}' is of text, and data.synthetic computes its tokens; leave one of them out")
+        return self
+
+    @model_validator(mode="after")
+    def _mixed(self) -> DataConfig:
+        if self.mixture is None:
+            return self
+        if self.source != SourceConfig():
+            raise ValueError("'source' and 'mixture' both say what to read; leave one of them out")
+        if self.order != "windows":
+            raise ValueError(f"mixture draws windows of several stores; order: {self.order} is of one")
+        twice = sorted(set(self.mixture.sources) & set(self.validation))
+        if twice:
+            raise ValueError(f"'{twice[0]}' is a source of the mixture and a validation set; give one another name")
+        known = [*self.mixture.sources, *self.validation]
+        if self.mixture.target is not None and self.mixture.target not in known:
+            raise ValueError(f"mixture.target is '{self.mixture.target}'; it must be one of: {', '.join(known)}")
         return self
 
 
