@@ -5,10 +5,12 @@
 >>> batch = next(loader)  # tokens, labels, reset: (16, 256)
 """
 
+from paralm_data.bandits import Bandit, Exp3, Ucb1
 from paralm_data.errors import DataError
 from paralm_data.inspection import Excerpt, StoreReport, TokenCount, inspect, tokenizer_of
 from paralm_data.loader import IGNORE, Batch, Loader
 from paralm_data.manifest import Manifest
+from paralm_data.mixture import MixtureLoader, MixtureSource, random_windows, temperature_weights
 from paralm_data.permutation import Permutation, random_permutation
 from paralm_data.preparation import Prepared, is_prepared, prepare
 from paralm_data.progress import Progress
@@ -21,12 +23,16 @@ from paralm_data.tokenizer import Tokenizer
 
 __all__ = [
     "IGNORE",
+    "Bandit",
     "Batch",
     "DataError",
     "Document",
     "Excerpt",
+    "Exp3",
     "Loader",
     "Manifest",
+    "MixtureLoader",
+    "MixtureSource",
     "Permutation",
     "Prepared",
     "Progress",
@@ -40,14 +46,17 @@ __all__ = [
     "TokenStore",
     "Tokenizer",
     "TokenizerSpec",
+    "Ucb1",
     "documents",
     "inspect",
     "is_prepared",
     "make_task",
     "prepare",
     "random_permutation",
+    "random_windows",
     "register_task",
     "shards",
     "tasks",
+    "temperature_weights",
     "tokenizer_of",
 ]

@@ -17,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 
 from paralm_data.errors import DataError
-from paralm_data.orders import ORDERS
+from paralm_data.manifest import Manifest
+from paralm_data.orders import ORDERS, Rows
 from paralm_data.store import TokenStore
 
 IGNORE = -100  # the label of a position that has none: torch's cross-entropy leaves it out
@@ -30,7 +31,8 @@ class Batch:
     ``rows``: (n,) int64, their numbers in the global batch. ``tokens``: (n, seq_len) int64. ``labels``: (n, seq_len)
     int64, the next token, -100 where that belongs to another document or the position is padding. ``reset``: (n,
     seq_len) bool, true where a document starts. ``continues``: (n,) bool, the row goes on where the same row of the
-    previous step ended; where false a carried state is dropped. ``epoch``: epochs done before this step.
+    previous step ended; where false a carried state is dropped. ``epoch``: epochs done before this step. ``sources``:
+    (n,) int64, the source of each row in a mixture, None without one.
     """
 
     step: int
@@ -40,6 +42,32 @@ class Batch:
     reset: torch.Tensor
     continues: torch.Tensor
     epoch: float
+    sources: NDArray[np.int64] | None = None
+
+
+def labelled(
+    raw: Rows, manifest: Manifest, step: int, numbers: NDArray[np.int64], sources: NDArray[np.int64] | None = None
+) -> Batch:
+    """Rows (n, seq_len + 1) of a store's ids as a batch: with labels, resets, and padding masked."""
+    tokens, following = raw.tokens[:, :-1], raw.tokens[:, 1:]
+    labels = following.astype(np.int64)
+    # Sparse: a search for the few places, then a write to them, is several times faster than a masked write.
+    labels.reshape(-1)[np.flatnonzero(tokens == manifest.eos_id)] = IGNORE
+    reset = tokens == manifest.bos_id
+    tokens = tokens.astype(np.int64)
+    for index in np.flatnonzero(raw.valid < tokens.shape[1]):
+        padding = slice(int(raw.valid[index]), None)
+        tokens[index, padding], labels[index, padding], reset[index, padding] = manifest.eos_id, IGNORE, False
+    return Batch(
+        step=step,
+        rows=numbers,
+        tokens=torch.from_numpy(tokens),
+        labels=torch.from_numpy(labels),
+        reset=torch.from_numpy(reset),
+        continues=torch.from_numpy(raw.continues),
+        epoch=raw.epoch,
+        sources=sources,
+    )
 
 
 class StepLoader(ABC):
@@ -59,6 +87,15 @@ class StepLoader(ABC):
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.step = 0
         self._rows = range(global_batch_size * rank // world_size, global_batch_size * (rank + 1) // world_size)
+
+    @property
+    def _numbers(self) -> NDArray[np.int64]:
+        """(n,): the numbers of this rank's rows."""
+        return np.arange(self._rows.start, self._rows.stop, dtype=np.int64)
+
+    def start_at(self, step: int) -> None:
+        """Begin with ``step``, as a run that takes over nothing of the data before it."""
+        self.step = step
 
     @abstractmethod
     def batch(self, step: int) -> Batch:
@@ -135,26 +172,7 @@ class Loader(StepLoader):
     def batch(self, step: int) -> Batch:
         """This rank's rows of the global batch of ``step`` (from 0)."""
         self._check_step(step)
-        rows = self._order.rows(step, self._rows)
-        raw, manifest = rows.tokens, self.store.manifest
-        tokens, following = raw[:, :-1], raw[:, 1:]
-        labels = following.astype(np.int64)
-        # Sparse: a search for the few places, then a write to them, is several times faster than a masked write.
-        labels.reshape(-1)[np.flatnonzero(tokens == manifest.eos_id)] = IGNORE
-        reset = tokens == manifest.bos_id
-        tokens = tokens.astype(np.int64)
-        for index in np.flatnonzero(rows.valid < self.seq_len):
-            padding = slice(int(rows.valid[index]), None)
-            tokens[index, padding], labels[index, padding], reset[index, padding] = manifest.eos_id, IGNORE, False
-        return Batch(
-            step=step,
-            rows=np.arange(self._rows.start, self._rows.stop, dtype=np.int64),
-            tokens=torch.from_numpy(tokens),
-            labels=torch.from_numpy(labels),
-            reset=torch.from_numpy(reset),
-            continues=torch.from_numpy(rows.continues),
-            epoch=rows.epoch,
-        )
+        return labelled(self._order.rows(step, self._rows), self.store.manifest, step, self._numbers)
 
     def _identity(self) -> dict[str, Any]:
         return {"order": self.order, "store": self.store.manifest.fingerprint}

@@ -85,12 +85,17 @@ class Windows:
             first, count = first + len(part), count - len(part)
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
+    def read(self, samples: NDArray[np.int64]) -> NDArray[Any]:
+        """(n,) window numbers → (n, seq_len + 1) ids."""
+        windows: NDArray[Any] = self._windows[samples * self._seq_len]
+        return windows
+
     def rows(self, step: int, rows: range) -> Rows:
         """Rows ``rows`` of the global batch of ``step``."""
         first = step * self._batch_size
         samples = self.samples(first + rows.start, len(rows))
         return Rows(
-            tokens=self._windows[samples * self._seq_len],
+            tokens=self.read(samples),
             valid=np.full(len(rows), self._seq_len, np.int64),
             continues=np.zeros(len(rows), np.bool_),
             epoch=first / self.n_samples,
