@@ -10,38 +10,54 @@ little twice. The maps join from the last piece to the first; then all pieces wa
 
 from __future__ import annotations
 
-from .triton_template import SIZES, Names, assign, function, move, place, plus, returns, state_rows
+from .triton_template import SIZES, STEPS, Names, assign, function, place, plus, returns, state_rows, times
 
-AHEAD = 2
-"""Steps a backward walk computes while the values of as many earlier ones are on their way."""
+_UNROLL, _UNROLL_LONG, _LONG = 4, 2, 60
+"""Steps whose values are on their way while a backward walk computes those after them; fewer where a step has more
+operations than _LONG."""
+
+
+def unroll(names: Names) -> int:
+    return _UNROLL if len(names.derived.pullback.nodes) <= _LONG else _UNROLL_LONG
 
 
 def load_step(names: Names) -> str:
     """Everything a backward step reads."""
     g_rows, g = [f"g_{h}_row" for h in names.state], [f"g_{h}" for h in names.state]
-    lines = ["    here = tl.cast(t, tl.int64) * channels"]
-    lines += assign(
-        names.inputs,
-        "load_inputs",
-        [*names.row(names.inputs), "tl.cast(t, tl.int64) * x_stride_time", "mask & valid", "COMPUTE"],
-    )
+    lines = []
+    for x, row in zip(names.inputs, names.row(names.inputs), strict=True):
+        lines.append(f"    {x} = tl.load({row} + x_at, mask=mask, other=0.0)")
     for h, row in zip(names.state, names.row(names.state), strict=True):
-        lines.append(f"    {h} = tl.load({row} + here - channels, mask=mask & valid & (t > 0), other=0.0).to(COMPUTE)")
-        lines.append(f"    {h} = tl.where(t > 0, {h}, {h}_first)")
+        lines.append(f"    {h} = tl.load({row} + at - H_STEP, mask=before, other=0.0)")
     for h, row, name in zip(names.state, g_rows, g, strict=True):
         lines += [f"    {name} = tl.zeros_like({h})", f"    if HAS_{name.upper()}:"]
-        lines += [f"        {name} = tl.load({row} + here, mask=mask & valid, other=0.0).to(COMPUTE)"]
-    lines += ["    cut = flag_at(reset_row, t, valid, HAS_RESET)", "    if HAS_RESET:"]
-    lines += [f"        {h} = tl.where(cut, 0.0, {h})" for h in names.state]
+        lines += [f"        {name} = tl.load({row} + at, mask=mask, other=0.0)"]
     return function(
         "load_step",
         [
-            *(*names.row(names.inputs), *names.row(names.state), *(f"{h}_first" for h in names.state), *g_rows),
-            *("reset_row", "t", "valid", "x_stride_time", "channels", "mask", *flags(names)),
-            *("HAS_RESET: tl.constexpr", "COMPUTE: tl.constexpr"),
+            *(*names.row(names.inputs), *names.row(names.state), *g_rows, "x_at", "at", "mask", "before"),
+            *("H_STEP: tl.constexpr", *flags(names)),
         ],
-        "Inputs, the state before the step (zero after a reset), cotangents of the state, and whether a reset cuts.",
-        [*lines, *returns([*names.inputs, *names.state, *g, "cut"])],
+        "Inputs, the state before the step, and cotangents of the state, as they are stored.",
+        [*lines, *returns([*names.inputs, *names.state, *g])],
+    )
+
+
+def widen(names: Names) -> str:
+    """What was loaded, ready to compute with."""
+    g = [f"g_{h}" for h in names.state]
+    every = [*names.inputs, *names.state, *g]
+    lines = [f"    {name} = {name}.to(COMPUTE)" for name in every]
+    lines += ["    if FIRST:", *(f"        {h} = tl.where(t > 0, {h}, {h}_first)" for h in names.state)]
+    lines += ["    if HAS_RESET:", *(f"        {h} = tl.where(cut, 0.0, {h})" for h in names.state)]
+    return function(
+        "widen",
+        [
+            *(*every, "cut", *(f"{h}_first" for h in names.state), "t"),
+            *("FIRST: tl.constexpr", "HAS_RESET: tl.constexpr", "COMPUTE: tl.constexpr"),
+        ],
+        "In the compute dtype, the state before the step zero after a reset. FIRST: the step may be the first.",
+        [*lines, *returns(every)],
     )
 
 
@@ -57,41 +73,37 @@ def _accumulators(names: Names) -> list[str]:
 def retreat(names: Names) -> str:
     """One step of a backward walk."""
     g, carries = [f"g_{h}" for h in names.state], [f"carry_{h}" for h in names.state]
-    every = [*names.state, *names.inputs, *names.params]
-    lines = ["    here = tl.cast(t, tl.int64) * channels"]
+    loaded, every = [*names.inputs, *names.state, *g], [*names.state, *names.inputs, *names.params]
+    args = [*loaded, "cut", *(f"{h}_first" for h in names.state), "t", "FIRST", "HAS_RESET", "COMPUTE"]
+    lines = assign(loaded, "widen", args)
     grads = [f"to_{name}" for name in every]
     arguments = [*every, *(f"{name} + {carry}" for name, carry in zip(g, carries, strict=True))]
     lines += assign(grads, "pullback", arguments)
-    for x in names.inputs:
-        row = f"to_{x}_row"
-        lines.append(f"    tl.store({row} + here, to_{x}.to({row}.dtype.element_ty), mask=mask & valid)")
-    for a in names.params:
-        call = f"add_compensated(sum_{a}, lost_{a}, tl.where(valid, to_{a}, 0.0))"
-        lines.append(f"    sum_{a}, lost_{a} = {call}")
-    for h, carry in zip(names.state, carries, strict=True):
-        lines += [f"    if HAS_RESET:\n        to_{h} = tl.where(cut, 0.0, to_{h})"]
-        lines += [f"    {carry} = tl.where(valid, to_{h}, {carry})"]
     rows = [f"to_{x}_row" for x in names.inputs]
+    for x, row in zip(names.inputs, rows, strict=True):
+        lines.append(f"    tl.store({row} + at, to_{x}.to({row}.dtype.element_ty), mask=mask)")
+    lines += ["    if HAS_RESET:", *(f"        to_{h} = tl.where(cut, 0.0, to_{h})" for h in names.state)]
     return function(
         "retreat",
         [
-            *(*carries, *_accumulators(names), *names.inputs, *names.state, *g, "cut", *names.params, *rows),
-            *("t", "valid", "channels", "mask", "HAS_RESET: tl.constexpr"),
+            *(*carries, *loaded, "cut", *(f"{h}_first" for h in names.state), *names.params, *rows, "at", "t", "mask"),
+            *("FIRST: tl.constexpr", "HAS_RESET: tl.constexpr", "COMPUTE: tl.constexpr"),
         ],
-        "One step back: stores the gradients of the inputs, adds those of the params, returns the carry before it.",
-        [*lines, *returns([*carries, *_accumulators(names)])],
+        "One step back: stores the gradients of the inputs; the carry before it, and what the params' get from it.",
+        [*lines, *returns([*(f"to_{h}" for h in names.state), *(f"to_{a}" for a in names.params)])],
     )
 
 
-def _loaded(names: Names, suffix: str) -> list[str]:
-    every = [*names.inputs, *names.state, *(f"g_{h}" for h in names.state), "cut"]
-    return [f"{name}_{suffix}" for name in every]
+def _loaded(names: Names, suffix: str = "") -> list[str]:
+    return [f"{name}{suffix}" for name in [*names.inputs, *names.state, *(f"g_{h}" for h in names.state)]]
 
 
-def _call_load(names: Names, suffix: str, t: str, valid: str, indent: int) -> list[str]:
-    args = [*names.row(names.inputs), *names.row(names.state), *(f"{h}_first" for h in names.state)]
-    args += [*(f"g_{h}_row" for h in names.state), "reset_row", t, valid, "x_stride_time", "channels", "mask"]
-    return assign(_loaded(names, suffix), "load_step", [*args, *flags(names, False), "HAS_RESET", "COMPUTE"], indent)
+def _call_load(names: Names, suffix: str, back: int, mask: str, before: str, indent: int) -> list[str]:
+    """Loads the step that is `back` steps before the one the rows point to; after it where `back` is negative."""
+    sign, steps = ("-" if back > 0 else ""), abs(back)
+    args = [*names.row(names.inputs), *names.row(names.state), *(f"g_{h}_row" for h in names.state)]
+    args += [f"{sign}{times(steps, 'X_STEP')}" if back else "0", f"{sign}{times(steps, 'H_STEP')}" if back else "0"]
+    return assign(_loaded(names, suffix), "load_step", [*args, mask, before, "H_STEP", *flags(names, False)], indent)
 
 
 def _rows(names: Names, more: list[tuple[str, str]]) -> list[str]:
@@ -108,35 +120,57 @@ def _pointers(names: Names) -> list[str]:
 
 
 def _options(names: Names) -> list[str]:
-    return ["batches", "length", *SIZES, *flags(names), "HAS_RESET: tl.constexpr", "COMPUTE: tl.constexpr"]
+    return ["batches", "length", *SIZES, *STEPS, *flags(names), "HAS_RESET: tl.constexpr", "COMPUTE: tl.constexpr"]
+
+
+def _to(names: Names, where: str) -> list[str]:
+    """The rows moved to a step."""
+    own = [*names.row(names.state), *(f"g_{h}_row" for h in names.state)]
+    lines = [f"    {row} += tl.cast({where}, tl.int64) * X_STEP" for row in names.row(names.inputs)]
+    return lines + [f"    {row} += tl.cast({where}, tl.int64) * H_STEP" for row in own]
 
 
 def backward_kernel(names: Names) -> str:
     """The pieces walked back."""
-    carries = [f"carry_{h}" for h in names.state]
+    carries, steps = [f"carry_{h}" for h in names.state], unroll(names)
+    to_rows, firsts = [f"to_{x}_row" for x in names.inputs], [f"{h}_first" for h in names.state]
+    own = [*names.row(names.state), *(f"g_{h}_row" for h in names.state), *to_rows]
+    parts = [f"to_{a}" for a in names.params]
+
+    def step(suffix: str, at: str, t: str, first: bool, indent: int) -> list[str]:
+        args = [*carries, *_loaded(names, suffix), f"cut{suffix}", *firsts, *names.params, *to_rows, at, t, "mask"]
+        return assign([*carries, *parts], "retreat", [*args, str(first), "HAS_RESET", "COMPUTE"], indent)
+
+    def back(count: int) -> list[str]:
+        lines = [f"        {row} -= {times(count, 'X_STEP')}" for row in names.row(names.inputs)]
+        return [*lines, *(f"        {row} -= {times(count, 'H_STEP')}" for row in own), f"        t -= {count}"]
+
+    def add(values: str) -> list[str]:
+        return [f"        sum_{a}, lost_{a} = add_compensated(sum_{a}, lost_{a}, {values}{a})" for a in names.params]
+
     lines = _rows(names, [(f"to_{x}_row", f"to_{x}_ptr") for x in names.inputs])
     lines += ["    at = piece.to(tl.int64) * batches * channels + here"]
     lines += [f"    {carry} = tl.load({carry}_ptr + at, mask=mask, other=0.0)" for carry in carries]
     lines += [f"    {name} = tl.zeros_like({carries[0]})" for name in _accumulators(names)]
-    for u in range(AHEAD):
-        lines += _call_load(names, str(u), plus("stop", -u - 1), f"stop - {u + 1} >= start", 4)
-    lines += ["    t = stop - 1", "    while t >= start:"]
-    for u in range(AHEAD):
-        lines += _call_load(names, f"ahead_{u}", f"t - {AHEAD + u}", f"t - {AHEAD + u} >= start", 8)
-    for u in range(AHEAD):
-        args = [*carries, *_accumulators(names), *_loaded(names, str(u)), *names.params]
-        args += [
-            *(f"to_{x}_row" for x in names.inputs),
-            plus("t", -u),
-            f"{plus('t', -u)} >= start",
-            "channels",
-            "mask",
-            "HAS_RESET",
-        ]
-        lines += assign([*carries, *_accumulators(names)], "retreat", args, 8)
-    for u in range(AHEAD):
-        lines += move(_loaded(names, str(u)), _loaded(names, f"ahead_{u}"), 8)
-    lines += [f"        t -= {AHEAD}"]
+    lines += [f"    whole = stop - (stop - start) // {steps} * {steps}", "    some = mask & (whole < stop)"]
+    lines += [*_to(names, "stop - 1"), *(f"    {row} += tl.cast(stop - 1, tl.int64) * H_STEP" for row in to_rows)]
+    for u in range(steps):
+        # of a group only its last step can be the sequence's first
+        before = f"some & (stop > {u + 1})" if u == steps - 1 else "some"
+        lines += _call_load(names, f"_{u}", u, "some", before, 4)
+        lines += [f"    cut_{u} = flag_at(reset_row, {plus('stop', -u - 1)}, whole < stop, HAS_RESET)"]
+    lines += ["    t = stop - 1", "    while t >= whole:"]
+    lines += [f"        more = t - {steps} >= whole", "        some = mask & more"]
+    for u in range(steps):
+        lines += step(f"_{u}", f"-{times(u, 'H_STEP')}" if u else "0", plus("t", -u), u == steps - 1, 8)
+        lines += [f"        part_{a} = {f'part_{a} + ' if u else ''}to_{a}" for a in names.params]
+        before = f"some & (t > {steps + u})" if u == steps - 1 else "some"
+        lines += _call_load(names, f"_{u}", steps + u, "some", before, 8)
+        lines += [f"        cut_{u} = flag_at(reset_row, t - {steps + u}, more, HAS_RESET)"]
+    lines += [*add("part_"), *back(steps), "    while t >= start:"]
+    lines += _call_load(names, "", 0, "mask", "mask & (t > 0)", 8)
+    lines += ["        cut = flag_at(reset_row, t, t >= start, HAS_RESET)", *step("", "0", "t", True, 8)]
+    lines += [*add("to_"), *back(1)]
     lines += [f"    tl.store(to_{a}_ptr + at, sum_{a}, mask=mask)" for a in names.params]
     lines += [f"    tl.store(to_{h}_first_ptr + here, carry_{h}, mask=mask & (piece == 0))" for h in names.state]
     pointers = [*_pointers(names), *(f"{carry}_ptr" for carry in carries), *(f"to_{x}_ptr" for x in names.inputs)]
@@ -151,40 +185,53 @@ def backward_kernel(names: Names) -> str:
 
 def backward_maps_kernel(names: Names) -> str:
     """The affine map of each piece."""
-    size = range(len(names.state))
+    size, steps = range(len(names.state)), unroll(names)
+    firsts = [f"{h}_first" for h in names.state]
     lines = _rows(names, [])
     for i, j in names.pairs:
         lines.append(f"    {names.entry('m', i, j)} = tl.zeros_like({names.state[0]}_first) + {float(i == j)}")
     lines += [f"    d_{h} = tl.zeros_like({h}_first)" for h in names.state]
-    lines += _call_load(names, "0", "start", "start < stop", 4)
+    lines += _to(names, "start")
+    for u in range(steps):
+        there = f"mask & ({plus('start', u)} < stop)"
+        lines += _call_load(names, f"_{u}", -u, there, there if u else "mask & (start > 0)", 4)
+        lines += [f"    cut_{u} = flag_at(reset_row, {plus('start', u)}, {plus('start', u)} < stop, HAS_RESET)"]
     lines += ["    t = start", "    inside = 1.0", "    while (t < stop) & (inside > TINY):"]
-    lines += _call_load(names, "ahead_0", "t + 1", "t + 1 < stop", 8)
-    given = [*(f"{name}_0" for name in [*names.state, *names.inputs]), *names.params]
-    lines += assign([*(f"_next_{h}" for h in names.state), *names.jacobian], "linearised", given, 8)
-    # the map so far after Jᵀ: new = m · Jᵀ
-    for i, j in names.pairs:
-        terms = [
-            f"{names.entry('m', i, k)} * {names.entry('j', j, k)}"
-            for k in size
-            if names.entry("m", i, k) and names.entry("j", j, k) and not names.zero(j, k)
-        ]
-        lines.append(f"        new_{names.entry('m', i, j)} = {' + '.join(terms) or '0.0'}")
+    for u in range(steps):
+        now = plus("t", u)
+        args = [*_loaded(names, f"_{u}"), f"cut_{u}", *firsts, now, str(u == 0), "HAS_RESET", "COMPUTE"]
+        lines += assign(_loaded(names), "widen", args, 8)
+        ahead = f"t + {steps + u} < stop"
+        lines += _call_load(names, f"_{u}", -steps - u, f"mask & ({ahead})", f"mask & ({ahead})", 8)
+        given = [*names.state, *names.inputs, *names.params]
+        lines += assign([*(f"_next_{h}" for h in names.state), *names.jacobian], "linearised", given, 8)
+        # the map so far after Jᵀ: new = m · Jᵀ
+        for i, j in names.pairs:
+            terms = [
+                f"{names.entry('m', i, k)} * {names.entry('j', j, k)}"
+                for k in size
+                if names.entry("m", i, k) and names.entry("j", j, k) and not names.zero(j, k)
+            ]
+            lines.append(f"        new_{names.entry('m', i, j)} = {' + '.join(terms) or '0.0'}")
+        for i, j in names.pairs:
+            m = names.entry("m", i, j)
+            lines += [f"        if HAS_RESET:\n            new_{m} = tl.where(cut_{u}, 0.0, new_{m})"]
+            lines += [f"        {m} = tl.where({now} < stop, new_{m}, {m})"]
+        for i in size:
+            for k in size:
+                if names.entry("m", i, k):
+                    h = names.state[i]
+                    lines.append(f"        d_{h} += {names.entry('m', i, k)} * g_{names.state[k]}")
+        lines += [f"        cut_{u} = flag_at(reset_row, t + {steps + u}, {ahead}, HAS_RESET)"]
     lines += ["        inside = 0.0"]
-    for i, j in names.pairs:
-        m = names.entry("m", i, j)
-        lines += [f"        if HAS_RESET:\n            new_{m} = tl.where(cut_0, 0.0, new_{m})"]
-        lines += [f"        {m} = tl.zeros_like({m}) + new_{m}"]
-        lines += [f"        inside = tl.maximum(inside, largest_size({m}, mask))"]
-    for i in size:
-        for k in size:
-            if names.entry("m", i, k):
-                h = names.state[i]
-                lines.append(f"        d_{h} += {names.entry('m', i, k)} * g_{names.state[k]}_0")
-    lines += [*move(_loaded(names, "0"), _loaded(names, "ahead_0"), 8), "        t += 1"]
+    lines += [f"        inside = tl.maximum(inside, largest_size({m}, mask))" for m in names.product]
+    lines += [f"        {row} += {times(steps, 'X_STEP')}" for row in names.row(names.inputs)]
+    own = [*names.row(names.state), *(f"g_{h}_row" for h in names.state)]
+    lines += [*(f"        {row} += {times(steps, 'H_STEP')}" for row in own), f"        t += {steps}"]
     lines += ["    at = piece.to(tl.int64) * batches * channels + here"]
     results = [*names.product, *(f"d_{h}" for h in names.state)]
     lines += [f"    tl.store({name}_ptr + at, {name}, mask=mask)" for name in results]
-    lines += ["    tl.store(steps_ptr + program, (t - start).to(tl.int32))"]
+    lines += ["    tl.store(steps_ptr + program, (tl.minimum(t, stop) - start).to(tl.int32))"]
     return function(
         "backward_maps_kernel",
         [
@@ -232,5 +279,5 @@ def backward_join_kernel(names: Names) -> str:
 
 def backward(names: Names) -> list[str]:
     """All functions of the backward pass, in order."""
-    make = (load_step, retreat, backward_kernel, backward_maps_kernel, backward_join_kernel)
+    make = (load_step, widen, retreat, backward_kernel, backward_maps_kernel, backward_join_kernel)
     return [one(names) for one in make]

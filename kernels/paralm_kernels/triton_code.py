@@ -108,6 +108,15 @@ _USED = frozenset(
         "power",
         "rounds",
         "walked",
+        "whole",
+        "some",
+        "more",
+        "edge",
+        "to",
+        "before",
+        "keep",
+        "widen",
+        "x_at",
     ]
 )
 

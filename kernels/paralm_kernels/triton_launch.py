@@ -26,6 +26,10 @@ WALK_BLOCK = 32
 """Channels of a program that walks: one a thread, one warp, so that few channels still make many programs."""
 CHECK = 32
 """Steps between the states in full precision at which a walk asks whether it has met the stored trajectory."""
+MODEL_WIDTH = 4096
+"""Channels for which kernels are compiled ahead of a launch."""
+_MULTIPLES = ("channels", "x_stride_batch", "x_stride_time")
+"""Whole numbers that are multiples of 16 in models."""
 _SLACK = 2.0**-10
 """Relative widening of a cell's box, as in newton.py."""
 _INTEGERS = {"iterations", "steps", "walked", "rounds", "last_walked", "last_rounds"}
@@ -77,7 +81,7 @@ class Kernels:
         self.given["reset_ptr"] = x[0] if reset is None else reset.contiguous().view(torch.uint8)
         self.more(HAS_RESET=reset is not None, COMPUTE=COMPUTE[problem.dtype])
         self.more(time=self.time, channels=self.channels, batches=self.batch)
-        self.more(x_stride_batch=strides[0], x_stride_time=strides[1])
+        self.more(x_stride_batch=strides[0], x_stride_time=strides[1], X_STEP=strides[1], H_STEP=self.channels)
 
     def more(self, pairs: Iterable[tuple[str, Any]] = (), **values: Any) -> None:
         """Further arguments by name."""
@@ -165,10 +169,12 @@ def default_launches(cell: Cell, dtypes: Sequence[str] = ("bf16", "fp32")) -> li
         compute = tl.float64 if given == "fp64" else tl.float32
         common = {"HAS_RESET": True, "COMPUTE": compute, "BLOCK": WALK_BLOCK, "TINY": TINY[compute], "CHECK": CHECK}
         common |= {f"HAS_G_{h.upper()}": True for h in names.state}
+        common |= {"X_STEP": len(names.inputs) * MODEL_WIDTH, "H_STEP": MODEL_WIDTH}
         for label, name, warps, options in every:
             function = getattr(made, name)
             signature = _signature(names, function, given)
             values = {**common, **options}
             constexprs = {argument: values[argument] for argument, kind in signature.items() if kind == "constexpr"}
-            launches.append(Launch(f"{label} {given}", function, signature, constexprs, warps))
+            aligned = tuple(name for name, kind in signature.items() if kind[0] == "*" or name in _MULTIPLES)
+            launches.append(Launch(f"{label} {given}", function, signature, constexprs, warps, aligned=aligned))
     return launches

@@ -2,13 +2,25 @@
 """The elementwise functions of a step in Triton, the same on every device: no vendor library below float64.
 
 A device's fast exponential is off by |x| roundings, its logarithm by an absolute 2⁻²², and Triton has no tanh, log1p or
-expm1 of its own. These are within a few units in the last place over the whole range (tested against float64), do
-not overflow, keep the relative accuracy of small results, and propagate NaN. In float64 the device's own exp and log
+expm1 of its own. These are within a few units in the last place over the whole range (tested against float64; but see
+sigmoid, which with tanh is most of what a step costs), do not overflow, keep the relative accuracy of small results, and propagate NaN. In float64 the device's own exp and log
 are exact enough to build on. Coefficients were fitted for this file; each comment has the error of the polynomial.
 """
 
 import triton
 import triton.language as tl
+
+if triton.knobs.runtime.interpret:
+
+    def _on_nvidia():
+        return False
+
+else:
+
+    @tl.core.builtin
+    def _on_nvidia(_semantic=None):
+        """Whether it is compiled for an NVIDIA device, which may be none that is here."""
+        return tl.constexpr(_semantic.builder.options.backend_name == "cuda")
 
 
 @triton.jit
@@ -36,18 +48,30 @@ def exp(x):
 
 
 @triton.jit
+def reciprocal(x):
+    """1 / x; in float32 on NVIDIA the hardware's, one rounding off, without the care for numbers beyond 2¹²⁶."""
+    if x.dtype == tl.float32 and _on_nvidia():
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    else:
+        return 1.0 / x
+
+
+@triton.jit
 def sigmoid(x):
-    """1 / (1 + e⁻ˣ)."""
-    e = exp(-tl.abs(x))
-    return tl.where(x < 0, e, 1.0) / (1.0 + e)
+    """1 / (1 + e⁻ˣ). In float32 three units in the last place, and |x| more where that is negative: of a gate as good
+    as shut, which is added to something far larger."""
+    if x.dtype == tl.float64:
+        e = tl.exp(-tl.abs(x))
+        return tl.where(x < 0, e, 1.0) / (1.0 + e)
+    else:
+        return reciprocal(1.0 + tl.exp2(x * -1.4426950408889634))
 
 
 @triton.jit
 def tanh(x):
     """The hyperbolic tangent."""
-    size = tl.abs(x)
     if x.dtype == tl.float64:
-        e = expm1(-2.0 * size)
+        e = expm1(-2.0 * tl.abs(x))
         result = -e / (2.0 + e)
         return tl.where(x < 0, -result, result)
     else:
@@ -56,9 +80,8 @@ def tanh(x):
         p = p * u + -0.05393378809094429
         p = p * u + 0.1333322674036026
         p = p * u + -0.3333333134651184
-        e = exp(-2.0 * size)
-        large = (1.0 - e) / (1.0 + e)
-        return tl.where(size < 0.5, x + x * u * p, tl.where(x < 0, -large, large))
+        large = 1.0 - 2.0 * reciprocal(1.0 + tl.exp2(x * 2.8853900817779268))
+        return tl.where(tl.abs(x) < 0.5, x + x * u * p, large)
 
 
 @triton.jit

@@ -7,14 +7,16 @@ first k steps those of the plain loop, bit for bit.
 
 Segments (multiple shooting): pieces of time are walked side by side from guessed entries s_p, with y_p the state at the
 end of a piece and M_p the product of its Jacobians. Joining them, s'_{p+1} = y_p + M_p (s'_p − s_p), is a Newton step
-on the entries. A piece whose entry moved is walked again, until it meets the trajectory it has stored. After a fixed
+on the entries. A piece whose entry moved is walked again, until it meets the trajectory it has stored. The first walk
+takes M_p = 0 and saves the Jacobians, which a cell that forgets never needs; what does not meet gets them with the
+second. After a fixed
 number of rounds one program a batch row and block of channels goes through the pieces in order and walks again each
 whose entry is not the state at the end of the piece before: so the result is exact however many rounds were enough.
 """
 
 from __future__ import annotations
 
-from .triton_template import SIZES, Names, assign, function, place, returns, state_rows
+from .triton_template import SIZES, STEPS, Names, assign, function, place, returns, state_rows
 
 
 def compose(names: Names) -> str:
@@ -133,6 +135,7 @@ def tile_kernel(names: Names) -> str:
                 "iterations_ptr",
                 "update_ptr",
                 *SIZES,
+                "x_stride_time",
                 "tol",
                 "limit",
                 "HAS_RESET: tl.constexpr",
@@ -144,26 +147,24 @@ def tile_kernel(names: Names) -> str:
     )
 
 
-def _walk(names: Names, meet: str, jacobian: bool, indent: int) -> list[str]:
-    """walk_piece of one piece from its entry; leaves the state, the product m, `t` and `met`."""
+def _walk(names: Names, meet: str, jacobian: str, indent: int) -> list[str]:
+    """walk_piece of one piece from its entry; leaves the state, the product m, `t` and `met`.
+
+    meet, jacobian: "True", "False" or the name of a flag.
+    """
     pad = " " * indent
     lines = [f"{pad}{h} = {h}_entry" for h in names.state]
     first = f"{names.state[0]}_entry"
-    products = [f"tl.zeros_like({first}) + {float(i == j)}" if jacobian else first for i, j in names.pairs]
+    wanted = jacobian != "False"
+    products = [f"tl.zeros_like({first}) + {float(i == j)}" if wanted else first for i, j in names.pairs]
     lines += [f"{pad}{m} = {value}" for m, value in zip(names.product, products, strict=True)]
     args = [*names.state, *names.product, *names.row(names.inputs), *names.params, *names.row(names.state)]
     args += [
         *names.row(names.state, "_check"),
-        "reset_row",
-        "start",
-        "stop",
-        "x_stride_time",
-        "channels",
-        "mask",
-        "tol",
+        *("reset_row", "start", "stop", "mask", "tol", "X_STEP", "H_STEP"),
     ]
-    args += ["HAS_RESET", "True", str(jacobian), meet, "COMPUTE", "CHECK"]
-    products = names.product if jacobian else [f"_{m}" for m in names.product]
+    args += ["HAS_RESET", "True", jacobian, meet, "COMPUTE", "CHECK"]
+    products = names.product if wanted else [f"_{m}" for m in names.product]
     return lines + assign([*names.state, *products, "t", "met"], "walk_piece", args, indent)
 
 
@@ -208,10 +209,11 @@ def segments_kernel(names: Names) -> str:
     ]
     lines += ["    if moved > tol:"]
     lines += [f"        tl.store({h}_used_ptr + at, {h}_entry, mask=mask)" for h in names.state]
-    lines += _walk(names, "AGAIN", True, 8)
+    lines += _walk(names, "AGAIN", "AGAIN", 8)
     lines += ["        if met == 0:"]
     lines += [f"            tl.store({h}_end_ptr + at, {h}, mask=mask)" for h in names.state]
-    lines += [f"            tl.store({m}_ptr + at, {m}, mask=mask)" for m in names.product]
+    lines += ["            if AGAIN:"]
+    lines += [f"                tl.store({m}_ptr + at, {m}, mask=mask)" for m in names.product]
     lines += ["        if AGAIN:"]
     lines += ["            walked = tl.load(walked_ptr + program) + (t - start).to(tl.int32)"]
     lines += ["            tl.store(walked_ptr + program, walked)"]
@@ -220,7 +222,15 @@ def segments_kernel(names: Names) -> str:
         "segments_kernel",
         [
             *(*_tensors(names), *names.ptr(names.state, "_entry"), "walked_ptr", "rounds_ptr", "batches", "length"),
-            *("checks", *SIZES, "tol", "AGAIN: tl.constexpr", "HAS_RESET: tl.constexpr", "COMPUTE: tl.constexpr"),
+            *(
+                "checks",
+                *SIZES,
+                "tol",
+                *STEPS,
+                "AGAIN: tl.constexpr",
+                "HAS_RESET: tl.constexpr",
+                "COMPUTE: tl.constexpr",
+            ),
             *("CHECK: tl.constexpr", "BLOCK: tl.constexpr"),
         ],
         "Walks every piece whose entry moved; the first time all, from the initial state and from zero.",
@@ -282,7 +292,7 @@ def segments_finish_kernel(names: Names) -> str:
         lines += [f"        {h}_used = tl.load({h}_used_ptr + at, mask=mask, other=0.0)"]
         lines += [f"        moved = tl.maximum(moved, relative_change({h}_entry, {h}_used, mask))"]
     lines += [f"        {h}_end = tl.load({h}_end_ptr + at, mask=mask, other=0.0)" for h in names.state]
-    lines += ["        if moved > tol:", *_walk(names, "True", False, 12)]
+    lines += ["        if moved > tol:", *_walk(names, "True", "False", 12)]
     lines += [f"            {h}_end = tl.where(met == 0, {h}, {h}_end)" for h in names.state]
     lines += ["            walked += (t - start).to(tl.int32)", "            pieces_walked += 1"]
     lines += ["        else:", "            worst = tl.maximum(worst, moved)"]
@@ -297,7 +307,7 @@ def segments_finish_kernel(names: Names) -> str:
         "segments_finish_kernel",
         [
             *(*_tensors(names), *names.ptr(names.state, "_final"), "last_walked_ptr", "last_rounds_ptr", "update_ptr"),
-            *("pieces", "batches", "length", "checks", *SIZES, "tol", "HAS_RESET: tl.constexpr"),
+            *("pieces", "batches", "length", "checks", *SIZES, "tol", *STEPS, "HAS_RESET: tl.constexpr"),
             *("COMPUTE: tl.constexpr", "CHECK: tl.constexpr", "BLOCK: tl.constexpr"),
         ],
         "Goes through the pieces in order and walks again each that did not start where the one before ends.",

@@ -4,7 +4,7 @@ are none.
 MEASURED maps (cell, batch, time, channels) to the fastest method; `python benchmarks/solver.py` prints the times. It is
 empty: no GPU was at hand. The model is arithmetic on figures of an H100 (the constants below). A walk costs its latency
 a step as long as its warps are fewer than the device holds, so it is bound by time × latency or by bytes, whichever is
-more. Segments make warps out of time; they carry the Jacobian, walk about a tenth again, and launch a few kernels. A
+more. Segments make warps out of time; they walk about a tenth again, and launch a few kernels. A
 tile costs some iterations of a scan, which is slower than walking its steps unless a step is very slow.
 """
 
@@ -22,12 +22,11 @@ BANDWIDTH = 3e12
 """Bytes a second."""
 LAUNCH = 4e-6
 """Seconds a further kernel costs."""
-JACOBIAN = 1.6
-"""How much longer a step takes that carries the product of Jacobians."""
 AGAIN = 0.1
 """The fraction of steps walked again, for cells that forget."""
-ROUNDS = 3
-"""Rounds of joining and walking again before what is left is walked in order."""
+ROUNDS = 5
+"""Rounds of joining and walking again before what is left is walked in order: one for cells that forget, five for a
+gate with a bias of −6."""
 SHORTEST = 256
 """Steps of the shortest piece: shorter ones are walked again as a whole."""
 LARGEST = 256
@@ -60,6 +59,6 @@ def choose(cell: str, batch: int, time: int, channels: int, bytes_per_step: int)
     if pieces < 2:
         return Choice("walk")
     spread = max(1.0, warps * pieces / WARPS)
-    again = (1 + AGAIN) * max(time / pieces * STEP * JACOBIAN * spread, transfer)
+    again = (1 + AGAIN) * max(time / pieces * STEP * spread, transfer)
     segments = again + 2 * (ROUNDS + 1) * LAUNCH
     return Choice("segments", pieces) if segments < walk else Choice("walk")

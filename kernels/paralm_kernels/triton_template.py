@@ -17,10 +17,12 @@ import torch
 from .derive import Derived, cotangent_name, jacobian_name, next_name
 from .triton_code import identifiers, statements
 
-_UNROLL, _UNROLL_LONG, _LONG = 4, 2, 40
-"""Steps a walk computes while the inputs of as many following ones are on their way; fewer where a step has more
-operations than _LONG, which hide the loads by themselves."""
+_UNROLL, _UNROLL_LONG, _LONG = 8, 4, 60
+"""Steps whose inputs are on their way while a walk computes those before; fewer where a step has more operations than
+_LONG, which hide the loads by themselves."""
 WIDTH = 120
+_PLAIN = ("time", "batches", "pieces", "length", "checks")
+"""Arguments that Triton would compile for anew where they are one or a multiple of 16."""
 
 
 class Names:
@@ -99,17 +101,11 @@ def assign(targets: Sequence[str], function: str, args: Sequence[str], indent: i
     return [f"{pad}(", *wrapped(targets, indent + 4), *bracket(f") = {function}", args, "", indent)]
 
 
-def move(targets: Sequence[str], values: Sequence[str], indent: int) -> list[str]:
-    """`targets = values`, on one line or a line each."""
-    pad, line = " " * indent, f"{', '.join(targets)} = {', '.join(values)}"
-    if len(pad + line) <= WIDTH:
-        return [pad + line]
-    return [f"{pad}{target} = {value}" for target, value in zip(targets, values, strict=True)]
-
-
 def function(name: str, args: Sequence[str], doc: str, body: Iterable[str]) -> str:
-    """The text of one jitted function."""
-    return "\n".join(["@triton.jit", *bracket(f"def {name}", args, ":"), f'    """{doc}"""', *body, ""])
+    """The text of one jitted function. A kernel is not compiled again for another batch or length."""
+    plain = [arg for arg in args if arg in _PLAIN and name.endswith("_kernel")]
+    jit = f"@triton.jit(do_not_specialize=[{', '.join(map(repr, plain))}])" if plain else "@triton.jit"
+    return "\n".join([jit.replace("'", '"'), *bracket(f"def {name}", args, ":"), f'    """{doc}"""', *body, ""])
 
 
 def returns(values: Sequence[str]) -> list[str]:
@@ -195,7 +191,7 @@ def call_load_params(names: Names) -> list[str]:
 def advance(names: Names) -> str:
     """One step of a walk."""
     rows = names.row(names.state)
-    lines = ["    valid = t < stop"]
+    lines = [f"    {x} = {x}.to(COMPUTE)" for x in names.inputs]
     lines += ["    if HAS_RESET:", *(f"        {h} = tl.where(cut, 0.0, {h})" for h in names.state)]
     new = [f"next_{h}" for h in names.state]
     given = [*names.state, *names.inputs, *names.params]
@@ -205,68 +201,91 @@ def advance(names: Names) -> str:
         lines.append(f"        new_{names.entry('m', i, j)} = {product}")
     lines += ["        if HAS_RESET:"]
     lines += [f"            new_{m} = tl.where(cut, 0.0, new_{m})" for m in names.product]
-    lines += [f"        {m} = tl.where(valid, new_{m}, {m})" for m in names.product]
+    lines += [f"        {m} = tl.zeros_like({m}) + new_{m}" for m in names.product]
     lines += ["    else:", *assign(new, "step", given, 8)]
-    lines += ["    here = tl.cast(t, tl.int64) * channels"]
     for h, row in zip(names.state, rows, strict=True):
-        lines.append(f"    tl.store({row} + here, next_{h}.to({row}.dtype.element_ty), mask=mask & valid)")
-    lines += [f"    {h} = tl.where(valid, next_{h}, {h})" for h in names.state]
+        lines.append(f"    tl.store({row} + to, next_{h}.to({row}.dtype.element_ty), mask=mask)")
     return function(
         "advance",
         [
-            *(*names.state, *names.product, *names.inputs, *names.params, "cut", *rows, "t", "stop", "channels"),
-            *("mask", "HAS_RESET: tl.constexpr", "JACOBIAN: tl.constexpr"),
+            *(*names.state, *names.product, *names.inputs, *names.params, "cut", *rows, "to", "mask"),
+            *("HAS_RESET: tl.constexpr", "JACOBIAN: tl.constexpr", "COMPUTE: tl.constexpr"),
         ],
         "One step of a walk: the state after it, which is stored, and the product of Jacobians.",
-        [*lines, *returns([*names.state, *names.product])],
+        [*lines, *returns([*new, *names.product])],
+    )
+
+
+def keep(names: Names) -> str:
+    """What a walk of a piece does every CHECK steps."""
+    checks = names.row(names.state, "_check")
+    lines = ["    met = 0", "    if MEET:", "        moved = 0.0"]
+    for h, row in zip(names.state, checks, strict=True):
+        lines += [f"        old = tl.load({row} + here, mask=mask, other=0.0)"]
+        lines += [f"        moved = tl.maximum(moved, relative_change({h}, old, mask))"]
+    lines += ["        met = (moved <= tol).to(tl.int32)"]
+    for h, row in zip(names.state, checks, strict=True):
+        lines += [f"    tl.store({row} + here, {h}, mask=mask & (met == 0))"]
+    return function(
+        "keep",
+        [*names.state, *checks, "here", "mask", "tol", "MEET: tl.constexpr"],
+        "Keeps the state in full precision, unless it has met the one that is kept.",
+        [*lines, "    return met"],
     )
 
 
 def walk_piece(names: Names) -> str:
     """A walk over some steps."""
-    carried = [*names.state, *names.product]
+    carried, unroll = [*names.state, *names.product], names.unroll
     x_rows, rows, checks = names.row(names.inputs), names.row(names.state), names.row(names.state, "_check")
 
-    def load(suffix: str, when: str, indent: int) -> list[str]:
-        args = [*x_rows, f"tl.cast({when}, tl.int64) * x_stride_time", f"mask & ({when} < stop)", "COMPUTE"]
-        lines = assign([f"{x}_{suffix}" for x in names.inputs], "load_inputs", args, indent)
-        flag = f"cut_{suffix} = flag_at(reset_row, {when}, {when} < stop, HAS_RESET)"
-        return [*lines, " " * indent + flag]
+    def load(u: int, offset: str, mask: str, indent: int, suffix: str = "") -> list[str]:
+        pad = " " * indent
+        pairs = zip(names.inputs, x_rows, strict=True)
+        return [f"{pad}{x}{suffix} = tl.load({row}{offset}, mask={mask}, other=0.0)" for x, row in pairs]
 
-    lines: list[str] = []
-    for u in range(names.unroll):
-        lines += load(str(u), plus("start", u), 4)
-    lines += ["    t = start", "    met = 0", "    while (t < stop) & (met == 0):"]
-    for u in range(names.unroll):
-        lines += load(f"ahead_{u}", plus("t", names.unroll + u), 8)
-    for u in range(names.unroll):
-        rest = [f"cut_{u}", *rows, plus("t", u), "stop", "channels", "mask", "HAS_RESET", "JACOBIAN"]
-        args = [*carried, *(f"{x}_{u}" for x in names.inputs), *names.params, *rest]
-        lines += assign(carried, "advance", args, 8)
-    for u in range(names.unroll):
-        moved = [*names.inputs, "cut"]
-        lines += move([f"{x}_{u}" for x in moved], [f"{x}_ahead_{u}" for x in moved], 8)
-    lines += [f"        t += {names.unroll}", "        if PIECES:"]
-    lines += ["            edge = ((t - start) % CHECK == 0) | (t >= stop)", "            if edge:"]
-    lines += ["                here = tl.cast((tl.minimum(t, stop) - 1) // CHECK, tl.int64) * channels"]
-    lines += ["                if MEET:", "                    moved = 0.0"]
-    for h, row in zip(names.state, checks, strict=True):
-        lines += [f"                    old = tl.load({row} + here, mask=mask, other=0.0)"]
-        lines += [f"                    moved = tl.maximum(moved, relative_change({h}, old, mask))"]
-    lines += ["                    met = (moved <= tol).to(tl.int32)"]
-    for h, row in zip(names.state, checks, strict=True):
-        lines += [f"                tl.store({row} + here, {h}, mask=mask & (met == 0))"]
+    def step(suffix: str, to: str) -> list[str]:
+        args = [*carried, *(f"{x}{suffix}" for x in names.inputs), *names.params, f"cut{suffix}", *rows, to, "mask"]
+        return assign(carried, "advance", [*args, "HAS_RESET", "JACOBIAN", "COMPUTE"], 8)
+
+    def further(steps: int) -> list[str]:
+        lines = [f"        t += {steps}"]
+        lines += [f"        {row} += {times(steps, 'X_STEP')}" for row in x_rows]
+        lines += [f"        {row} += {times(steps, 'H_STEP')}" for row in rows]
+        lines += ["        if PIECES:", "            edge = ((t - start) % CHECK == 0) | (t >= stop)"]
+        lines += ["            if edge:", "                here = tl.cast((t - 1) // CHECK, tl.int64) * H_STEP"]
+        return lines + assign(["met"], "keep", [*names.state, *checks, "here", "mask", "tol", "MEET"], 16)
+
+    lines = [f"    whole = start + (stop - start) // {unroll} * {unroll}", "    some = mask & (start < whole)"]
+    lines += [f"    {row} += tl.cast(start, tl.int64) * X_STEP" for row in x_rows]
+    lines += [f"    {row} += tl.cast(start, tl.int64) * H_STEP" for row in rows]
+    for u in range(unroll):
+        lines += load(u, f" + {times(u, 'X_STEP')}" if u else "", "some", 4, f"_{u}")
+        lines += [f"    cut_{u} = flag_at(reset_row, {plus('start', u)}, start < whole, HAS_RESET)"]
+    lines += ["    t = start", "    met = 0", "    while (t < whole) & (met == 0):"]
+    lines += [f"        more = t + {unroll} < whole", "        some = mask & more"]
+    for u in range(unroll):
+        lines += step(f"_{u}", times(u, "H_STEP"))
+        lines += load(u, f" + {times(unroll + u, 'X_STEP')}", "some", 8, f"_{u}")
+        lines += [f"        cut_{u} = flag_at(reset_row, t + {unroll + u}, more, HAS_RESET)"]
+    lines += further(unroll)
+    lines += ["    while (t < stop) & (met == 0):", *load(0, "", "mask", 8)]
+    lines += ["        cut = flag_at(reset_row, t, t < stop, HAS_RESET)", *step("", "0"), *further(1)]
     return function(
         "walk_piece",
         [
-            *(*carried, *x_rows, *names.params, *rows, *checks, "reset_row", "start", "stop", "x_stride_time"),
-            *("channels", "mask", "tol", "HAS_RESET: tl.constexpr", "PIECES: tl.constexpr", "JACOBIAN: tl.constexpr"),
-            *("MEET: tl.constexpr", "COMPUTE: tl.constexpr", "CHECK: tl.constexpr"),
+            *(*carried, *x_rows, *names.params, *rows, *checks, "reset_row", "start", "stop", "mask", "tol"),
+            *("X_STEP: tl.constexpr", "H_STEP: tl.constexpr", "HAS_RESET: tl.constexpr", "PIECES: tl.constexpr"),
+            *("JACOBIAN: tl.constexpr", "MEET: tl.constexpr", "COMPUTE: tl.constexpr", "CHECK: tl.constexpr"),
         ],
         "Walks from start to stop, with MEET until the state meets the stored one. With PIECES it keeps a checkpoint\n"
         "    every CHECK steps (start is a multiple of that), with JACOBIAN the product of Jacobians.",
-        [*lines, *returns([*carried, "tl.minimum(t, stop)", "met"])],
+        [*lines, *returns([*carried, "t", "met"])],
     )
+
+
+def times(steps: int, stride: str) -> str:
+    return {0: "0", 1: stride}.get(steps, f"{steps} * {stride}")
 
 
 def place(
@@ -300,7 +319,10 @@ def state_rows(names: Names, what: str = "") -> list[tuple[str, str]]:
     return list(zip(names.row(names.state, what), names.ptr(names.state, what), strict=True))
 
 
-SIZES = ["time", "channels", "x_stride_batch", "x_stride_time"]
+SIZES = ["time", "channels", "x_stride_batch"]
+STEPS = ["X_STEP: tl.constexpr", "H_STEP: tl.constexpr"]
+"""Elements from a step to the next, of inputs and of states: known when a kernel is compiled, they become part of the
+instructions that load and store."""
 
 
 def walk_kernel(names: Names) -> str:
@@ -317,8 +339,8 @@ def walk_kernel(names: Names) -> str:
             *rows,
             *rows,
         ),
-        *("reset_row", "0", "time", "x_stride_time", "channels", "mask", "0.0", "HAS_RESET", "False", "False"),
-        *("False", "COMPUTE", "1"),
+        *("reset_row", "0", "time", "mask", "0.0", "X_STEP", "H_STEP", "HAS_RESET", "False", "False", "False"),
+        *("COMPUTE", "1"),
     ]
     lines += assign([*names.state, *(f"_{m}" for m in names.product), "_t", "_met"], "walk_piece", walked)
     lines += [f"    tl.store({h}_final_ptr + here, {h}, mask=mask)" for h in names.state]
@@ -326,7 +348,7 @@ def walk_kernel(names: Names) -> str:
     pointers += [*names.ptr(names.state), *names.ptr(names.state, "_final"), "reset_ptr"]
     return function(
         "walk_kernel",
-        [*pointers, *SIZES, "HAS_RESET: tl.constexpr", "COMPUTE: tl.constexpr", "BLOCK: tl.constexpr"],
+        [*pointers, *SIZES, *STEPS, "HAS_RESET: tl.constexpr", "COMPUTE: tl.constexpr", "BLOCK: tl.constexpr"],
         "The sequential walk: one program a batch row and block of channels, the state in registers.",
         lines,
     )

@@ -124,10 +124,12 @@ def load_params(a_u_ptr, b_ptr, a_v_ptr, a_o_ptr, p_ptr, q_ptr, channel, mask):
 @triton.jit
 def advance(
     u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, x_u, x_v, x_o, a_u, b, a_v, a_o, p, q, cut,
-    u_row, v_row, h_row, t, stop, channels, mask, HAS_RESET: tl.constexpr, JACOBIAN: tl.constexpr,
+    u_row, v_row, h_row, to, mask, HAS_RESET: tl.constexpr, JACOBIAN: tl.constexpr, COMPUTE: tl.constexpr,
 ):
     """One step of a walk: the state after it, which is stored, and the product of Jacobians."""
-    valid = t < stop
+    x_u = x_u.to(COMPUTE)
+    x_v = x_v.to(COMPUTE)
+    x_o = x_o.to(COMPUTE)
     if HAS_RESET:
         u = tl.where(cut, 0.0, u)
         v = tl.where(cut, 0.0, v)
@@ -155,90 +157,201 @@ def advance(
             new_m_h_u = tl.where(cut, 0.0, new_m_h_u)
             new_m_h_v = tl.where(cut, 0.0, new_m_h_v)
             new_m_h_h = tl.where(cut, 0.0, new_m_h_h)
-        m_u_u = tl.where(valid, new_m_u_u, m_u_u)
-        m_u_v = tl.where(valid, new_m_u_v, m_u_v)
-        m_u_h = tl.where(valid, new_m_u_h, m_u_h)
-        m_v_u = tl.where(valid, new_m_v_u, m_v_u)
-        m_v_v = tl.where(valid, new_m_v_v, m_v_v)
-        m_v_h = tl.where(valid, new_m_v_h, m_v_h)
-        m_h_u = tl.where(valid, new_m_h_u, m_h_u)
-        m_h_v = tl.where(valid, new_m_h_v, m_h_v)
-        m_h_h = tl.where(valid, new_m_h_h, m_h_h)
+        m_u_u = tl.zeros_like(m_u_u) + new_m_u_u
+        m_u_v = tl.zeros_like(m_u_v) + new_m_u_v
+        m_u_h = tl.zeros_like(m_u_h) + new_m_u_h
+        m_v_u = tl.zeros_like(m_v_u) + new_m_v_u
+        m_v_v = tl.zeros_like(m_v_v) + new_m_v_v
+        m_v_h = tl.zeros_like(m_v_h) + new_m_v_h
+        m_h_u = tl.zeros_like(m_h_u) + new_m_h_u
+        m_h_v = tl.zeros_like(m_h_v) + new_m_h_v
+        m_h_h = tl.zeros_like(m_h_h) + new_m_h_h
     else:
         next_u, next_v, next_h = step(u, v, h, x_u, x_v, x_o, a_u, b, a_v, a_o, p, q)
-    here = tl.cast(t, tl.int64) * channels
-    tl.store(u_row + here, next_u.to(u_row.dtype.element_ty), mask=mask & valid)
-    tl.store(v_row + here, next_v.to(v_row.dtype.element_ty), mask=mask & valid)
-    tl.store(h_row + here, next_h.to(h_row.dtype.element_ty), mask=mask & valid)
-    u = tl.where(valid, next_u, u)
-    v = tl.where(valid, next_v, v)
-    h = tl.where(valid, next_h, h)
-    return u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h
+    tl.store(u_row + to, next_u.to(u_row.dtype.element_ty), mask=mask)
+    tl.store(v_row + to, next_v.to(v_row.dtype.element_ty), mask=mask)
+    tl.store(h_row + to, next_h.to(h_row.dtype.element_ty), mask=mask)
+    return next_u, next_v, next_h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h
+
+
+@triton.jit
+def keep(u, v, h, u_check_row, v_check_row, h_check_row, here, mask, tol, MEET: tl.constexpr):
+    """Keeps the state in full precision, unless it has met the one that is kept."""
+    met = 0
+    if MEET:
+        moved = 0.0
+        old = tl.load(u_check_row + here, mask=mask, other=0.0)
+        moved = tl.maximum(moved, relative_change(u, old, mask))
+        old = tl.load(v_check_row + here, mask=mask, other=0.0)
+        moved = tl.maximum(moved, relative_change(v, old, mask))
+        old = tl.load(h_check_row + here, mask=mask, other=0.0)
+        moved = tl.maximum(moved, relative_change(h, old, mask))
+        met = (moved <= tol).to(tl.int32)
+    tl.store(u_check_row + here, u, mask=mask & (met == 0))
+    tl.store(v_check_row + here, v, mask=mask & (met == 0))
+    tl.store(h_check_row + here, h, mask=mask & (met == 0))
+    return met
 
 
 @triton.jit
 def walk_piece(
     u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, x_u_row, x_v_row, x_o_row, a_u, b, a_v, a_o,
-    p, q, u_row, v_row, h_row, u_check_row, v_check_row, h_check_row, reset_row, start, stop, x_stride_time, channels,
-    mask, tol, HAS_RESET: tl.constexpr, PIECES: tl.constexpr, JACOBIAN: tl.constexpr, MEET: tl.constexpr,
-    COMPUTE: tl.constexpr, CHECK: tl.constexpr,
+    p, q, u_row, v_row, h_row, u_check_row, v_check_row, h_check_row, reset_row, start, stop, mask, tol,
+    X_STEP: tl.constexpr, H_STEP: tl.constexpr, HAS_RESET: tl.constexpr, PIECES: tl.constexpr, JACOBIAN: tl.constexpr,
+    MEET: tl.constexpr, COMPUTE: tl.constexpr, CHECK: tl.constexpr,
 ):
     """Walks from start to stop, with MEET until the state meets the stored one. With PIECES it keeps a checkpoint
     every CHECK steps (start is a multiple of that), with JACOBIAN the product of Jacobians."""
-    x_u_0, x_v_0, x_o_0 = load_inputs(
-        x_u_row, x_v_row, x_o_row, tl.cast(start, tl.int64) * x_stride_time, mask & (start < stop), COMPUTE,
-    )
-    cut_0 = flag_at(reset_row, start, start < stop, HAS_RESET)
-    x_u_1, x_v_1, x_o_1 = load_inputs(
-        x_u_row, x_v_row, x_o_row, tl.cast(start + 1, tl.int64) * x_stride_time, mask & (start + 1 < stop), COMPUTE,
-    )
-    cut_1 = flag_at(reset_row, start + 1, start + 1 < stop, HAS_RESET)
+    whole = start + (stop - start) // 8 * 8
+    some = mask & (start < whole)
+    x_u_row += tl.cast(start, tl.int64) * X_STEP
+    x_v_row += tl.cast(start, tl.int64) * X_STEP
+    x_o_row += tl.cast(start, tl.int64) * X_STEP
+    u_row += tl.cast(start, tl.int64) * H_STEP
+    v_row += tl.cast(start, tl.int64) * H_STEP
+    h_row += tl.cast(start, tl.int64) * H_STEP
+    x_u_0 = tl.load(x_u_row, mask=some, other=0.0)
+    x_v_0 = tl.load(x_v_row, mask=some, other=0.0)
+    x_o_0 = tl.load(x_o_row, mask=some, other=0.0)
+    cut_0 = flag_at(reset_row, start, start < whole, HAS_RESET)
+    x_u_1 = tl.load(x_u_row + X_STEP, mask=some, other=0.0)
+    x_v_1 = tl.load(x_v_row + X_STEP, mask=some, other=0.0)
+    x_o_1 = tl.load(x_o_row + X_STEP, mask=some, other=0.0)
+    cut_1 = flag_at(reset_row, start + 1, start < whole, HAS_RESET)
+    x_u_2 = tl.load(x_u_row + 2 * X_STEP, mask=some, other=0.0)
+    x_v_2 = tl.load(x_v_row + 2 * X_STEP, mask=some, other=0.0)
+    x_o_2 = tl.load(x_o_row + 2 * X_STEP, mask=some, other=0.0)
+    cut_2 = flag_at(reset_row, start + 2, start < whole, HAS_RESET)
+    x_u_3 = tl.load(x_u_row + 3 * X_STEP, mask=some, other=0.0)
+    x_v_3 = tl.load(x_v_row + 3 * X_STEP, mask=some, other=0.0)
+    x_o_3 = tl.load(x_o_row + 3 * X_STEP, mask=some, other=0.0)
+    cut_3 = flag_at(reset_row, start + 3, start < whole, HAS_RESET)
+    x_u_4 = tl.load(x_u_row + 4 * X_STEP, mask=some, other=0.0)
+    x_v_4 = tl.load(x_v_row + 4 * X_STEP, mask=some, other=0.0)
+    x_o_4 = tl.load(x_o_row + 4 * X_STEP, mask=some, other=0.0)
+    cut_4 = flag_at(reset_row, start + 4, start < whole, HAS_RESET)
+    x_u_5 = tl.load(x_u_row + 5 * X_STEP, mask=some, other=0.0)
+    x_v_5 = tl.load(x_v_row + 5 * X_STEP, mask=some, other=0.0)
+    x_o_5 = tl.load(x_o_row + 5 * X_STEP, mask=some, other=0.0)
+    cut_5 = flag_at(reset_row, start + 5, start < whole, HAS_RESET)
+    x_u_6 = tl.load(x_u_row + 6 * X_STEP, mask=some, other=0.0)
+    x_v_6 = tl.load(x_v_row + 6 * X_STEP, mask=some, other=0.0)
+    x_o_6 = tl.load(x_o_row + 6 * X_STEP, mask=some, other=0.0)
+    cut_6 = flag_at(reset_row, start + 6, start < whole, HAS_RESET)
+    x_u_7 = tl.load(x_u_row + 7 * X_STEP, mask=some, other=0.0)
+    x_v_7 = tl.load(x_v_row + 7 * X_STEP, mask=some, other=0.0)
+    x_o_7 = tl.load(x_o_row + 7 * X_STEP, mask=some, other=0.0)
+    cut_7 = flag_at(reset_row, start + 7, start < whole, HAS_RESET)
     t = start
     met = 0
-    while (t < stop) & (met == 0):
-        x_u_ahead_0, x_v_ahead_0, x_o_ahead_0 = load_inputs(
-            x_u_row, x_v_row, x_o_row, tl.cast(t + 2, tl.int64) * x_stride_time, mask & (t + 2 < stop), COMPUTE,
-        )
-        cut_ahead_0 = flag_at(reset_row, t + 2, t + 2 < stop, HAS_RESET)
-        x_u_ahead_1, x_v_ahead_1, x_o_ahead_1 = load_inputs(
-            x_u_row, x_v_row, x_o_row, tl.cast(t + 3, tl.int64) * x_stride_time, mask & (t + 3 < stop), COMPUTE,
-        )
-        cut_ahead_1 = flag_at(reset_row, t + 3, t + 3 < stop, HAS_RESET)
+    while (t < whole) & (met == 0):
+        more = t + 8 < whole
+        some = mask & more
         u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h = advance(
             u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, x_u_0, x_v_0, x_o_0, a_u, b, a_v,
-            a_o, p, q, cut_0, u_row, v_row, h_row, t, stop, channels, mask, HAS_RESET, JACOBIAN,
+            a_o, p, q, cut_0, u_row, v_row, h_row, 0, mask, HAS_RESET, JACOBIAN, COMPUTE,
         )
+        x_u_0 = tl.load(x_u_row + 8 * X_STEP, mask=some, other=0.0)
+        x_v_0 = tl.load(x_v_row + 8 * X_STEP, mask=some, other=0.0)
+        x_o_0 = tl.load(x_o_row + 8 * X_STEP, mask=some, other=0.0)
+        cut_0 = flag_at(reset_row, t + 8, more, HAS_RESET)
         u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h = advance(
             u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, x_u_1, x_v_1, x_o_1, a_u, b, a_v,
-            a_o, p, q, cut_1, u_row, v_row, h_row, t + 1, stop, channels, mask, HAS_RESET, JACOBIAN,
+            a_o, p, q, cut_1, u_row, v_row, h_row, H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
         )
-        x_u_0, x_v_0, x_o_0, cut_0 = x_u_ahead_0, x_v_ahead_0, x_o_ahead_0, cut_ahead_0
-        x_u_1, x_v_1, x_o_1, cut_1 = x_u_ahead_1, x_v_ahead_1, x_o_ahead_1, cut_ahead_1
-        t += 2
+        x_u_1 = tl.load(x_u_row + 9 * X_STEP, mask=some, other=0.0)
+        x_v_1 = tl.load(x_v_row + 9 * X_STEP, mask=some, other=0.0)
+        x_o_1 = tl.load(x_o_row + 9 * X_STEP, mask=some, other=0.0)
+        cut_1 = flag_at(reset_row, t + 9, more, HAS_RESET)
+        u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h = advance(
+            u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, x_u_2, x_v_2, x_o_2, a_u, b, a_v,
+            a_o, p, q, cut_2, u_row, v_row, h_row, 2 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+        )
+        x_u_2 = tl.load(x_u_row + 10 * X_STEP, mask=some, other=0.0)
+        x_v_2 = tl.load(x_v_row + 10 * X_STEP, mask=some, other=0.0)
+        x_o_2 = tl.load(x_o_row + 10 * X_STEP, mask=some, other=0.0)
+        cut_2 = flag_at(reset_row, t + 10, more, HAS_RESET)
+        u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h = advance(
+            u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, x_u_3, x_v_3, x_o_3, a_u, b, a_v,
+            a_o, p, q, cut_3, u_row, v_row, h_row, 3 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+        )
+        x_u_3 = tl.load(x_u_row + 11 * X_STEP, mask=some, other=0.0)
+        x_v_3 = tl.load(x_v_row + 11 * X_STEP, mask=some, other=0.0)
+        x_o_3 = tl.load(x_o_row + 11 * X_STEP, mask=some, other=0.0)
+        cut_3 = flag_at(reset_row, t + 11, more, HAS_RESET)
+        u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h = advance(
+            u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, x_u_4, x_v_4, x_o_4, a_u, b, a_v,
+            a_o, p, q, cut_4, u_row, v_row, h_row, 4 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+        )
+        x_u_4 = tl.load(x_u_row + 12 * X_STEP, mask=some, other=0.0)
+        x_v_4 = tl.load(x_v_row + 12 * X_STEP, mask=some, other=0.0)
+        x_o_4 = tl.load(x_o_row + 12 * X_STEP, mask=some, other=0.0)
+        cut_4 = flag_at(reset_row, t + 12, more, HAS_RESET)
+        u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h = advance(
+            u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, x_u_5, x_v_5, x_o_5, a_u, b, a_v,
+            a_o, p, q, cut_5, u_row, v_row, h_row, 5 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+        )
+        x_u_5 = tl.load(x_u_row + 13 * X_STEP, mask=some, other=0.0)
+        x_v_5 = tl.load(x_v_row + 13 * X_STEP, mask=some, other=0.0)
+        x_o_5 = tl.load(x_o_row + 13 * X_STEP, mask=some, other=0.0)
+        cut_5 = flag_at(reset_row, t + 13, more, HAS_RESET)
+        u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h = advance(
+            u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, x_u_6, x_v_6, x_o_6, a_u, b, a_v,
+            a_o, p, q, cut_6, u_row, v_row, h_row, 6 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+        )
+        x_u_6 = tl.load(x_u_row + 14 * X_STEP, mask=some, other=0.0)
+        x_v_6 = tl.load(x_v_row + 14 * X_STEP, mask=some, other=0.0)
+        x_o_6 = tl.load(x_o_row + 14 * X_STEP, mask=some, other=0.0)
+        cut_6 = flag_at(reset_row, t + 14, more, HAS_RESET)
+        u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h = advance(
+            u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, x_u_7, x_v_7, x_o_7, a_u, b, a_v,
+            a_o, p, q, cut_7, u_row, v_row, h_row, 7 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+        )
+        x_u_7 = tl.load(x_u_row + 15 * X_STEP, mask=some, other=0.0)
+        x_v_7 = tl.load(x_v_row + 15 * X_STEP, mask=some, other=0.0)
+        x_o_7 = tl.load(x_o_row + 15 * X_STEP, mask=some, other=0.0)
+        cut_7 = flag_at(reset_row, t + 15, more, HAS_RESET)
+        t += 8
+        x_u_row += 8 * X_STEP
+        x_v_row += 8 * X_STEP
+        x_o_row += 8 * X_STEP
+        u_row += 8 * H_STEP
+        v_row += 8 * H_STEP
+        h_row += 8 * H_STEP
         if PIECES:
             edge = ((t - start) % CHECK == 0) | (t >= stop)
             if edge:
-                here = tl.cast((tl.minimum(t, stop) - 1) // CHECK, tl.int64) * channels
-                if MEET:
-                    moved = 0.0
-                    old = tl.load(u_check_row + here, mask=mask, other=0.0)
-                    moved = tl.maximum(moved, relative_change(u, old, mask))
-                    old = tl.load(v_check_row + here, mask=mask, other=0.0)
-                    moved = tl.maximum(moved, relative_change(v, old, mask))
-                    old = tl.load(h_check_row + here, mask=mask, other=0.0)
-                    moved = tl.maximum(moved, relative_change(h, old, mask))
-                    met = (moved <= tol).to(tl.int32)
-                tl.store(u_check_row + here, u, mask=mask & (met == 0))
-                tl.store(v_check_row + here, v, mask=mask & (met == 0))
-                tl.store(h_check_row + here, h, mask=mask & (met == 0))
-    return u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, tl.minimum(t, stop), met
+                here = tl.cast((t - 1) // CHECK, tl.int64) * H_STEP
+                met = keep(u, v, h, u_check_row, v_check_row, h_check_row, here, mask, tol, MEET)
+    while (t < stop) & (met == 0):
+        x_u = tl.load(x_u_row, mask=mask, other=0.0)
+        x_v = tl.load(x_v_row, mask=mask, other=0.0)
+        x_o = tl.load(x_o_row, mask=mask, other=0.0)
+        cut = flag_at(reset_row, t, t < stop, HAS_RESET)
+        u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h = advance(
+            u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, x_u, x_v, x_o, a_u, b, a_v, a_o, p,
+            q, cut, u_row, v_row, h_row, 0, mask, HAS_RESET, JACOBIAN, COMPUTE,
+        )
+        t += 1
+        x_u_row += X_STEP
+        x_v_row += X_STEP
+        x_o_row += X_STEP
+        u_row += H_STEP
+        v_row += H_STEP
+        h_row += H_STEP
+        if PIECES:
+            edge = ((t - start) % CHECK == 0) | (t >= stop)
+            if edge:
+                here = tl.cast((t - 1) // CHECK, tl.int64) * H_STEP
+                met = keep(u, v, h, u_check_row, v_check_row, h_check_row, here, mask, tol, MEET)
+    return u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, t, met
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["time"])
 def walk_kernel(
     x_u_ptr, x_v_ptr, x_o_ptr, a_u_ptr, b_ptr, a_v_ptr, a_o_ptr, p_ptr, q_ptr, u_first_ptr, v_first_ptr, h_first_ptr,
     u_ptr, v_ptr, h_ptr, u_final_ptr, v_final_ptr, h_final_ptr, reset_ptr, time, channels, x_stride_batch,
-    x_stride_time, HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+    X_STEP: tl.constexpr, H_STEP: tl.constexpr, HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """The sequential walk: one program a batch row and block of channels, the state in registers."""
     blocks = tl.cdiv(channels, BLOCK)
@@ -262,8 +375,7 @@ def walk_kernel(
         u, v, h, _m_u_u, _m_u_v, _m_u_h, _m_v_u, _m_v_v, _m_v_h, _m_h_u, _m_h_v, _m_h_h, _t, _met,
     ) = walk_piece(
         u, v, h, u, u, u, u, u, u, u, u, u, x_u_row, x_v_row, x_o_row, a_u, b, a_v, a_o, p, q, u_row, v_row, h_row,
-        u_row, v_row, h_row, reset_row, 0, time, x_stride_time, channels, mask, 0.0, HAS_RESET, False, False, False,
-        COMPUTE, 1,
+        u_row, v_row, h_row, reset_row, 0, time, mask, 0.0, X_STEP, H_STEP, HAS_RESET, False, False, False, COMPUTE, 1,
     )
     tl.store(u_final_ptr + here, u, mask=mask)
     tl.store(v_final_ptr + here, v, mask=mask)
@@ -330,7 +442,7 @@ def previous(u, v, h, u_entry, v_entry, h_entry, cut, HAS_RESET: tl.constexpr, T
     return u, v, h
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["time"])
 def tile_kernel(
     x_u_ptr, x_v_ptr, x_o_ptr, a_u_ptr, b_ptr, a_v_ptr, a_o_ptr, p_ptr, q_ptr, u_first_ptr, v_first_ptr, h_first_ptr,
     u_bound_ptr, v_bound_ptr, h_bound_ptr, u_ptr, v_ptr, h_ptr, u_final_ptr, v_final_ptr, h_final_ptr, reset_ptr,
@@ -448,14 +560,14 @@ def tile_kernel(
     tl.store(update_ptr + program, worst)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batches", "length", "checks", "time"])
 def segments_kernel(
     x_u_ptr, x_v_ptr, x_o_ptr, a_u_ptr, b_ptr, a_v_ptr, a_o_ptr, p_ptr, q_ptr, u_first_ptr, v_first_ptr, h_first_ptr,
     u_ptr, v_ptr, h_ptr, u_check_ptr, v_check_ptr, h_check_ptr, reset_ptr, u_used_ptr, v_used_ptr, h_used_ptr,
     u_end_ptr, v_end_ptr, h_end_ptr, m_u_u_ptr, m_u_v_ptr, m_u_h_ptr, m_v_u_ptr, m_v_v_ptr, m_v_h_ptr, m_h_u_ptr,
     m_h_v_ptr, m_h_h_ptr, u_entry_ptr, v_entry_ptr, h_entry_ptr, walked_ptr, rounds_ptr, batches, length, checks, time,
-    channels, x_stride_batch, x_stride_time, tol, AGAIN: tl.constexpr, HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr,
-    CHECK: tl.constexpr, BLOCK: tl.constexpr,
+    channels, x_stride_batch, tol, X_STEP: tl.constexpr, H_STEP: tl.constexpr, AGAIN: tl.constexpr,
+    HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr, CHECK: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Walks every piece whose entry moved; the first time all, from the initial state and from zero."""
     blocks = tl.cdiv(channels, BLOCK)
@@ -513,29 +625,30 @@ def segments_kernel(
         m_h_h = tl.zeros_like(u_entry) + 1.0
         u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, t, met = walk_piece(
             u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, x_u_row, x_v_row, x_o_row, a_u, b,
-            a_v, a_o, p, q, u_row, v_row, h_row, u_check_row, v_check_row, h_check_row, reset_row, start, stop,
-            x_stride_time, channels, mask, tol, HAS_RESET, True, True, AGAIN, COMPUTE, CHECK,
+            a_v, a_o, p, q, u_row, v_row, h_row, u_check_row, v_check_row, h_check_row, reset_row, start, stop, mask,
+            tol, X_STEP, H_STEP, HAS_RESET, True, AGAIN, AGAIN, COMPUTE, CHECK,
         )
         if met == 0:
             tl.store(u_end_ptr + at, u, mask=mask)
             tl.store(v_end_ptr + at, v, mask=mask)
             tl.store(h_end_ptr + at, h, mask=mask)
-            tl.store(m_u_u_ptr + at, m_u_u, mask=mask)
-            tl.store(m_u_v_ptr + at, m_u_v, mask=mask)
-            tl.store(m_u_h_ptr + at, m_u_h, mask=mask)
-            tl.store(m_v_u_ptr + at, m_v_u, mask=mask)
-            tl.store(m_v_v_ptr + at, m_v_v, mask=mask)
-            tl.store(m_v_h_ptr + at, m_v_h, mask=mask)
-            tl.store(m_h_u_ptr + at, m_h_u, mask=mask)
-            tl.store(m_h_v_ptr + at, m_h_v, mask=mask)
-            tl.store(m_h_h_ptr + at, m_h_h, mask=mask)
+            if AGAIN:
+                tl.store(m_u_u_ptr + at, m_u_u, mask=mask)
+                tl.store(m_u_v_ptr + at, m_u_v, mask=mask)
+                tl.store(m_u_h_ptr + at, m_u_h, mask=mask)
+                tl.store(m_v_u_ptr + at, m_v_u, mask=mask)
+                tl.store(m_v_v_ptr + at, m_v_v, mask=mask)
+                tl.store(m_v_h_ptr + at, m_v_h, mask=mask)
+                tl.store(m_h_u_ptr + at, m_h_u, mask=mask)
+                tl.store(m_h_v_ptr + at, m_h_v, mask=mask)
+                tl.store(m_h_h_ptr + at, m_h_h, mask=mask)
         if AGAIN:
             walked = tl.load(walked_ptr + program) + (t - start).to(tl.int32)
             tl.store(walked_ptr + program, walked)
             tl.store(rounds_ptr + program, tl.load(rounds_ptr + program) + 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pieces", "batches"])
 def segments_join_kernel(
     u_first_ptr, v_first_ptr, h_first_ptr, u_bound_ptr, v_bound_ptr, h_bound_ptr, u_used_ptr, v_used_ptr, h_used_ptr,
     u_end_ptr, v_end_ptr, h_end_ptr, m_u_u_ptr, m_u_v_ptr, m_u_h_ptr, m_v_u_ptr, m_v_v_ptr, m_v_h_ptr, m_h_u_ptr,
@@ -585,14 +698,14 @@ def segments_join_kernel(
         h = tl.where(h > h_bound, h_bound, tl.where(h < -h_bound, -h_bound, h))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pieces", "batches", "length", "checks", "time"])
 def segments_finish_kernel(
     x_u_ptr, x_v_ptr, x_o_ptr, a_u_ptr, b_ptr, a_v_ptr, a_o_ptr, p_ptr, q_ptr, u_first_ptr, v_first_ptr, h_first_ptr,
     u_ptr, v_ptr, h_ptr, u_check_ptr, v_check_ptr, h_check_ptr, reset_ptr, u_used_ptr, v_used_ptr, h_used_ptr,
     u_end_ptr, v_end_ptr, h_end_ptr, m_u_u_ptr, m_u_v_ptr, m_u_h_ptr, m_v_u_ptr, m_v_v_ptr, m_v_h_ptr, m_h_u_ptr,
     m_h_v_ptr, m_h_h_ptr, u_final_ptr, v_final_ptr, h_final_ptr, last_walked_ptr, last_rounds_ptr, update_ptr, pieces,
-    batches, length, checks, time, channels, x_stride_batch, x_stride_time, tol, HAS_RESET: tl.constexpr,
-    COMPUTE: tl.constexpr, CHECK: tl.constexpr, BLOCK: tl.constexpr,
+    batches, length, checks, time, channels, x_stride_batch, tol, X_STEP: tl.constexpr, H_STEP: tl.constexpr,
+    HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr, CHECK: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Goes through the pieces in order and walks again each that did not start where the one before ends."""
     blocks = tl.cdiv(channels, BLOCK)
@@ -650,7 +763,7 @@ def segments_finish_kernel(
             ) = walk_piece(
                 u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, x_u_row, x_v_row, x_o_row, a_u,
                 b, a_v, a_o, p, q, u_row, v_row, h_row, u_check_row, v_check_row, h_check_row, reset_row, start, stop,
-                x_stride_time, channels, mask, tol, HAS_RESET, True, False, True, COMPUTE, CHECK,
+                mask, tol, X_STEP, H_STEP, HAS_RESET, True, False, True, COMPUTE, CHECK,
             )
             u_end = tl.where(met == 0, u, u_end)
             v_end = tl.where(met == 0, v, v_end)
@@ -672,79 +785,85 @@ def segments_finish_kernel(
 
 @triton.jit
 def load_step(
-    x_u_row, x_v_row, x_o_row, u_row, v_row, h_row, u_first, v_first, h_first, g_u_row, g_v_row, g_h_row, reset_row, t,
-    valid, x_stride_time, channels, mask, HAS_G_U: tl.constexpr, HAS_G_V: tl.constexpr, HAS_G_H: tl.constexpr,
-    HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr,
+    x_u_row, x_v_row, x_o_row, u_row, v_row, h_row, g_u_row, g_v_row, g_h_row, x_at, at, mask, before,
+    H_STEP: tl.constexpr, HAS_G_U: tl.constexpr, HAS_G_V: tl.constexpr, HAS_G_H: tl.constexpr,
 ):
-    """Inputs, the state before the step (zero after a reset), cotangents of the state, and whether a reset cuts."""
-    here = tl.cast(t, tl.int64) * channels
-    x_u, x_v, x_o = load_inputs(x_u_row, x_v_row, x_o_row, tl.cast(t, tl.int64) * x_stride_time, mask & valid, COMPUTE)
-    u = tl.load(u_row + here - channels, mask=mask & valid & (t > 0), other=0.0).to(COMPUTE)
-    u = tl.where(t > 0, u, u_first)
-    v = tl.load(v_row + here - channels, mask=mask & valid & (t > 0), other=0.0).to(COMPUTE)
-    v = tl.where(t > 0, v, v_first)
-    h = tl.load(h_row + here - channels, mask=mask & valid & (t > 0), other=0.0).to(COMPUTE)
-    h = tl.where(t > 0, h, h_first)
+    """Inputs, the state before the step, and cotangents of the state, as they are stored."""
+    x_u = tl.load(x_u_row + x_at, mask=mask, other=0.0)
+    x_v = tl.load(x_v_row + x_at, mask=mask, other=0.0)
+    x_o = tl.load(x_o_row + x_at, mask=mask, other=0.0)
+    u = tl.load(u_row + at - H_STEP, mask=before, other=0.0)
+    v = tl.load(v_row + at - H_STEP, mask=before, other=0.0)
+    h = tl.load(h_row + at - H_STEP, mask=before, other=0.0)
     g_u = tl.zeros_like(u)
     if HAS_G_U:
-        g_u = tl.load(g_u_row + here, mask=mask & valid, other=0.0).to(COMPUTE)
+        g_u = tl.load(g_u_row + at, mask=mask, other=0.0)
     g_v = tl.zeros_like(v)
     if HAS_G_V:
-        g_v = tl.load(g_v_row + here, mask=mask & valid, other=0.0).to(COMPUTE)
+        g_v = tl.load(g_v_row + at, mask=mask, other=0.0)
     g_h = tl.zeros_like(h)
     if HAS_G_H:
-        g_h = tl.load(g_h_row + here, mask=mask & valid, other=0.0).to(COMPUTE)
-    cut = flag_at(reset_row, t, valid, HAS_RESET)
+        g_h = tl.load(g_h_row + at, mask=mask, other=0.0)
+    return x_u, x_v, x_o, u, v, h, g_u, g_v, g_h
+
+
+@triton.jit
+def widen(
+    x_u, x_v, x_o, u, v, h, g_u, g_v, g_h, cut, u_first, v_first, h_first, t, FIRST: tl.constexpr,
+    HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr,
+):
+    """In the compute dtype, the state before the step zero after a reset. FIRST: the step may be the first."""
+    x_u = x_u.to(COMPUTE)
+    x_v = x_v.to(COMPUTE)
+    x_o = x_o.to(COMPUTE)
+    u = u.to(COMPUTE)
+    v = v.to(COMPUTE)
+    h = h.to(COMPUTE)
+    g_u = g_u.to(COMPUTE)
+    g_v = g_v.to(COMPUTE)
+    g_h = g_h.to(COMPUTE)
+    if FIRST:
+        u = tl.where(t > 0, u, u_first)
+        v = tl.where(t > 0, v, v_first)
+        h = tl.where(t > 0, h, h_first)
     if HAS_RESET:
         u = tl.where(cut, 0.0, u)
         v = tl.where(cut, 0.0, v)
         h = tl.where(cut, 0.0, h)
-    return x_u, x_v, x_o, u, v, h, g_u, g_v, g_h, cut
+    return x_u, x_v, x_o, u, v, h, g_u, g_v, g_h
 
 
 @triton.jit
 def retreat(
-    carry_u, carry_v, carry_h, sum_a_u, lost_a_u, sum_b, lost_b, sum_a_v, lost_a_v, sum_a_o, lost_a_o, sum_p, lost_p,
-    sum_q, lost_q, x_u, x_v, x_o, u, v, h, g_u, g_v, g_h, cut, a_u, b, a_v, a_o, p, q, to_x_u_row, to_x_v_row,
-    to_x_o_row, t, valid, channels, mask, HAS_RESET: tl.constexpr,
+    carry_u, carry_v, carry_h, x_u, x_v, x_o, u, v, h, g_u, g_v, g_h, cut, u_first, v_first, h_first, a_u, b, a_v, a_o,
+    p, q, to_x_u_row, to_x_v_row, to_x_o_row, at, t, mask, FIRST: tl.constexpr, HAS_RESET: tl.constexpr,
+    COMPUTE: tl.constexpr,
 ):
-    """One step back: stores the gradients of the inputs, adds those of the params, returns the carry before it."""
-    here = tl.cast(t, tl.int64) * channels
+    """One step back: stores the gradients of the inputs; the carry before it, and what the params' get from it."""
+    x_u, x_v, x_o, u, v, h, g_u, g_v, g_h = widen(
+        x_u, x_v, x_o, u, v, h, g_u, g_v, g_h, cut, u_first, v_first, h_first, t, FIRST, HAS_RESET, COMPUTE,
+    )
     to_u, to_v, to_h, to_x_u, to_x_v, to_x_o, to_a_u, to_b, to_a_v, to_a_o, to_p, to_q = pullback(
         u, v, h, x_u, x_v, x_o, a_u, b, a_v, a_o, p, q, g_u + carry_u, g_v + carry_v, g_h + carry_h,
     )
-    tl.store(to_x_u_row + here, to_x_u.to(to_x_u_row.dtype.element_ty), mask=mask & valid)
-    tl.store(to_x_v_row + here, to_x_v.to(to_x_v_row.dtype.element_ty), mask=mask & valid)
-    tl.store(to_x_o_row + here, to_x_o.to(to_x_o_row.dtype.element_ty), mask=mask & valid)
-    sum_a_u, lost_a_u = add_compensated(sum_a_u, lost_a_u, tl.where(valid, to_a_u, 0.0))
-    sum_b, lost_b = add_compensated(sum_b, lost_b, tl.where(valid, to_b, 0.0))
-    sum_a_v, lost_a_v = add_compensated(sum_a_v, lost_a_v, tl.where(valid, to_a_v, 0.0))
-    sum_a_o, lost_a_o = add_compensated(sum_a_o, lost_a_o, tl.where(valid, to_a_o, 0.0))
-    sum_p, lost_p = add_compensated(sum_p, lost_p, tl.where(valid, to_p, 0.0))
-    sum_q, lost_q = add_compensated(sum_q, lost_q, tl.where(valid, to_q, 0.0))
+    tl.store(to_x_u_row + at, to_x_u.to(to_x_u_row.dtype.element_ty), mask=mask)
+    tl.store(to_x_v_row + at, to_x_v.to(to_x_v_row.dtype.element_ty), mask=mask)
+    tl.store(to_x_o_row + at, to_x_o.to(to_x_o_row.dtype.element_ty), mask=mask)
     if HAS_RESET:
         to_u = tl.where(cut, 0.0, to_u)
-    carry_u = tl.where(valid, to_u, carry_u)
-    if HAS_RESET:
         to_v = tl.where(cut, 0.0, to_v)
-    carry_v = tl.where(valid, to_v, carry_v)
-    if HAS_RESET:
         to_h = tl.where(cut, 0.0, to_h)
-    carry_h = tl.where(valid, to_h, carry_h)
-    return (
-        carry_u, carry_v, carry_h, sum_a_u, lost_a_u, sum_b, lost_b, sum_a_v, lost_a_v, sum_a_o, lost_a_o, sum_p,
-        lost_p, sum_q, lost_q,
-    )
+    return to_u, to_v, to_h, to_a_u, to_b, to_a_v, to_a_o, to_p, to_q
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batches", "length", "time"])
 def backward_kernel(
     x_u_ptr, x_v_ptr, x_o_ptr, a_u_ptr, b_ptr, a_v_ptr, a_o_ptr, p_ptr, q_ptr, u_first_ptr, v_first_ptr, h_first_ptr,
     u_ptr, v_ptr, h_ptr, g_u_ptr, g_v_ptr, g_h_ptr, reset_ptr, carry_u_ptr, carry_v_ptr, carry_h_ptr, to_x_u_ptr,
     to_x_v_ptr, to_x_o_ptr, to_a_u_ptr, to_b_ptr, to_a_v_ptr, to_a_o_ptr, to_p_ptr, to_q_ptr, to_u_first_ptr,
-    to_v_first_ptr, to_h_first_ptr, batches, length, time, channels, x_stride_batch, x_stride_time,
-    HAS_G_U: tl.constexpr, HAS_G_V: tl.constexpr, HAS_G_H: tl.constexpr, HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    to_v_first_ptr, to_h_first_ptr, batches, length, time, channels, x_stride_batch, X_STEP: tl.constexpr,
+    H_STEP: tl.constexpr, HAS_G_U: tl.constexpr, HAS_G_V: tl.constexpr, HAS_G_H: tl.constexpr, HAS_RESET: tl.constexpr,
+    COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Walks every piece back from its carry; the sums over its steps of the params' gradients go to its own row."""
     blocks = tl.cdiv(channels, BLOCK)
@@ -789,69 +908,155 @@ def backward_kernel(
     lost_p = tl.zeros_like(carry_u)
     sum_q = tl.zeros_like(carry_u)
     lost_q = tl.zeros_like(carry_u)
-    x_u_0, x_v_0, x_o_0, u_0, v_0, h_0, g_u_0, g_v_0, g_h_0, cut_0 = load_step(
-        x_u_row, x_v_row, x_o_row, u_row, v_row, h_row, u_first, v_first, h_first, g_u_row, g_v_row, g_h_row, reset_row,
-        stop - 1, stop - 1 >= start, x_stride_time, channels, mask, HAS_G_U, HAS_G_V, HAS_G_H, HAS_RESET, COMPUTE,
+    whole = stop - (stop - start) // 4 * 4
+    some = mask & (whole < stop)
+    x_u_row += tl.cast(stop - 1, tl.int64) * X_STEP
+    x_v_row += tl.cast(stop - 1, tl.int64) * X_STEP
+    x_o_row += tl.cast(stop - 1, tl.int64) * X_STEP
+    u_row += tl.cast(stop - 1, tl.int64) * H_STEP
+    v_row += tl.cast(stop - 1, tl.int64) * H_STEP
+    h_row += tl.cast(stop - 1, tl.int64) * H_STEP
+    g_u_row += tl.cast(stop - 1, tl.int64) * H_STEP
+    g_v_row += tl.cast(stop - 1, tl.int64) * H_STEP
+    g_h_row += tl.cast(stop - 1, tl.int64) * H_STEP
+    to_x_u_row += tl.cast(stop - 1, tl.int64) * H_STEP
+    to_x_v_row += tl.cast(stop - 1, tl.int64) * H_STEP
+    to_x_o_row += tl.cast(stop - 1, tl.int64) * H_STEP
+    x_u_0, x_v_0, x_o_0, u_0, v_0, h_0, g_u_0, g_v_0, g_h_0 = load_step(
+        x_u_row, x_v_row, x_o_row, u_row, v_row, h_row, g_u_row, g_v_row, g_h_row, 0, 0, some, some, H_STEP, HAS_G_U,
+        HAS_G_V, HAS_G_H,
     )
-    x_u_1, x_v_1, x_o_1, u_1, v_1, h_1, g_u_1, g_v_1, g_h_1, cut_1 = load_step(
-        x_u_row, x_v_row, x_o_row, u_row, v_row, h_row, u_first, v_first, h_first, g_u_row, g_v_row, g_h_row, reset_row,
-        stop - 2, stop - 2 >= start, x_stride_time, channels, mask, HAS_G_U, HAS_G_V, HAS_G_H, HAS_RESET, COMPUTE,
+    cut_0 = flag_at(reset_row, stop - 1, whole < stop, HAS_RESET)
+    x_u_1, x_v_1, x_o_1, u_1, v_1, h_1, g_u_1, g_v_1, g_h_1 = load_step(
+        x_u_row, x_v_row, x_o_row, u_row, v_row, h_row, g_u_row, g_v_row, g_h_row, -X_STEP, -H_STEP, some, some, H_STEP,
+        HAS_G_U, HAS_G_V, HAS_G_H,
     )
+    cut_1 = flag_at(reset_row, stop - 2, whole < stop, HAS_RESET)
+    x_u_2, x_v_2, x_o_2, u_2, v_2, h_2, g_u_2, g_v_2, g_h_2 = load_step(
+        x_u_row, x_v_row, x_o_row, u_row, v_row, h_row, g_u_row, g_v_row, g_h_row, -2 * X_STEP, -2 * H_STEP, some, some,
+        H_STEP, HAS_G_U, HAS_G_V, HAS_G_H,
+    )
+    cut_2 = flag_at(reset_row, stop - 3, whole < stop, HAS_RESET)
+    x_u_3, x_v_3, x_o_3, u_3, v_3, h_3, g_u_3, g_v_3, g_h_3 = load_step(
+        x_u_row, x_v_row, x_o_row, u_row, v_row, h_row, g_u_row, g_v_row, g_h_row, -3 * X_STEP, -3 * H_STEP, some,
+        some & (stop > 4), H_STEP, HAS_G_U, HAS_G_V, HAS_G_H,
+    )
+    cut_3 = flag_at(reset_row, stop - 4, whole < stop, HAS_RESET)
     t = stop - 1
+    while t >= whole:
+        more = t - 4 >= whole
+        some = mask & more
+        carry_u, carry_v, carry_h, to_a_u, to_b, to_a_v, to_a_o, to_p, to_q = retreat(
+            carry_u, carry_v, carry_h, x_u_0, x_v_0, x_o_0, u_0, v_0, h_0, g_u_0, g_v_0, g_h_0, cut_0, u_first, v_first,
+            h_first, a_u, b, a_v, a_o, p, q, to_x_u_row, to_x_v_row, to_x_o_row, 0, t, mask, False, HAS_RESET, COMPUTE,
+        )
+        part_a_u = to_a_u
+        part_b = to_b
+        part_a_v = to_a_v
+        part_a_o = to_a_o
+        part_p = to_p
+        part_q = to_q
+        x_u_0, x_v_0, x_o_0, u_0, v_0, h_0, g_u_0, g_v_0, g_h_0 = load_step(
+            x_u_row, x_v_row, x_o_row, u_row, v_row, h_row, g_u_row, g_v_row, g_h_row, -4 * X_STEP, -4 * H_STEP, some,
+            some, H_STEP, HAS_G_U, HAS_G_V, HAS_G_H,
+        )
+        cut_0 = flag_at(reset_row, t - 4, more, HAS_RESET)
+        carry_u, carry_v, carry_h, to_a_u, to_b, to_a_v, to_a_o, to_p, to_q = retreat(
+            carry_u, carry_v, carry_h, x_u_1, x_v_1, x_o_1, u_1, v_1, h_1, g_u_1, g_v_1, g_h_1, cut_1, u_first, v_first,
+            h_first, a_u, b, a_v, a_o, p, q, to_x_u_row, to_x_v_row, to_x_o_row, -H_STEP, t - 1, mask, False, HAS_RESET,
+            COMPUTE,
+        )
+        part_a_u = part_a_u + to_a_u
+        part_b = part_b + to_b
+        part_a_v = part_a_v + to_a_v
+        part_a_o = part_a_o + to_a_o
+        part_p = part_p + to_p
+        part_q = part_q + to_q
+        x_u_1, x_v_1, x_o_1, u_1, v_1, h_1, g_u_1, g_v_1, g_h_1 = load_step(
+            x_u_row, x_v_row, x_o_row, u_row, v_row, h_row, g_u_row, g_v_row, g_h_row, -5 * X_STEP, -5 * H_STEP, some,
+            some, H_STEP, HAS_G_U, HAS_G_V, HAS_G_H,
+        )
+        cut_1 = flag_at(reset_row, t - 5, more, HAS_RESET)
+        carry_u, carry_v, carry_h, to_a_u, to_b, to_a_v, to_a_o, to_p, to_q = retreat(
+            carry_u, carry_v, carry_h, x_u_2, x_v_2, x_o_2, u_2, v_2, h_2, g_u_2, g_v_2, g_h_2, cut_2, u_first, v_first,
+            h_first, a_u, b, a_v, a_o, p, q, to_x_u_row, to_x_v_row, to_x_o_row, -2 * H_STEP, t - 2, mask, False,
+            HAS_RESET, COMPUTE,
+        )
+        part_a_u = part_a_u + to_a_u
+        part_b = part_b + to_b
+        part_a_v = part_a_v + to_a_v
+        part_a_o = part_a_o + to_a_o
+        part_p = part_p + to_p
+        part_q = part_q + to_q
+        x_u_2, x_v_2, x_o_2, u_2, v_2, h_2, g_u_2, g_v_2, g_h_2 = load_step(
+            x_u_row, x_v_row, x_o_row, u_row, v_row, h_row, g_u_row, g_v_row, g_h_row, -6 * X_STEP, -6 * H_STEP, some,
+            some, H_STEP, HAS_G_U, HAS_G_V, HAS_G_H,
+        )
+        cut_2 = flag_at(reset_row, t - 6, more, HAS_RESET)
+        carry_u, carry_v, carry_h, to_a_u, to_b, to_a_v, to_a_o, to_p, to_q = retreat(
+            carry_u, carry_v, carry_h, x_u_3, x_v_3, x_o_3, u_3, v_3, h_3, g_u_3, g_v_3, g_h_3, cut_3, u_first, v_first,
+            h_first, a_u, b, a_v, a_o, p, q, to_x_u_row, to_x_v_row, to_x_o_row, -3 * H_STEP, t - 3, mask, True,
+            HAS_RESET, COMPUTE,
+        )
+        part_a_u = part_a_u + to_a_u
+        part_b = part_b + to_b
+        part_a_v = part_a_v + to_a_v
+        part_a_o = part_a_o + to_a_o
+        part_p = part_p + to_p
+        part_q = part_q + to_q
+        x_u_3, x_v_3, x_o_3, u_3, v_3, h_3, g_u_3, g_v_3, g_h_3 = load_step(
+            x_u_row, x_v_row, x_o_row, u_row, v_row, h_row, g_u_row, g_v_row, g_h_row, -7 * X_STEP, -7 * H_STEP, some,
+            some & (t > 7), H_STEP, HAS_G_U, HAS_G_V, HAS_G_H,
+        )
+        cut_3 = flag_at(reset_row, t - 7, more, HAS_RESET)
+        sum_a_u, lost_a_u = add_compensated(sum_a_u, lost_a_u, part_a_u)
+        sum_b, lost_b = add_compensated(sum_b, lost_b, part_b)
+        sum_a_v, lost_a_v = add_compensated(sum_a_v, lost_a_v, part_a_v)
+        sum_a_o, lost_a_o = add_compensated(sum_a_o, lost_a_o, part_a_o)
+        sum_p, lost_p = add_compensated(sum_p, lost_p, part_p)
+        sum_q, lost_q = add_compensated(sum_q, lost_q, part_q)
+        x_u_row -= 4 * X_STEP
+        x_v_row -= 4 * X_STEP
+        x_o_row -= 4 * X_STEP
+        u_row -= 4 * H_STEP
+        v_row -= 4 * H_STEP
+        h_row -= 4 * H_STEP
+        g_u_row -= 4 * H_STEP
+        g_v_row -= 4 * H_STEP
+        g_h_row -= 4 * H_STEP
+        to_x_u_row -= 4 * H_STEP
+        to_x_v_row -= 4 * H_STEP
+        to_x_o_row -= 4 * H_STEP
+        t -= 4
     while t >= start:
-        (
-            x_u_ahead_0, x_v_ahead_0, x_o_ahead_0, u_ahead_0, v_ahead_0, h_ahead_0, g_u_ahead_0, g_v_ahead_0,
-            g_h_ahead_0, cut_ahead_0,
-        ) = load_step(
-            x_u_row, x_v_row, x_o_row, u_row, v_row, h_row, u_first, v_first, h_first, g_u_row, g_v_row, g_h_row,
-            reset_row, t - 2, t - 2 >= start, x_stride_time, channels, mask, HAS_G_U, HAS_G_V, HAS_G_H, HAS_RESET,
-            COMPUTE,
+        x_u, x_v, x_o, u, v, h, g_u, g_v, g_h = load_step(
+            x_u_row, x_v_row, x_o_row, u_row, v_row, h_row, g_u_row, g_v_row, g_h_row, 0, 0, mask, mask & (t > 0),
+            H_STEP, HAS_G_U, HAS_G_V, HAS_G_H,
         )
-        (
-            x_u_ahead_1, x_v_ahead_1, x_o_ahead_1, u_ahead_1, v_ahead_1, h_ahead_1, g_u_ahead_1, g_v_ahead_1,
-            g_h_ahead_1, cut_ahead_1,
-        ) = load_step(
-            x_u_row, x_v_row, x_o_row, u_row, v_row, h_row, u_first, v_first, h_first, g_u_row, g_v_row, g_h_row,
-            reset_row, t - 3, t - 3 >= start, x_stride_time, channels, mask, HAS_G_U, HAS_G_V, HAS_G_H, HAS_RESET,
-            COMPUTE,
+        cut = flag_at(reset_row, t, t >= start, HAS_RESET)
+        carry_u, carry_v, carry_h, to_a_u, to_b, to_a_v, to_a_o, to_p, to_q = retreat(
+            carry_u, carry_v, carry_h, x_u, x_v, x_o, u, v, h, g_u, g_v, g_h, cut, u_first, v_first, h_first, a_u, b,
+            a_v, a_o, p, q, to_x_u_row, to_x_v_row, to_x_o_row, 0, t, mask, True, HAS_RESET, COMPUTE,
         )
-        (
-            carry_u, carry_v, carry_h, sum_a_u, lost_a_u, sum_b, lost_b, sum_a_v, lost_a_v, sum_a_o, lost_a_o, sum_p,
-            lost_p, sum_q, lost_q,
-        ) = retreat(
-            carry_u, carry_v, carry_h, sum_a_u, lost_a_u, sum_b, lost_b, sum_a_v, lost_a_v, sum_a_o, lost_a_o, sum_p,
-            lost_p, sum_q, lost_q, x_u_0, x_v_0, x_o_0, u_0, v_0, h_0, g_u_0, g_v_0, g_h_0, cut_0, a_u, b, a_v, a_o, p,
-            q, to_x_u_row, to_x_v_row, to_x_o_row, t, t >= start, channels, mask, HAS_RESET,
-        )
-        (
-            carry_u, carry_v, carry_h, sum_a_u, lost_a_u, sum_b, lost_b, sum_a_v, lost_a_v, sum_a_o, lost_a_o, sum_p,
-            lost_p, sum_q, lost_q,
-        ) = retreat(
-            carry_u, carry_v, carry_h, sum_a_u, lost_a_u, sum_b, lost_b, sum_a_v, lost_a_v, sum_a_o, lost_a_o, sum_p,
-            lost_p, sum_q, lost_q, x_u_1, x_v_1, x_o_1, u_1, v_1, h_1, g_u_1, g_v_1, g_h_1, cut_1, a_u, b, a_v, a_o, p,
-            q, to_x_u_row, to_x_v_row, to_x_o_row, t - 1, t - 1 >= start, channels, mask, HAS_RESET,
-        )
-        x_u_0 = x_u_ahead_0
-        x_v_0 = x_v_ahead_0
-        x_o_0 = x_o_ahead_0
-        u_0 = u_ahead_0
-        v_0 = v_ahead_0
-        h_0 = h_ahead_0
-        g_u_0 = g_u_ahead_0
-        g_v_0 = g_v_ahead_0
-        g_h_0 = g_h_ahead_0
-        cut_0 = cut_ahead_0
-        x_u_1 = x_u_ahead_1
-        x_v_1 = x_v_ahead_1
-        x_o_1 = x_o_ahead_1
-        u_1 = u_ahead_1
-        v_1 = v_ahead_1
-        h_1 = h_ahead_1
-        g_u_1 = g_u_ahead_1
-        g_v_1 = g_v_ahead_1
-        g_h_1 = g_h_ahead_1
-        cut_1 = cut_ahead_1
-        t -= 2
+        sum_a_u, lost_a_u = add_compensated(sum_a_u, lost_a_u, to_a_u)
+        sum_b, lost_b = add_compensated(sum_b, lost_b, to_b)
+        sum_a_v, lost_a_v = add_compensated(sum_a_v, lost_a_v, to_a_v)
+        sum_a_o, lost_a_o = add_compensated(sum_a_o, lost_a_o, to_a_o)
+        sum_p, lost_p = add_compensated(sum_p, lost_p, to_p)
+        sum_q, lost_q = add_compensated(sum_q, lost_q, to_q)
+        x_u_row -= X_STEP
+        x_v_row -= X_STEP
+        x_o_row -= X_STEP
+        u_row -= H_STEP
+        v_row -= H_STEP
+        h_row -= H_STEP
+        g_u_row -= H_STEP
+        g_v_row -= H_STEP
+        g_h_row -= H_STEP
+        to_x_u_row -= H_STEP
+        to_x_v_row -= H_STEP
+        to_x_o_row -= H_STEP
+        t -= 1
     tl.store(to_a_u_ptr + at, sum_a_u, mask=mask)
     tl.store(to_b_ptr + at, sum_b, mask=mask)
     tl.store(to_a_v_ptr + at, sum_a_v, mask=mask)
@@ -863,13 +1068,13 @@ def backward_kernel(
     tl.store(to_h_first_ptr + here, carry_h, mask=mask & (piece == 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batches", "length", "time"])
 def backward_maps_kernel(
     x_u_ptr, x_v_ptr, x_o_ptr, a_u_ptr, b_ptr, a_v_ptr, a_o_ptr, p_ptr, q_ptr, u_first_ptr, v_first_ptr, h_first_ptr,
     u_ptr, v_ptr, h_ptr, g_u_ptr, g_v_ptr, g_h_ptr, reset_ptr, m_u_u_ptr, m_u_v_ptr, m_u_h_ptr, m_v_u_ptr, m_v_v_ptr,
     m_v_h_ptr, m_h_u_ptr, m_h_v_ptr, m_h_h_ptr, d_u_ptr, d_v_ptr, d_h_ptr, steps_ptr, batches, length, time, channels,
-    x_stride_batch, x_stride_time, HAS_G_U: tl.constexpr, HAS_G_V: tl.constexpr, HAS_G_H: tl.constexpr,
-    HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr, TINY: tl.constexpr, BLOCK: tl.constexpr,
+    x_stride_batch, X_STEP: tl.constexpr, H_STEP: tl.constexpr, HAS_G_U: tl.constexpr, HAS_G_V: tl.constexpr,
+    HAS_G_H: tl.constexpr, HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr, TINY: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """The map from the carry at a piece's end to that at its start, read until the rest cannot be seen."""
     blocks = tl.cdiv(channels, BLOCK)
@@ -907,24 +1112,49 @@ def backward_maps_kernel(
     d_u = tl.zeros_like(u_first)
     d_v = tl.zeros_like(v_first)
     d_h = tl.zeros_like(h_first)
-    x_u_0, x_v_0, x_o_0, u_0, v_0, h_0, g_u_0, g_v_0, g_h_0, cut_0 = load_step(
-        x_u_row, x_v_row, x_o_row, u_row, v_row, h_row, u_first, v_first, h_first, g_u_row, g_v_row, g_h_row, reset_row,
-        start, start < stop, x_stride_time, channels, mask, HAS_G_U, HAS_G_V, HAS_G_H, HAS_RESET, COMPUTE,
+    x_u_row += tl.cast(start, tl.int64) * X_STEP
+    x_v_row += tl.cast(start, tl.int64) * X_STEP
+    x_o_row += tl.cast(start, tl.int64) * X_STEP
+    u_row += tl.cast(start, tl.int64) * H_STEP
+    v_row += tl.cast(start, tl.int64) * H_STEP
+    h_row += tl.cast(start, tl.int64) * H_STEP
+    g_u_row += tl.cast(start, tl.int64) * H_STEP
+    g_v_row += tl.cast(start, tl.int64) * H_STEP
+    g_h_row += tl.cast(start, tl.int64) * H_STEP
+    x_u_0, x_v_0, x_o_0, u_0, v_0, h_0, g_u_0, g_v_0, g_h_0 = load_step(
+        x_u_row, x_v_row, x_o_row, u_row, v_row, h_row, g_u_row, g_v_row, g_h_row, 0, 0, mask & (start < stop),
+        mask & (start > 0), H_STEP, HAS_G_U, HAS_G_V, HAS_G_H,
     )
+    cut_0 = flag_at(reset_row, start, start < stop, HAS_RESET)
+    x_u_1, x_v_1, x_o_1, u_1, v_1, h_1, g_u_1, g_v_1, g_h_1 = load_step(
+        x_u_row, x_v_row, x_o_row, u_row, v_row, h_row, g_u_row, g_v_row, g_h_row, X_STEP, H_STEP,
+        mask & (start + 1 < stop), mask & (start + 1 < stop), H_STEP, HAS_G_U, HAS_G_V, HAS_G_H,
+    )
+    cut_1 = flag_at(reset_row, start + 1, start + 1 < stop, HAS_RESET)
+    x_u_2, x_v_2, x_o_2, u_2, v_2, h_2, g_u_2, g_v_2, g_h_2 = load_step(
+        x_u_row, x_v_row, x_o_row, u_row, v_row, h_row, g_u_row, g_v_row, g_h_row, 2 * X_STEP, 2 * H_STEP,
+        mask & (start + 2 < stop), mask & (start + 2 < stop), H_STEP, HAS_G_U, HAS_G_V, HAS_G_H,
+    )
+    cut_2 = flag_at(reset_row, start + 2, start + 2 < stop, HAS_RESET)
+    x_u_3, x_v_3, x_o_3, u_3, v_3, h_3, g_u_3, g_v_3, g_h_3 = load_step(
+        x_u_row, x_v_row, x_o_row, u_row, v_row, h_row, g_u_row, g_v_row, g_h_row, 3 * X_STEP, 3 * H_STEP,
+        mask & (start + 3 < stop), mask & (start + 3 < stop), H_STEP, HAS_G_U, HAS_G_V, HAS_G_H,
+    )
+    cut_3 = flag_at(reset_row, start + 3, start + 3 < stop, HAS_RESET)
     t = start
     inside = 1.0
     while (t < stop) & (inside > TINY):
-        (
-            x_u_ahead_0, x_v_ahead_0, x_o_ahead_0, u_ahead_0, v_ahead_0, h_ahead_0, g_u_ahead_0, g_v_ahead_0,
-            g_h_ahead_0, cut_ahead_0,
-        ) = load_step(
-            x_u_row, x_v_row, x_o_row, u_row, v_row, h_row, u_first, v_first, h_first, g_u_row, g_v_row, g_h_row,
-            reset_row, t + 1, t + 1 < stop, x_stride_time, channels, mask, HAS_G_U, HAS_G_V, HAS_G_H, HAS_RESET,
-            COMPUTE,
+        x_u, x_v, x_o, u, v, h, g_u, g_v, g_h = widen(
+            x_u_0, x_v_0, x_o_0, u_0, v_0, h_0, g_u_0, g_v_0, g_h_0, cut_0, u_first, v_first, h_first, t, True,
+            HAS_RESET, COMPUTE,
+        )
+        x_u_0, x_v_0, x_o_0, u_0, v_0, h_0, g_u_0, g_v_0, g_h_0 = load_step(
+            x_u_row, x_v_row, x_o_row, u_row, v_row, h_row, g_u_row, g_v_row, g_h_row, 4 * X_STEP, 4 * H_STEP,
+            mask & (t + 4 < stop), mask & (t + 4 < stop), H_STEP, HAS_G_U, HAS_G_V, HAS_G_H,
         )
         (
             _next_u, _next_v, _next_h, j_u_u, j_u_v, j_u_h, j_v_u, j_v_v, j_v_h, j_h_u, j_h_v, j_h_h,
-        ) = linearised(u_0, v_0, h_0, x_u_0, x_v_0, x_o_0, a_u, b, a_v, a_o, p, q)
+        ) = linearised(u, v, h, x_u, x_v, x_o, a_u, b, a_v, a_o, p, q)
         new_m_u_u = m_u_u * j_u_u + m_u_h * j_u_h
         new_m_u_v = m_u_u * j_v_u + m_u_v * j_v_v + m_u_h * j_v_h
         new_m_u_h = m_u_u * j_h_u + m_u_v * j_h_v + m_u_h * j_h_h
@@ -934,63 +1164,234 @@ def backward_maps_kernel(
         new_m_h_u = m_h_u * j_u_u + m_h_h * j_u_h
         new_m_h_v = m_h_u * j_v_u + m_h_v * j_v_v + m_h_h * j_v_h
         new_m_h_h = m_h_u * j_h_u + m_h_v * j_h_v + m_h_h * j_h_h
-        inside = 0.0
         if HAS_RESET:
             new_m_u_u = tl.where(cut_0, 0.0, new_m_u_u)
-        m_u_u = tl.zeros_like(m_u_u) + new_m_u_u
-        inside = tl.maximum(inside, largest_size(m_u_u, mask))
+        m_u_u = tl.where(t < stop, new_m_u_u, m_u_u)
         if HAS_RESET:
             new_m_u_v = tl.where(cut_0, 0.0, new_m_u_v)
-        m_u_v = tl.zeros_like(m_u_v) + new_m_u_v
-        inside = tl.maximum(inside, largest_size(m_u_v, mask))
+        m_u_v = tl.where(t < stop, new_m_u_v, m_u_v)
         if HAS_RESET:
             new_m_u_h = tl.where(cut_0, 0.0, new_m_u_h)
-        m_u_h = tl.zeros_like(m_u_h) + new_m_u_h
-        inside = tl.maximum(inside, largest_size(m_u_h, mask))
+        m_u_h = tl.where(t < stop, new_m_u_h, m_u_h)
         if HAS_RESET:
             new_m_v_u = tl.where(cut_0, 0.0, new_m_v_u)
-        m_v_u = tl.zeros_like(m_v_u) + new_m_v_u
-        inside = tl.maximum(inside, largest_size(m_v_u, mask))
+        m_v_u = tl.where(t < stop, new_m_v_u, m_v_u)
         if HAS_RESET:
             new_m_v_v = tl.where(cut_0, 0.0, new_m_v_v)
-        m_v_v = tl.zeros_like(m_v_v) + new_m_v_v
-        inside = tl.maximum(inside, largest_size(m_v_v, mask))
+        m_v_v = tl.where(t < stop, new_m_v_v, m_v_v)
         if HAS_RESET:
             new_m_v_h = tl.where(cut_0, 0.0, new_m_v_h)
-        m_v_h = tl.zeros_like(m_v_h) + new_m_v_h
-        inside = tl.maximum(inside, largest_size(m_v_h, mask))
+        m_v_h = tl.where(t < stop, new_m_v_h, m_v_h)
         if HAS_RESET:
             new_m_h_u = tl.where(cut_0, 0.0, new_m_h_u)
-        m_h_u = tl.zeros_like(m_h_u) + new_m_h_u
-        inside = tl.maximum(inside, largest_size(m_h_u, mask))
+        m_h_u = tl.where(t < stop, new_m_h_u, m_h_u)
         if HAS_RESET:
             new_m_h_v = tl.where(cut_0, 0.0, new_m_h_v)
-        m_h_v = tl.zeros_like(m_h_v) + new_m_h_v
-        inside = tl.maximum(inside, largest_size(m_h_v, mask))
+        m_h_v = tl.where(t < stop, new_m_h_v, m_h_v)
         if HAS_RESET:
             new_m_h_h = tl.where(cut_0, 0.0, new_m_h_h)
-        m_h_h = tl.zeros_like(m_h_h) + new_m_h_h
+        m_h_h = tl.where(t < stop, new_m_h_h, m_h_h)
+        d_u += m_u_u * g_u
+        d_u += m_u_v * g_v
+        d_u += m_u_h * g_h
+        d_v += m_v_u * g_u
+        d_v += m_v_v * g_v
+        d_v += m_v_h * g_h
+        d_h += m_h_u * g_u
+        d_h += m_h_v * g_v
+        d_h += m_h_h * g_h
+        cut_0 = flag_at(reset_row, t + 4, t + 4 < stop, HAS_RESET)
+        x_u, x_v, x_o, u, v, h, g_u, g_v, g_h = widen(
+            x_u_1, x_v_1, x_o_1, u_1, v_1, h_1, g_u_1, g_v_1, g_h_1, cut_1, u_first, v_first, h_first, t + 1, False,
+            HAS_RESET, COMPUTE,
+        )
+        x_u_1, x_v_1, x_o_1, u_1, v_1, h_1, g_u_1, g_v_1, g_h_1 = load_step(
+            x_u_row, x_v_row, x_o_row, u_row, v_row, h_row, g_u_row, g_v_row, g_h_row, 5 * X_STEP, 5 * H_STEP,
+            mask & (t + 5 < stop), mask & (t + 5 < stop), H_STEP, HAS_G_U, HAS_G_V, HAS_G_H,
+        )
+        (
+            _next_u, _next_v, _next_h, j_u_u, j_u_v, j_u_h, j_v_u, j_v_v, j_v_h, j_h_u, j_h_v, j_h_h,
+        ) = linearised(u, v, h, x_u, x_v, x_o, a_u, b, a_v, a_o, p, q)
+        new_m_u_u = m_u_u * j_u_u + m_u_h * j_u_h
+        new_m_u_v = m_u_u * j_v_u + m_u_v * j_v_v + m_u_h * j_v_h
+        new_m_u_h = m_u_u * j_h_u + m_u_v * j_h_v + m_u_h * j_h_h
+        new_m_v_u = m_v_u * j_u_u + m_v_h * j_u_h
+        new_m_v_v = m_v_u * j_v_u + m_v_v * j_v_v + m_v_h * j_v_h
+        new_m_v_h = m_v_u * j_h_u + m_v_v * j_h_v + m_v_h * j_h_h
+        new_m_h_u = m_h_u * j_u_u + m_h_h * j_u_h
+        new_m_h_v = m_h_u * j_v_u + m_h_v * j_v_v + m_h_h * j_v_h
+        new_m_h_h = m_h_u * j_h_u + m_h_v * j_h_v + m_h_h * j_h_h
+        if HAS_RESET:
+            new_m_u_u = tl.where(cut_1, 0.0, new_m_u_u)
+        m_u_u = tl.where(t + 1 < stop, new_m_u_u, m_u_u)
+        if HAS_RESET:
+            new_m_u_v = tl.where(cut_1, 0.0, new_m_u_v)
+        m_u_v = tl.where(t + 1 < stop, new_m_u_v, m_u_v)
+        if HAS_RESET:
+            new_m_u_h = tl.where(cut_1, 0.0, new_m_u_h)
+        m_u_h = tl.where(t + 1 < stop, new_m_u_h, m_u_h)
+        if HAS_RESET:
+            new_m_v_u = tl.where(cut_1, 0.0, new_m_v_u)
+        m_v_u = tl.where(t + 1 < stop, new_m_v_u, m_v_u)
+        if HAS_RESET:
+            new_m_v_v = tl.where(cut_1, 0.0, new_m_v_v)
+        m_v_v = tl.where(t + 1 < stop, new_m_v_v, m_v_v)
+        if HAS_RESET:
+            new_m_v_h = tl.where(cut_1, 0.0, new_m_v_h)
+        m_v_h = tl.where(t + 1 < stop, new_m_v_h, m_v_h)
+        if HAS_RESET:
+            new_m_h_u = tl.where(cut_1, 0.0, new_m_h_u)
+        m_h_u = tl.where(t + 1 < stop, new_m_h_u, m_h_u)
+        if HAS_RESET:
+            new_m_h_v = tl.where(cut_1, 0.0, new_m_h_v)
+        m_h_v = tl.where(t + 1 < stop, new_m_h_v, m_h_v)
+        if HAS_RESET:
+            new_m_h_h = tl.where(cut_1, 0.0, new_m_h_h)
+        m_h_h = tl.where(t + 1 < stop, new_m_h_h, m_h_h)
+        d_u += m_u_u * g_u
+        d_u += m_u_v * g_v
+        d_u += m_u_h * g_h
+        d_v += m_v_u * g_u
+        d_v += m_v_v * g_v
+        d_v += m_v_h * g_h
+        d_h += m_h_u * g_u
+        d_h += m_h_v * g_v
+        d_h += m_h_h * g_h
+        cut_1 = flag_at(reset_row, t + 5, t + 5 < stop, HAS_RESET)
+        x_u, x_v, x_o, u, v, h, g_u, g_v, g_h = widen(
+            x_u_2, x_v_2, x_o_2, u_2, v_2, h_2, g_u_2, g_v_2, g_h_2, cut_2, u_first, v_first, h_first, t + 2, False,
+            HAS_RESET, COMPUTE,
+        )
+        x_u_2, x_v_2, x_o_2, u_2, v_2, h_2, g_u_2, g_v_2, g_h_2 = load_step(
+            x_u_row, x_v_row, x_o_row, u_row, v_row, h_row, g_u_row, g_v_row, g_h_row, 6 * X_STEP, 6 * H_STEP,
+            mask & (t + 6 < stop), mask & (t + 6 < stop), H_STEP, HAS_G_U, HAS_G_V, HAS_G_H,
+        )
+        (
+            _next_u, _next_v, _next_h, j_u_u, j_u_v, j_u_h, j_v_u, j_v_v, j_v_h, j_h_u, j_h_v, j_h_h,
+        ) = linearised(u, v, h, x_u, x_v, x_o, a_u, b, a_v, a_o, p, q)
+        new_m_u_u = m_u_u * j_u_u + m_u_h * j_u_h
+        new_m_u_v = m_u_u * j_v_u + m_u_v * j_v_v + m_u_h * j_v_h
+        new_m_u_h = m_u_u * j_h_u + m_u_v * j_h_v + m_u_h * j_h_h
+        new_m_v_u = m_v_u * j_u_u + m_v_h * j_u_h
+        new_m_v_v = m_v_u * j_v_u + m_v_v * j_v_v + m_v_h * j_v_h
+        new_m_v_h = m_v_u * j_h_u + m_v_v * j_h_v + m_v_h * j_h_h
+        new_m_h_u = m_h_u * j_u_u + m_h_h * j_u_h
+        new_m_h_v = m_h_u * j_v_u + m_h_v * j_v_v + m_h_h * j_v_h
+        new_m_h_h = m_h_u * j_h_u + m_h_v * j_h_v + m_h_h * j_h_h
+        if HAS_RESET:
+            new_m_u_u = tl.where(cut_2, 0.0, new_m_u_u)
+        m_u_u = tl.where(t + 2 < stop, new_m_u_u, m_u_u)
+        if HAS_RESET:
+            new_m_u_v = tl.where(cut_2, 0.0, new_m_u_v)
+        m_u_v = tl.where(t + 2 < stop, new_m_u_v, m_u_v)
+        if HAS_RESET:
+            new_m_u_h = tl.where(cut_2, 0.0, new_m_u_h)
+        m_u_h = tl.where(t + 2 < stop, new_m_u_h, m_u_h)
+        if HAS_RESET:
+            new_m_v_u = tl.where(cut_2, 0.0, new_m_v_u)
+        m_v_u = tl.where(t + 2 < stop, new_m_v_u, m_v_u)
+        if HAS_RESET:
+            new_m_v_v = tl.where(cut_2, 0.0, new_m_v_v)
+        m_v_v = tl.where(t + 2 < stop, new_m_v_v, m_v_v)
+        if HAS_RESET:
+            new_m_v_h = tl.where(cut_2, 0.0, new_m_v_h)
+        m_v_h = tl.where(t + 2 < stop, new_m_v_h, m_v_h)
+        if HAS_RESET:
+            new_m_h_u = tl.where(cut_2, 0.0, new_m_h_u)
+        m_h_u = tl.where(t + 2 < stop, new_m_h_u, m_h_u)
+        if HAS_RESET:
+            new_m_h_v = tl.where(cut_2, 0.0, new_m_h_v)
+        m_h_v = tl.where(t + 2 < stop, new_m_h_v, m_h_v)
+        if HAS_RESET:
+            new_m_h_h = tl.where(cut_2, 0.0, new_m_h_h)
+        m_h_h = tl.where(t + 2 < stop, new_m_h_h, m_h_h)
+        d_u += m_u_u * g_u
+        d_u += m_u_v * g_v
+        d_u += m_u_h * g_h
+        d_v += m_v_u * g_u
+        d_v += m_v_v * g_v
+        d_v += m_v_h * g_h
+        d_h += m_h_u * g_u
+        d_h += m_h_v * g_v
+        d_h += m_h_h * g_h
+        cut_2 = flag_at(reset_row, t + 6, t + 6 < stop, HAS_RESET)
+        x_u, x_v, x_o, u, v, h, g_u, g_v, g_h = widen(
+            x_u_3, x_v_3, x_o_3, u_3, v_3, h_3, g_u_3, g_v_3, g_h_3, cut_3, u_first, v_first, h_first, t + 3, False,
+            HAS_RESET, COMPUTE,
+        )
+        x_u_3, x_v_3, x_o_3, u_3, v_3, h_3, g_u_3, g_v_3, g_h_3 = load_step(
+            x_u_row, x_v_row, x_o_row, u_row, v_row, h_row, g_u_row, g_v_row, g_h_row, 7 * X_STEP, 7 * H_STEP,
+            mask & (t + 7 < stop), mask & (t + 7 < stop), H_STEP, HAS_G_U, HAS_G_V, HAS_G_H,
+        )
+        (
+            _next_u, _next_v, _next_h, j_u_u, j_u_v, j_u_h, j_v_u, j_v_v, j_v_h, j_h_u, j_h_v, j_h_h,
+        ) = linearised(u, v, h, x_u, x_v, x_o, a_u, b, a_v, a_o, p, q)
+        new_m_u_u = m_u_u * j_u_u + m_u_h * j_u_h
+        new_m_u_v = m_u_u * j_v_u + m_u_v * j_v_v + m_u_h * j_v_h
+        new_m_u_h = m_u_u * j_h_u + m_u_v * j_h_v + m_u_h * j_h_h
+        new_m_v_u = m_v_u * j_u_u + m_v_h * j_u_h
+        new_m_v_v = m_v_u * j_v_u + m_v_v * j_v_v + m_v_h * j_v_h
+        new_m_v_h = m_v_u * j_h_u + m_v_v * j_h_v + m_v_h * j_h_h
+        new_m_h_u = m_h_u * j_u_u + m_h_h * j_u_h
+        new_m_h_v = m_h_u * j_v_u + m_h_v * j_v_v + m_h_h * j_v_h
+        new_m_h_h = m_h_u * j_h_u + m_h_v * j_h_v + m_h_h * j_h_h
+        if HAS_RESET:
+            new_m_u_u = tl.where(cut_3, 0.0, new_m_u_u)
+        m_u_u = tl.where(t + 3 < stop, new_m_u_u, m_u_u)
+        if HAS_RESET:
+            new_m_u_v = tl.where(cut_3, 0.0, new_m_u_v)
+        m_u_v = tl.where(t + 3 < stop, new_m_u_v, m_u_v)
+        if HAS_RESET:
+            new_m_u_h = tl.where(cut_3, 0.0, new_m_u_h)
+        m_u_h = tl.where(t + 3 < stop, new_m_u_h, m_u_h)
+        if HAS_RESET:
+            new_m_v_u = tl.where(cut_3, 0.0, new_m_v_u)
+        m_v_u = tl.where(t + 3 < stop, new_m_v_u, m_v_u)
+        if HAS_RESET:
+            new_m_v_v = tl.where(cut_3, 0.0, new_m_v_v)
+        m_v_v = tl.where(t + 3 < stop, new_m_v_v, m_v_v)
+        if HAS_RESET:
+            new_m_v_h = tl.where(cut_3, 0.0, new_m_v_h)
+        m_v_h = tl.where(t + 3 < stop, new_m_v_h, m_v_h)
+        if HAS_RESET:
+            new_m_h_u = tl.where(cut_3, 0.0, new_m_h_u)
+        m_h_u = tl.where(t + 3 < stop, new_m_h_u, m_h_u)
+        if HAS_RESET:
+            new_m_h_v = tl.where(cut_3, 0.0, new_m_h_v)
+        m_h_v = tl.where(t + 3 < stop, new_m_h_v, m_h_v)
+        if HAS_RESET:
+            new_m_h_h = tl.where(cut_3, 0.0, new_m_h_h)
+        m_h_h = tl.where(t + 3 < stop, new_m_h_h, m_h_h)
+        d_u += m_u_u * g_u
+        d_u += m_u_v * g_v
+        d_u += m_u_h * g_h
+        d_v += m_v_u * g_u
+        d_v += m_v_v * g_v
+        d_v += m_v_h * g_h
+        d_h += m_h_u * g_u
+        d_h += m_h_v * g_v
+        d_h += m_h_h * g_h
+        cut_3 = flag_at(reset_row, t + 7, t + 7 < stop, HAS_RESET)
+        inside = 0.0
+        inside = tl.maximum(inside, largest_size(m_u_u, mask))
+        inside = tl.maximum(inside, largest_size(m_u_v, mask))
+        inside = tl.maximum(inside, largest_size(m_u_h, mask))
+        inside = tl.maximum(inside, largest_size(m_v_u, mask))
+        inside = tl.maximum(inside, largest_size(m_v_v, mask))
+        inside = tl.maximum(inside, largest_size(m_v_h, mask))
+        inside = tl.maximum(inside, largest_size(m_h_u, mask))
+        inside = tl.maximum(inside, largest_size(m_h_v, mask))
         inside = tl.maximum(inside, largest_size(m_h_h, mask))
-        d_u += m_u_u * g_u_0
-        d_u += m_u_v * g_v_0
-        d_u += m_u_h * g_h_0
-        d_v += m_v_u * g_u_0
-        d_v += m_v_v * g_v_0
-        d_v += m_v_h * g_h_0
-        d_h += m_h_u * g_u_0
-        d_h += m_h_v * g_v_0
-        d_h += m_h_h * g_h_0
-        x_u_0 = x_u_ahead_0
-        x_v_0 = x_v_ahead_0
-        x_o_0 = x_o_ahead_0
-        u_0 = u_ahead_0
-        v_0 = v_ahead_0
-        h_0 = h_ahead_0
-        g_u_0 = g_u_ahead_0
-        g_v_0 = g_v_ahead_0
-        g_h_0 = g_h_ahead_0
-        cut_0 = cut_ahead_0
-        t += 1
+        x_u_row += 4 * X_STEP
+        x_v_row += 4 * X_STEP
+        x_o_row += 4 * X_STEP
+        u_row += 4 * H_STEP
+        v_row += 4 * H_STEP
+        h_row += 4 * H_STEP
+        g_u_row += 4 * H_STEP
+        g_v_row += 4 * H_STEP
+        g_h_row += 4 * H_STEP
+        t += 4
     at = piece.to(tl.int64) * batches * channels + here
     tl.store(m_u_u_ptr + at, m_u_u, mask=mask)
     tl.store(m_u_v_ptr + at, m_u_v, mask=mask)
@@ -1004,10 +1405,10 @@ def backward_maps_kernel(
     tl.store(d_u_ptr + at, d_u, mask=mask)
     tl.store(d_v_ptr + at, d_v, mask=mask)
     tl.store(d_h_ptr + at, d_h, mask=mask)
-    tl.store(steps_ptr + program, (t - start).to(tl.int32))
+    tl.store(steps_ptr + program, (tl.minimum(t, stop) - start).to(tl.int32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pieces", "batches"])
 def backward_join_kernel(
     m_u_u_ptr, m_u_v_ptr, m_u_h_ptr, m_v_u_ptr, m_v_v_ptr, m_v_h_ptr, m_h_u_ptr, m_h_v_ptr, m_h_h_ptr, d_u_ptr, d_v_ptr,
     d_h_ptr, g_u_final_ptr, g_v_final_ptr, g_h_final_ptr, carry_u_ptr, carry_v_ptr, carry_h_ptr, pieces, batches,

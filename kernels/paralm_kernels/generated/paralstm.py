@@ -101,11 +101,13 @@ def load_params(a_f_ptr, a_c_ptr, a_o_ptr, p_f_ptr, p_o_ptr, channel, mask):
 
 @triton.jit
 def advance(
-    c, h, m_c_c, m_c_h, m_h_c, m_h_h, x_f, x_c, x_o, a_f, a_c, a_o, p_f, p_o, cut, c_row, h_row, t, stop, channels,
-    mask, HAS_RESET: tl.constexpr, JACOBIAN: tl.constexpr,
+    c, h, m_c_c, m_c_h, m_h_c, m_h_h, x_f, x_c, x_o, a_f, a_c, a_o, p_f, p_o, cut, c_row, h_row, to, mask,
+    HAS_RESET: tl.constexpr, JACOBIAN: tl.constexpr, COMPUTE: tl.constexpr,
 ):
     """One step of a walk: the state after it, which is stored, and the product of Jacobians."""
-    valid = t < stop
+    x_f = x_f.to(COMPUTE)
+    x_c = x_c.to(COMPUTE)
+    x_o = x_o.to(COMPUTE)
     if HAS_RESET:
         c = tl.where(cut, 0.0, c)
         h = tl.where(cut, 0.0, h)
@@ -120,79 +122,188 @@ def advance(
             new_m_c_h = tl.where(cut, 0.0, new_m_c_h)
             new_m_h_c = tl.where(cut, 0.0, new_m_h_c)
             new_m_h_h = tl.where(cut, 0.0, new_m_h_h)
-        m_c_c = tl.where(valid, new_m_c_c, m_c_c)
-        m_c_h = tl.where(valid, new_m_c_h, m_c_h)
-        m_h_c = tl.where(valid, new_m_h_c, m_h_c)
-        m_h_h = tl.where(valid, new_m_h_h, m_h_h)
+        m_c_c = tl.zeros_like(m_c_c) + new_m_c_c
+        m_c_h = tl.zeros_like(m_c_h) + new_m_c_h
+        m_h_c = tl.zeros_like(m_h_c) + new_m_h_c
+        m_h_h = tl.zeros_like(m_h_h) + new_m_h_h
     else:
         next_c, next_h = step(c, h, x_f, x_c, x_o, a_f, a_c, a_o, p_f, p_o)
-    here = tl.cast(t, tl.int64) * channels
-    tl.store(c_row + here, next_c.to(c_row.dtype.element_ty), mask=mask & valid)
-    tl.store(h_row + here, next_h.to(h_row.dtype.element_ty), mask=mask & valid)
-    c = tl.where(valid, next_c, c)
-    h = tl.where(valid, next_h, h)
-    return c, h, m_c_c, m_c_h, m_h_c, m_h_h
+    tl.store(c_row + to, next_c.to(c_row.dtype.element_ty), mask=mask)
+    tl.store(h_row + to, next_h.to(h_row.dtype.element_ty), mask=mask)
+    return next_c, next_h, m_c_c, m_c_h, m_h_c, m_h_h
+
+
+@triton.jit
+def keep(c, h, c_check_row, h_check_row, here, mask, tol, MEET: tl.constexpr):
+    """Keeps the state in full precision, unless it has met the one that is kept."""
+    met = 0
+    if MEET:
+        moved = 0.0
+        old = tl.load(c_check_row + here, mask=mask, other=0.0)
+        moved = tl.maximum(moved, relative_change(c, old, mask))
+        old = tl.load(h_check_row + here, mask=mask, other=0.0)
+        moved = tl.maximum(moved, relative_change(h, old, mask))
+        met = (moved <= tol).to(tl.int32)
+    tl.store(c_check_row + here, c, mask=mask & (met == 0))
+    tl.store(h_check_row + here, h, mask=mask & (met == 0))
+    return met
 
 
 @triton.jit
 def walk_piece(
     c, h, m_c_c, m_c_h, m_h_c, m_h_h, x_f_row, x_c_row, x_o_row, a_f, a_c, a_o, p_f, p_o, c_row, h_row, c_check_row,
-    h_check_row, reset_row, start, stop, x_stride_time, channels, mask, tol, HAS_RESET: tl.constexpr,
+    h_check_row, reset_row, start, stop, mask, tol, X_STEP: tl.constexpr, H_STEP: tl.constexpr, HAS_RESET: tl.constexpr,
     PIECES: tl.constexpr, JACOBIAN: tl.constexpr, MEET: tl.constexpr, COMPUTE: tl.constexpr, CHECK: tl.constexpr,
 ):
     """Walks from start to stop, with MEET until the state meets the stored one. With PIECES it keeps a checkpoint
     every CHECK steps (start is a multiple of that), with JACOBIAN the product of Jacobians."""
-    x_f_0, x_c_0, x_o_0 = load_inputs(
-        x_f_row, x_c_row, x_o_row, tl.cast(start, tl.int64) * x_stride_time, mask & (start < stop), COMPUTE,
-    )
-    cut_0 = flag_at(reset_row, start, start < stop, HAS_RESET)
-    x_f_1, x_c_1, x_o_1 = load_inputs(
-        x_f_row, x_c_row, x_o_row, tl.cast(start + 1, tl.int64) * x_stride_time, mask & (start + 1 < stop), COMPUTE,
-    )
-    cut_1 = flag_at(reset_row, start + 1, start + 1 < stop, HAS_RESET)
+    whole = start + (stop - start) // 8 * 8
+    some = mask & (start < whole)
+    x_f_row += tl.cast(start, tl.int64) * X_STEP
+    x_c_row += tl.cast(start, tl.int64) * X_STEP
+    x_o_row += tl.cast(start, tl.int64) * X_STEP
+    c_row += tl.cast(start, tl.int64) * H_STEP
+    h_row += tl.cast(start, tl.int64) * H_STEP
+    x_f_0 = tl.load(x_f_row, mask=some, other=0.0)
+    x_c_0 = tl.load(x_c_row, mask=some, other=0.0)
+    x_o_0 = tl.load(x_o_row, mask=some, other=0.0)
+    cut_0 = flag_at(reset_row, start, start < whole, HAS_RESET)
+    x_f_1 = tl.load(x_f_row + X_STEP, mask=some, other=0.0)
+    x_c_1 = tl.load(x_c_row + X_STEP, mask=some, other=0.0)
+    x_o_1 = tl.load(x_o_row + X_STEP, mask=some, other=0.0)
+    cut_1 = flag_at(reset_row, start + 1, start < whole, HAS_RESET)
+    x_f_2 = tl.load(x_f_row + 2 * X_STEP, mask=some, other=0.0)
+    x_c_2 = tl.load(x_c_row + 2 * X_STEP, mask=some, other=0.0)
+    x_o_2 = tl.load(x_o_row + 2 * X_STEP, mask=some, other=0.0)
+    cut_2 = flag_at(reset_row, start + 2, start < whole, HAS_RESET)
+    x_f_3 = tl.load(x_f_row + 3 * X_STEP, mask=some, other=0.0)
+    x_c_3 = tl.load(x_c_row + 3 * X_STEP, mask=some, other=0.0)
+    x_o_3 = tl.load(x_o_row + 3 * X_STEP, mask=some, other=0.0)
+    cut_3 = flag_at(reset_row, start + 3, start < whole, HAS_RESET)
+    x_f_4 = tl.load(x_f_row + 4 * X_STEP, mask=some, other=0.0)
+    x_c_4 = tl.load(x_c_row + 4 * X_STEP, mask=some, other=0.0)
+    x_o_4 = tl.load(x_o_row + 4 * X_STEP, mask=some, other=0.0)
+    cut_4 = flag_at(reset_row, start + 4, start < whole, HAS_RESET)
+    x_f_5 = tl.load(x_f_row + 5 * X_STEP, mask=some, other=0.0)
+    x_c_5 = tl.load(x_c_row + 5 * X_STEP, mask=some, other=0.0)
+    x_o_5 = tl.load(x_o_row + 5 * X_STEP, mask=some, other=0.0)
+    cut_5 = flag_at(reset_row, start + 5, start < whole, HAS_RESET)
+    x_f_6 = tl.load(x_f_row + 6 * X_STEP, mask=some, other=0.0)
+    x_c_6 = tl.load(x_c_row + 6 * X_STEP, mask=some, other=0.0)
+    x_o_6 = tl.load(x_o_row + 6 * X_STEP, mask=some, other=0.0)
+    cut_6 = flag_at(reset_row, start + 6, start < whole, HAS_RESET)
+    x_f_7 = tl.load(x_f_row + 7 * X_STEP, mask=some, other=0.0)
+    x_c_7 = tl.load(x_c_row + 7 * X_STEP, mask=some, other=0.0)
+    x_o_7 = tl.load(x_o_row + 7 * X_STEP, mask=some, other=0.0)
+    cut_7 = flag_at(reset_row, start + 7, start < whole, HAS_RESET)
     t = start
     met = 0
-    while (t < stop) & (met == 0):
-        x_f_ahead_0, x_c_ahead_0, x_o_ahead_0 = load_inputs(
-            x_f_row, x_c_row, x_o_row, tl.cast(t + 2, tl.int64) * x_stride_time, mask & (t + 2 < stop), COMPUTE,
-        )
-        cut_ahead_0 = flag_at(reset_row, t + 2, t + 2 < stop, HAS_RESET)
-        x_f_ahead_1, x_c_ahead_1, x_o_ahead_1 = load_inputs(
-            x_f_row, x_c_row, x_o_row, tl.cast(t + 3, tl.int64) * x_stride_time, mask & (t + 3 < stop), COMPUTE,
-        )
-        cut_ahead_1 = flag_at(reset_row, t + 3, t + 3 < stop, HAS_RESET)
+    while (t < whole) & (met == 0):
+        more = t + 8 < whole
+        some = mask & more
         c, h, m_c_c, m_c_h, m_h_c, m_h_h = advance(
-            c, h, m_c_c, m_c_h, m_h_c, m_h_h, x_f_0, x_c_0, x_o_0, a_f, a_c, a_o, p_f, p_o, cut_0, c_row, h_row, t,
-            stop, channels, mask, HAS_RESET, JACOBIAN,
+            c, h, m_c_c, m_c_h, m_h_c, m_h_h, x_f_0, x_c_0, x_o_0, a_f, a_c, a_o, p_f, p_o, cut_0, c_row, h_row, 0,
+            mask, HAS_RESET, JACOBIAN, COMPUTE,
         )
+        x_f_0 = tl.load(x_f_row + 8 * X_STEP, mask=some, other=0.0)
+        x_c_0 = tl.load(x_c_row + 8 * X_STEP, mask=some, other=0.0)
+        x_o_0 = tl.load(x_o_row + 8 * X_STEP, mask=some, other=0.0)
+        cut_0 = flag_at(reset_row, t + 8, more, HAS_RESET)
         c, h, m_c_c, m_c_h, m_h_c, m_h_h = advance(
-            c, h, m_c_c, m_c_h, m_h_c, m_h_h, x_f_1, x_c_1, x_o_1, a_f, a_c, a_o, p_f, p_o, cut_1, c_row, h_row, t + 1,
-            stop, channels, mask, HAS_RESET, JACOBIAN,
+            c, h, m_c_c, m_c_h, m_h_c, m_h_h, x_f_1, x_c_1, x_o_1, a_f, a_c, a_o, p_f, p_o, cut_1, c_row, h_row, H_STEP,
+            mask, HAS_RESET, JACOBIAN, COMPUTE,
         )
-        x_f_0, x_c_0, x_o_0, cut_0 = x_f_ahead_0, x_c_ahead_0, x_o_ahead_0, cut_ahead_0
-        x_f_1, x_c_1, x_o_1, cut_1 = x_f_ahead_1, x_c_ahead_1, x_o_ahead_1, cut_ahead_1
-        t += 2
+        x_f_1 = tl.load(x_f_row + 9 * X_STEP, mask=some, other=0.0)
+        x_c_1 = tl.load(x_c_row + 9 * X_STEP, mask=some, other=0.0)
+        x_o_1 = tl.load(x_o_row + 9 * X_STEP, mask=some, other=0.0)
+        cut_1 = flag_at(reset_row, t + 9, more, HAS_RESET)
+        c, h, m_c_c, m_c_h, m_h_c, m_h_h = advance(
+            c, h, m_c_c, m_c_h, m_h_c, m_h_h, x_f_2, x_c_2, x_o_2, a_f, a_c, a_o, p_f, p_o, cut_2, c_row, h_row,
+            2 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+        )
+        x_f_2 = tl.load(x_f_row + 10 * X_STEP, mask=some, other=0.0)
+        x_c_2 = tl.load(x_c_row + 10 * X_STEP, mask=some, other=0.0)
+        x_o_2 = tl.load(x_o_row + 10 * X_STEP, mask=some, other=0.0)
+        cut_2 = flag_at(reset_row, t + 10, more, HAS_RESET)
+        c, h, m_c_c, m_c_h, m_h_c, m_h_h = advance(
+            c, h, m_c_c, m_c_h, m_h_c, m_h_h, x_f_3, x_c_3, x_o_3, a_f, a_c, a_o, p_f, p_o, cut_3, c_row, h_row,
+            3 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+        )
+        x_f_3 = tl.load(x_f_row + 11 * X_STEP, mask=some, other=0.0)
+        x_c_3 = tl.load(x_c_row + 11 * X_STEP, mask=some, other=0.0)
+        x_o_3 = tl.load(x_o_row + 11 * X_STEP, mask=some, other=0.0)
+        cut_3 = flag_at(reset_row, t + 11, more, HAS_RESET)
+        c, h, m_c_c, m_c_h, m_h_c, m_h_h = advance(
+            c, h, m_c_c, m_c_h, m_h_c, m_h_h, x_f_4, x_c_4, x_o_4, a_f, a_c, a_o, p_f, p_o, cut_4, c_row, h_row,
+            4 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+        )
+        x_f_4 = tl.load(x_f_row + 12 * X_STEP, mask=some, other=0.0)
+        x_c_4 = tl.load(x_c_row + 12 * X_STEP, mask=some, other=0.0)
+        x_o_4 = tl.load(x_o_row + 12 * X_STEP, mask=some, other=0.0)
+        cut_4 = flag_at(reset_row, t + 12, more, HAS_RESET)
+        c, h, m_c_c, m_c_h, m_h_c, m_h_h = advance(
+            c, h, m_c_c, m_c_h, m_h_c, m_h_h, x_f_5, x_c_5, x_o_5, a_f, a_c, a_o, p_f, p_o, cut_5, c_row, h_row,
+            5 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+        )
+        x_f_5 = tl.load(x_f_row + 13 * X_STEP, mask=some, other=0.0)
+        x_c_5 = tl.load(x_c_row + 13 * X_STEP, mask=some, other=0.0)
+        x_o_5 = tl.load(x_o_row + 13 * X_STEP, mask=some, other=0.0)
+        cut_5 = flag_at(reset_row, t + 13, more, HAS_RESET)
+        c, h, m_c_c, m_c_h, m_h_c, m_h_h = advance(
+            c, h, m_c_c, m_c_h, m_h_c, m_h_h, x_f_6, x_c_6, x_o_6, a_f, a_c, a_o, p_f, p_o, cut_6, c_row, h_row,
+            6 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+        )
+        x_f_6 = tl.load(x_f_row + 14 * X_STEP, mask=some, other=0.0)
+        x_c_6 = tl.load(x_c_row + 14 * X_STEP, mask=some, other=0.0)
+        x_o_6 = tl.load(x_o_row + 14 * X_STEP, mask=some, other=0.0)
+        cut_6 = flag_at(reset_row, t + 14, more, HAS_RESET)
+        c, h, m_c_c, m_c_h, m_h_c, m_h_h = advance(
+            c, h, m_c_c, m_c_h, m_h_c, m_h_h, x_f_7, x_c_7, x_o_7, a_f, a_c, a_o, p_f, p_o, cut_7, c_row, h_row,
+            7 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+        )
+        x_f_7 = tl.load(x_f_row + 15 * X_STEP, mask=some, other=0.0)
+        x_c_7 = tl.load(x_c_row + 15 * X_STEP, mask=some, other=0.0)
+        x_o_7 = tl.load(x_o_row + 15 * X_STEP, mask=some, other=0.0)
+        cut_7 = flag_at(reset_row, t + 15, more, HAS_RESET)
+        t += 8
+        x_f_row += 8 * X_STEP
+        x_c_row += 8 * X_STEP
+        x_o_row += 8 * X_STEP
+        c_row += 8 * H_STEP
+        h_row += 8 * H_STEP
         if PIECES:
             edge = ((t - start) % CHECK == 0) | (t >= stop)
             if edge:
-                here = tl.cast((tl.minimum(t, stop) - 1) // CHECK, tl.int64) * channels
-                if MEET:
-                    moved = 0.0
-                    old = tl.load(c_check_row + here, mask=mask, other=0.0)
-                    moved = tl.maximum(moved, relative_change(c, old, mask))
-                    old = tl.load(h_check_row + here, mask=mask, other=0.0)
-                    moved = tl.maximum(moved, relative_change(h, old, mask))
-                    met = (moved <= tol).to(tl.int32)
-                tl.store(c_check_row + here, c, mask=mask & (met == 0))
-                tl.store(h_check_row + here, h, mask=mask & (met == 0))
-    return c, h, m_c_c, m_c_h, m_h_c, m_h_h, tl.minimum(t, stop), met
+                here = tl.cast((t - 1) // CHECK, tl.int64) * H_STEP
+                met = keep(c, h, c_check_row, h_check_row, here, mask, tol, MEET)
+    while (t < stop) & (met == 0):
+        x_f = tl.load(x_f_row, mask=mask, other=0.0)
+        x_c = tl.load(x_c_row, mask=mask, other=0.0)
+        x_o = tl.load(x_o_row, mask=mask, other=0.0)
+        cut = flag_at(reset_row, t, t < stop, HAS_RESET)
+        c, h, m_c_c, m_c_h, m_h_c, m_h_h = advance(
+            c, h, m_c_c, m_c_h, m_h_c, m_h_h, x_f, x_c, x_o, a_f, a_c, a_o, p_f, p_o, cut, c_row, h_row, 0, mask,
+            HAS_RESET, JACOBIAN, COMPUTE,
+        )
+        t += 1
+        x_f_row += X_STEP
+        x_c_row += X_STEP
+        x_o_row += X_STEP
+        c_row += H_STEP
+        h_row += H_STEP
+        if PIECES:
+            edge = ((t - start) % CHECK == 0) | (t >= stop)
+            if edge:
+                here = tl.cast((t - 1) // CHECK, tl.int64) * H_STEP
+                met = keep(c, h, c_check_row, h_check_row, here, mask, tol, MEET)
+    return c, h, m_c_c, m_c_h, m_h_c, m_h_h, t, met
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["time"])
 def walk_kernel(
     x_f_ptr, x_c_ptr, x_o_ptr, a_f_ptr, a_c_ptr, a_o_ptr, p_f_ptr, p_o_ptr, c_first_ptr, h_first_ptr, c_ptr, h_ptr,
-    c_final_ptr, h_final_ptr, reset_ptr, time, channels, x_stride_batch, x_stride_time, HAS_RESET: tl.constexpr,
-    COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+    c_final_ptr, h_final_ptr, reset_ptr, time, channels, x_stride_batch, X_STEP: tl.constexpr, H_STEP: tl.constexpr,
+    HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """The sequential walk: one program a batch row and block of channels, the state in registers."""
     blocks = tl.cdiv(channels, BLOCK)
@@ -212,7 +323,7 @@ def walk_kernel(
     h = tl.load(h_first_ptr + here, mask=mask, other=0.0)
     c, h, _m_c_c, _m_c_h, _m_h_c, _m_h_h, _t, _met = walk_piece(
         c, h, c, c, c, c, x_f_row, x_c_row, x_o_row, a_f, a_c, a_o, p_f, p_o, c_row, h_row, c_row, h_row, reset_row, 0,
-        time, x_stride_time, channels, mask, 0.0, HAS_RESET, False, False, False, COMPUTE, 1,
+        time, mask, 0.0, X_STEP, H_STEP, HAS_RESET, False, False, False, COMPUTE, 1,
     )
     tl.store(c_final_ptr + here, c, mask=mask)
     tl.store(h_final_ptr + here, h, mask=mask)
@@ -267,7 +378,7 @@ def previous(c, h, c_entry, h_entry, cut, HAS_RESET: tl.constexpr, TILE: tl.cons
     return c, h
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["time"])
 def tile_kernel(
     x_f_ptr, x_c_ptr, x_o_ptr, a_f_ptr, a_c_ptr, a_o_ptr, p_f_ptr, p_o_ptr, c_first_ptr, h_first_ptr, c_bound_ptr,
     h_bound_ptr, c_ptr, h_ptr, c_final_ptr, h_final_ptr, reset_ptr, iterations_ptr, update_ptr, time, channels,
@@ -361,13 +472,13 @@ def tile_kernel(
     tl.store(update_ptr + program, worst)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batches", "length", "checks", "time"])
 def segments_kernel(
     x_f_ptr, x_c_ptr, x_o_ptr, a_f_ptr, a_c_ptr, a_o_ptr, p_f_ptr, p_o_ptr, c_first_ptr, h_first_ptr, c_ptr, h_ptr,
     c_check_ptr, h_check_ptr, reset_ptr, c_used_ptr, h_used_ptr, c_end_ptr, h_end_ptr, m_c_c_ptr, m_c_h_ptr, m_h_c_ptr,
     m_h_h_ptr, c_entry_ptr, h_entry_ptr, walked_ptr, rounds_ptr, batches, length, checks, time, channels,
-    x_stride_batch, x_stride_time, tol, AGAIN: tl.constexpr, HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr,
-    CHECK: tl.constexpr, BLOCK: tl.constexpr,
+    x_stride_batch, tol, X_STEP: tl.constexpr, H_STEP: tl.constexpr, AGAIN: tl.constexpr, HAS_RESET: tl.constexpr,
+    COMPUTE: tl.constexpr, CHECK: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Walks every piece whose entry moved; the first time all, from the initial state and from zero."""
     blocks = tl.cdiv(channels, BLOCK)
@@ -412,23 +523,24 @@ def segments_kernel(
         m_h_h = tl.zeros_like(c_entry) + 1.0
         c, h, m_c_c, m_c_h, m_h_c, m_h_h, t, met = walk_piece(
             c, h, m_c_c, m_c_h, m_h_c, m_h_h, x_f_row, x_c_row, x_o_row, a_f, a_c, a_o, p_f, p_o, c_row, h_row,
-            c_check_row, h_check_row, reset_row, start, stop, x_stride_time, channels, mask, tol, HAS_RESET, True, True,
-            AGAIN, COMPUTE, CHECK,
+            c_check_row, h_check_row, reset_row, start, stop, mask, tol, X_STEP, H_STEP, HAS_RESET, True, AGAIN, AGAIN,
+            COMPUTE, CHECK,
         )
         if met == 0:
             tl.store(c_end_ptr + at, c, mask=mask)
             tl.store(h_end_ptr + at, h, mask=mask)
-            tl.store(m_c_c_ptr + at, m_c_c, mask=mask)
-            tl.store(m_c_h_ptr + at, m_c_h, mask=mask)
-            tl.store(m_h_c_ptr + at, m_h_c, mask=mask)
-            tl.store(m_h_h_ptr + at, m_h_h, mask=mask)
+            if AGAIN:
+                tl.store(m_c_c_ptr + at, m_c_c, mask=mask)
+                tl.store(m_c_h_ptr + at, m_c_h, mask=mask)
+                tl.store(m_h_c_ptr + at, m_h_c, mask=mask)
+                tl.store(m_h_h_ptr + at, m_h_h, mask=mask)
         if AGAIN:
             walked = tl.load(walked_ptr + program) + (t - start).to(tl.int32)
             tl.store(walked_ptr + program, walked)
             tl.store(rounds_ptr + program, tl.load(rounds_ptr + program) + 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pieces", "batches"])
 def segments_join_kernel(
     c_first_ptr, h_first_ptr, c_bound_ptr, h_bound_ptr, c_used_ptr, h_used_ptr, c_end_ptr, h_end_ptr, m_c_c_ptr,
     m_c_h_ptr, m_h_c_ptr, m_h_h_ptr, c_entry_ptr, h_entry_ptr, pieces, batches, channels, BLOCK: tl.constexpr,
@@ -464,13 +576,13 @@ def segments_join_kernel(
         h = tl.where(h > h_bound, h_bound, tl.where(h < -h_bound, -h_bound, h))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pieces", "batches", "length", "checks", "time"])
 def segments_finish_kernel(
     x_f_ptr, x_c_ptr, x_o_ptr, a_f_ptr, a_c_ptr, a_o_ptr, p_f_ptr, p_o_ptr, c_first_ptr, h_first_ptr, c_ptr, h_ptr,
     c_check_ptr, h_check_ptr, reset_ptr, c_used_ptr, h_used_ptr, c_end_ptr, h_end_ptr, m_c_c_ptr, m_c_h_ptr, m_h_c_ptr,
     m_h_h_ptr, c_final_ptr, h_final_ptr, last_walked_ptr, last_rounds_ptr, update_ptr, pieces, batches, length, checks,
-    time, channels, x_stride_batch, x_stride_time, tol, HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr,
-    CHECK: tl.constexpr, BLOCK: tl.constexpr,
+    time, channels, x_stride_batch, tol, X_STEP: tl.constexpr, H_STEP: tl.constexpr, HAS_RESET: tl.constexpr,
+    COMPUTE: tl.constexpr, CHECK: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Goes through the pieces in order and walks again each that did not start where the one before ends."""
     blocks = tl.cdiv(channels, BLOCK)
@@ -513,8 +625,8 @@ def segments_finish_kernel(
             m_h_h = c_entry
             c, h, _m_c_c, _m_c_h, _m_h_c, _m_h_h, t, met = walk_piece(
                 c, h, m_c_c, m_c_h, m_h_c, m_h_h, x_f_row, x_c_row, x_o_row, a_f, a_c, a_o, p_f, p_o, c_row, h_row,
-                c_check_row, h_check_row, reset_row, start, stop, x_stride_time, channels, mask, tol, HAS_RESET, True,
-                False, True, COMPUTE, CHECK,
+                c_check_row, h_check_row, reset_row, start, stop, mask, tol, X_STEP, H_STEP, HAS_RESET, True, False,
+                True, COMPUTE, CHECK,
             )
             c_end = tl.where(met == 0, c, c_end)
             h_end = tl.where(met == 0, h, h_end)
@@ -533,66 +645,74 @@ def segments_finish_kernel(
 
 @triton.jit
 def load_step(
-    x_f_row, x_c_row, x_o_row, c_row, h_row, c_first, h_first, g_c_row, g_h_row, reset_row, t, valid, x_stride_time,
-    channels, mask, HAS_G_C: tl.constexpr, HAS_G_H: tl.constexpr, HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr,
+    x_f_row, x_c_row, x_o_row, c_row, h_row, g_c_row, g_h_row, x_at, at, mask, before, H_STEP: tl.constexpr,
+    HAS_G_C: tl.constexpr, HAS_G_H: tl.constexpr,
 ):
-    """Inputs, the state before the step (zero after a reset), cotangents of the state, and whether a reset cuts."""
-    here = tl.cast(t, tl.int64) * channels
-    x_f, x_c, x_o = load_inputs(x_f_row, x_c_row, x_o_row, tl.cast(t, tl.int64) * x_stride_time, mask & valid, COMPUTE)
-    c = tl.load(c_row + here - channels, mask=mask & valid & (t > 0), other=0.0).to(COMPUTE)
-    c = tl.where(t > 0, c, c_first)
-    h = tl.load(h_row + here - channels, mask=mask & valid & (t > 0), other=0.0).to(COMPUTE)
-    h = tl.where(t > 0, h, h_first)
+    """Inputs, the state before the step, and cotangents of the state, as they are stored."""
+    x_f = tl.load(x_f_row + x_at, mask=mask, other=0.0)
+    x_c = tl.load(x_c_row + x_at, mask=mask, other=0.0)
+    x_o = tl.load(x_o_row + x_at, mask=mask, other=0.0)
+    c = tl.load(c_row + at - H_STEP, mask=before, other=0.0)
+    h = tl.load(h_row + at - H_STEP, mask=before, other=0.0)
     g_c = tl.zeros_like(c)
     if HAS_G_C:
-        g_c = tl.load(g_c_row + here, mask=mask & valid, other=0.0).to(COMPUTE)
+        g_c = tl.load(g_c_row + at, mask=mask, other=0.0)
     g_h = tl.zeros_like(h)
     if HAS_G_H:
-        g_h = tl.load(g_h_row + here, mask=mask & valid, other=0.0).to(COMPUTE)
-    cut = flag_at(reset_row, t, valid, HAS_RESET)
+        g_h = tl.load(g_h_row + at, mask=mask, other=0.0)
+    return x_f, x_c, x_o, c, h, g_c, g_h
+
+
+@triton.jit
+def widen(
+    x_f, x_c, x_o, c, h, g_c, g_h, cut, c_first, h_first, t, FIRST: tl.constexpr, HAS_RESET: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """In the compute dtype, the state before the step zero after a reset. FIRST: the step may be the first."""
+    x_f = x_f.to(COMPUTE)
+    x_c = x_c.to(COMPUTE)
+    x_o = x_o.to(COMPUTE)
+    c = c.to(COMPUTE)
+    h = h.to(COMPUTE)
+    g_c = g_c.to(COMPUTE)
+    g_h = g_h.to(COMPUTE)
+    if FIRST:
+        c = tl.where(t > 0, c, c_first)
+        h = tl.where(t > 0, h, h_first)
     if HAS_RESET:
         c = tl.where(cut, 0.0, c)
         h = tl.where(cut, 0.0, h)
-    return x_f, x_c, x_o, c, h, g_c, g_h, cut
+    return x_f, x_c, x_o, c, h, g_c, g_h
 
 
 @triton.jit
 def retreat(
-    carry_c, carry_h, sum_a_f, lost_a_f, sum_a_c, lost_a_c, sum_a_o, lost_a_o, sum_p_f, lost_p_f, sum_p_o, lost_p_o,
-    x_f, x_c, x_o, c, h, g_c, g_h, cut, a_f, a_c, a_o, p_f, p_o, to_x_f_row, to_x_c_row, to_x_o_row, t, valid, channels,
-    mask, HAS_RESET: tl.constexpr,
+    carry_c, carry_h, x_f, x_c, x_o, c, h, g_c, g_h, cut, c_first, h_first, a_f, a_c, a_o, p_f, p_o, to_x_f_row,
+    to_x_c_row, to_x_o_row, at, t, mask, FIRST: tl.constexpr, HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr,
 ):
-    """One step back: stores the gradients of the inputs, adds those of the params, returns the carry before it."""
-    here = tl.cast(t, tl.int64) * channels
+    """One step back: stores the gradients of the inputs; the carry before it, and what the params' get from it."""
+    x_f, x_c, x_o, c, h, g_c, g_h = widen(
+        x_f, x_c, x_o, c, h, g_c, g_h, cut, c_first, h_first, t, FIRST, HAS_RESET, COMPUTE,
+    )
     to_c, to_h, to_x_f, to_x_c, to_x_o, to_a_f, to_a_c, to_a_o, to_p_f, to_p_o = pullback(
         c, h, x_f, x_c, x_o, a_f, a_c, a_o, p_f, p_o, g_c + carry_c, g_h + carry_h,
     )
-    tl.store(to_x_f_row + here, to_x_f.to(to_x_f_row.dtype.element_ty), mask=mask & valid)
-    tl.store(to_x_c_row + here, to_x_c.to(to_x_c_row.dtype.element_ty), mask=mask & valid)
-    tl.store(to_x_o_row + here, to_x_o.to(to_x_o_row.dtype.element_ty), mask=mask & valid)
-    sum_a_f, lost_a_f = add_compensated(sum_a_f, lost_a_f, tl.where(valid, to_a_f, 0.0))
-    sum_a_c, lost_a_c = add_compensated(sum_a_c, lost_a_c, tl.where(valid, to_a_c, 0.0))
-    sum_a_o, lost_a_o = add_compensated(sum_a_o, lost_a_o, tl.where(valid, to_a_o, 0.0))
-    sum_p_f, lost_p_f = add_compensated(sum_p_f, lost_p_f, tl.where(valid, to_p_f, 0.0))
-    sum_p_o, lost_p_o = add_compensated(sum_p_o, lost_p_o, tl.where(valid, to_p_o, 0.0))
+    tl.store(to_x_f_row + at, to_x_f.to(to_x_f_row.dtype.element_ty), mask=mask)
+    tl.store(to_x_c_row + at, to_x_c.to(to_x_c_row.dtype.element_ty), mask=mask)
+    tl.store(to_x_o_row + at, to_x_o.to(to_x_o_row.dtype.element_ty), mask=mask)
     if HAS_RESET:
         to_c = tl.where(cut, 0.0, to_c)
-    carry_c = tl.where(valid, to_c, carry_c)
-    if HAS_RESET:
         to_h = tl.where(cut, 0.0, to_h)
-    carry_h = tl.where(valid, to_h, carry_h)
-    return (
-        carry_c, carry_h, sum_a_f, lost_a_f, sum_a_c, lost_a_c, sum_a_o, lost_a_o, sum_p_f, lost_p_f, sum_p_o, lost_p_o,
-    )
+    return to_c, to_h, to_a_f, to_a_c, to_a_o, to_p_f, to_p_o
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batches", "length", "time"])
 def backward_kernel(
     x_f_ptr, x_c_ptr, x_o_ptr, a_f_ptr, a_c_ptr, a_o_ptr, p_f_ptr, p_o_ptr, c_first_ptr, h_first_ptr, c_ptr, h_ptr,
     g_c_ptr, g_h_ptr, reset_ptr, carry_c_ptr, carry_h_ptr, to_x_f_ptr, to_x_c_ptr, to_x_o_ptr, to_a_f_ptr, to_a_c_ptr,
     to_a_o_ptr, to_p_f_ptr, to_p_o_ptr, to_c_first_ptr, to_h_first_ptr, batches, length, time, channels, x_stride_batch,
-    x_stride_time, HAS_G_C: tl.constexpr, HAS_G_H: tl.constexpr, HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    X_STEP: tl.constexpr, H_STEP: tl.constexpr, HAS_G_C: tl.constexpr, HAS_G_H: tl.constexpr, HAS_RESET: tl.constexpr,
+    COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Walks every piece back from its carry; the sums over its steps of the params' gradients go to its own row."""
     blocks = tl.cdiv(channels, BLOCK)
@@ -631,61 +751,139 @@ def backward_kernel(
     lost_p_f = tl.zeros_like(carry_c)
     sum_p_o = tl.zeros_like(carry_c)
     lost_p_o = tl.zeros_like(carry_c)
-    x_f_0, x_c_0, x_o_0, c_0, h_0, g_c_0, g_h_0, cut_0 = load_step(
-        x_f_row, x_c_row, x_o_row, c_row, h_row, c_first, h_first, g_c_row, g_h_row, reset_row, stop - 1,
-        stop - 1 >= start, x_stride_time, channels, mask, HAS_G_C, HAS_G_H, HAS_RESET, COMPUTE,
+    whole = stop - (stop - start) // 4 * 4
+    some = mask & (whole < stop)
+    x_f_row += tl.cast(stop - 1, tl.int64) * X_STEP
+    x_c_row += tl.cast(stop - 1, tl.int64) * X_STEP
+    x_o_row += tl.cast(stop - 1, tl.int64) * X_STEP
+    c_row += tl.cast(stop - 1, tl.int64) * H_STEP
+    h_row += tl.cast(stop - 1, tl.int64) * H_STEP
+    g_c_row += tl.cast(stop - 1, tl.int64) * H_STEP
+    g_h_row += tl.cast(stop - 1, tl.int64) * H_STEP
+    to_x_f_row += tl.cast(stop - 1, tl.int64) * H_STEP
+    to_x_c_row += tl.cast(stop - 1, tl.int64) * H_STEP
+    to_x_o_row += tl.cast(stop - 1, tl.int64) * H_STEP
+    x_f_0, x_c_0, x_o_0, c_0, h_0, g_c_0, g_h_0 = load_step(
+        x_f_row, x_c_row, x_o_row, c_row, h_row, g_c_row, g_h_row, 0, 0, some, some, H_STEP, HAS_G_C, HAS_G_H,
     )
-    x_f_1, x_c_1, x_o_1, c_1, h_1, g_c_1, g_h_1, cut_1 = load_step(
-        x_f_row, x_c_row, x_o_row, c_row, h_row, c_first, h_first, g_c_row, g_h_row, reset_row, stop - 2,
-        stop - 2 >= start, x_stride_time, channels, mask, HAS_G_C, HAS_G_H, HAS_RESET, COMPUTE,
+    cut_0 = flag_at(reset_row, stop - 1, whole < stop, HAS_RESET)
+    x_f_1, x_c_1, x_o_1, c_1, h_1, g_c_1, g_h_1 = load_step(
+        x_f_row, x_c_row, x_o_row, c_row, h_row, g_c_row, g_h_row, -X_STEP, -H_STEP, some, some, H_STEP, HAS_G_C,
+        HAS_G_H,
     )
+    cut_1 = flag_at(reset_row, stop - 2, whole < stop, HAS_RESET)
+    x_f_2, x_c_2, x_o_2, c_2, h_2, g_c_2, g_h_2 = load_step(
+        x_f_row, x_c_row, x_o_row, c_row, h_row, g_c_row, g_h_row, -2 * X_STEP, -2 * H_STEP, some, some, H_STEP,
+        HAS_G_C, HAS_G_H,
+    )
+    cut_2 = flag_at(reset_row, stop - 3, whole < stop, HAS_RESET)
+    x_f_3, x_c_3, x_o_3, c_3, h_3, g_c_3, g_h_3 = load_step(
+        x_f_row, x_c_row, x_o_row, c_row, h_row, g_c_row, g_h_row, -3 * X_STEP, -3 * H_STEP, some, some & (stop > 4),
+        H_STEP, HAS_G_C, HAS_G_H,
+    )
+    cut_3 = flag_at(reset_row, stop - 4, whole < stop, HAS_RESET)
     t = stop - 1
+    while t >= whole:
+        more = t - 4 >= whole
+        some = mask & more
+        carry_c, carry_h, to_a_f, to_a_c, to_a_o, to_p_f, to_p_o = retreat(
+            carry_c, carry_h, x_f_0, x_c_0, x_o_0, c_0, h_0, g_c_0, g_h_0, cut_0, c_first, h_first, a_f, a_c, a_o, p_f,
+            p_o, to_x_f_row, to_x_c_row, to_x_o_row, 0, t, mask, False, HAS_RESET, COMPUTE,
+        )
+        part_a_f = to_a_f
+        part_a_c = to_a_c
+        part_a_o = to_a_o
+        part_p_f = to_p_f
+        part_p_o = to_p_o
+        x_f_0, x_c_0, x_o_0, c_0, h_0, g_c_0, g_h_0 = load_step(
+            x_f_row, x_c_row, x_o_row, c_row, h_row, g_c_row, g_h_row, -4 * X_STEP, -4 * H_STEP, some, some, H_STEP,
+            HAS_G_C, HAS_G_H,
+        )
+        cut_0 = flag_at(reset_row, t - 4, more, HAS_RESET)
+        carry_c, carry_h, to_a_f, to_a_c, to_a_o, to_p_f, to_p_o = retreat(
+            carry_c, carry_h, x_f_1, x_c_1, x_o_1, c_1, h_1, g_c_1, g_h_1, cut_1, c_first, h_first, a_f, a_c, a_o, p_f,
+            p_o, to_x_f_row, to_x_c_row, to_x_o_row, -H_STEP, t - 1, mask, False, HAS_RESET, COMPUTE,
+        )
+        part_a_f = part_a_f + to_a_f
+        part_a_c = part_a_c + to_a_c
+        part_a_o = part_a_o + to_a_o
+        part_p_f = part_p_f + to_p_f
+        part_p_o = part_p_o + to_p_o
+        x_f_1, x_c_1, x_o_1, c_1, h_1, g_c_1, g_h_1 = load_step(
+            x_f_row, x_c_row, x_o_row, c_row, h_row, g_c_row, g_h_row, -5 * X_STEP, -5 * H_STEP, some, some, H_STEP,
+            HAS_G_C, HAS_G_H,
+        )
+        cut_1 = flag_at(reset_row, t - 5, more, HAS_RESET)
+        carry_c, carry_h, to_a_f, to_a_c, to_a_o, to_p_f, to_p_o = retreat(
+            carry_c, carry_h, x_f_2, x_c_2, x_o_2, c_2, h_2, g_c_2, g_h_2, cut_2, c_first, h_first, a_f, a_c, a_o, p_f,
+            p_o, to_x_f_row, to_x_c_row, to_x_o_row, -2 * H_STEP, t - 2, mask, False, HAS_RESET, COMPUTE,
+        )
+        part_a_f = part_a_f + to_a_f
+        part_a_c = part_a_c + to_a_c
+        part_a_o = part_a_o + to_a_o
+        part_p_f = part_p_f + to_p_f
+        part_p_o = part_p_o + to_p_o
+        x_f_2, x_c_2, x_o_2, c_2, h_2, g_c_2, g_h_2 = load_step(
+            x_f_row, x_c_row, x_o_row, c_row, h_row, g_c_row, g_h_row, -6 * X_STEP, -6 * H_STEP, some, some, H_STEP,
+            HAS_G_C, HAS_G_H,
+        )
+        cut_2 = flag_at(reset_row, t - 6, more, HAS_RESET)
+        carry_c, carry_h, to_a_f, to_a_c, to_a_o, to_p_f, to_p_o = retreat(
+            carry_c, carry_h, x_f_3, x_c_3, x_o_3, c_3, h_3, g_c_3, g_h_3, cut_3, c_first, h_first, a_f, a_c, a_o, p_f,
+            p_o, to_x_f_row, to_x_c_row, to_x_o_row, -3 * H_STEP, t - 3, mask, True, HAS_RESET, COMPUTE,
+        )
+        part_a_f = part_a_f + to_a_f
+        part_a_c = part_a_c + to_a_c
+        part_a_o = part_a_o + to_a_o
+        part_p_f = part_p_f + to_p_f
+        part_p_o = part_p_o + to_p_o
+        x_f_3, x_c_3, x_o_3, c_3, h_3, g_c_3, g_h_3 = load_step(
+            x_f_row, x_c_row, x_o_row, c_row, h_row, g_c_row, g_h_row, -7 * X_STEP, -7 * H_STEP, some, some & (t > 7),
+            H_STEP, HAS_G_C, HAS_G_H,
+        )
+        cut_3 = flag_at(reset_row, t - 7, more, HAS_RESET)
+        sum_a_f, lost_a_f = add_compensated(sum_a_f, lost_a_f, part_a_f)
+        sum_a_c, lost_a_c = add_compensated(sum_a_c, lost_a_c, part_a_c)
+        sum_a_o, lost_a_o = add_compensated(sum_a_o, lost_a_o, part_a_o)
+        sum_p_f, lost_p_f = add_compensated(sum_p_f, lost_p_f, part_p_f)
+        sum_p_o, lost_p_o = add_compensated(sum_p_o, lost_p_o, part_p_o)
+        x_f_row -= 4 * X_STEP
+        x_c_row -= 4 * X_STEP
+        x_o_row -= 4 * X_STEP
+        c_row -= 4 * H_STEP
+        h_row -= 4 * H_STEP
+        g_c_row -= 4 * H_STEP
+        g_h_row -= 4 * H_STEP
+        to_x_f_row -= 4 * H_STEP
+        to_x_c_row -= 4 * H_STEP
+        to_x_o_row -= 4 * H_STEP
+        t -= 4
     while t >= start:
-        (
-            x_f_ahead_0, x_c_ahead_0, x_o_ahead_0, c_ahead_0, h_ahead_0, g_c_ahead_0, g_h_ahead_0, cut_ahead_0,
-        ) = load_step(
-            x_f_row, x_c_row, x_o_row, c_row, h_row, c_first, h_first, g_c_row, g_h_row, reset_row, t - 2,
-            t - 2 >= start, x_stride_time, channels, mask, HAS_G_C, HAS_G_H, HAS_RESET, COMPUTE,
+        x_f, x_c, x_o, c, h, g_c, g_h = load_step(
+            x_f_row, x_c_row, x_o_row, c_row, h_row, g_c_row, g_h_row, 0, 0, mask, mask & (t > 0), H_STEP, HAS_G_C,
+            HAS_G_H,
         )
-        (
-            x_f_ahead_1, x_c_ahead_1, x_o_ahead_1, c_ahead_1, h_ahead_1, g_c_ahead_1, g_h_ahead_1, cut_ahead_1,
-        ) = load_step(
-            x_f_row, x_c_row, x_o_row, c_row, h_row, c_first, h_first, g_c_row, g_h_row, reset_row, t - 3,
-            t - 3 >= start, x_stride_time, channels, mask, HAS_G_C, HAS_G_H, HAS_RESET, COMPUTE,
+        cut = flag_at(reset_row, t, t >= start, HAS_RESET)
+        carry_c, carry_h, to_a_f, to_a_c, to_a_o, to_p_f, to_p_o = retreat(
+            carry_c, carry_h, x_f, x_c, x_o, c, h, g_c, g_h, cut, c_first, h_first, a_f, a_c, a_o, p_f, p_o, to_x_f_row,
+            to_x_c_row, to_x_o_row, 0, t, mask, True, HAS_RESET, COMPUTE,
         )
-        (
-            carry_c, carry_h, sum_a_f, lost_a_f, sum_a_c, lost_a_c, sum_a_o, lost_a_o, sum_p_f, lost_p_f, sum_p_o,
-            lost_p_o,
-        ) = retreat(
-            carry_c, carry_h, sum_a_f, lost_a_f, sum_a_c, lost_a_c, sum_a_o, lost_a_o, sum_p_f, lost_p_f, sum_p_o,
-            lost_p_o, x_f_0, x_c_0, x_o_0, c_0, h_0, g_c_0, g_h_0, cut_0, a_f, a_c, a_o, p_f, p_o, to_x_f_row,
-            to_x_c_row, to_x_o_row, t, t >= start, channels, mask, HAS_RESET,
-        )
-        (
-            carry_c, carry_h, sum_a_f, lost_a_f, sum_a_c, lost_a_c, sum_a_o, lost_a_o, sum_p_f, lost_p_f, sum_p_o,
-            lost_p_o,
-        ) = retreat(
-            carry_c, carry_h, sum_a_f, lost_a_f, sum_a_c, lost_a_c, sum_a_o, lost_a_o, sum_p_f, lost_p_f, sum_p_o,
-            lost_p_o, x_f_1, x_c_1, x_o_1, c_1, h_1, g_c_1, g_h_1, cut_1, a_f, a_c, a_o, p_f, p_o, to_x_f_row,
-            to_x_c_row, to_x_o_row, t - 1, t - 1 >= start, channels, mask, HAS_RESET,
-        )
-        x_f_0 = x_f_ahead_0
-        x_c_0 = x_c_ahead_0
-        x_o_0 = x_o_ahead_0
-        c_0 = c_ahead_0
-        h_0 = h_ahead_0
-        g_c_0 = g_c_ahead_0
-        g_h_0 = g_h_ahead_0
-        cut_0 = cut_ahead_0
-        x_f_1 = x_f_ahead_1
-        x_c_1 = x_c_ahead_1
-        x_o_1 = x_o_ahead_1
-        c_1 = c_ahead_1
-        h_1 = h_ahead_1
-        g_c_1 = g_c_ahead_1
-        g_h_1 = g_h_ahead_1
-        cut_1 = cut_ahead_1
-        t -= 2
+        sum_a_f, lost_a_f = add_compensated(sum_a_f, lost_a_f, to_a_f)
+        sum_a_c, lost_a_c = add_compensated(sum_a_c, lost_a_c, to_a_c)
+        sum_a_o, lost_a_o = add_compensated(sum_a_o, lost_a_o, to_a_o)
+        sum_p_f, lost_p_f = add_compensated(sum_p_f, lost_p_f, to_p_f)
+        sum_p_o, lost_p_o = add_compensated(sum_p_o, lost_p_o, to_p_o)
+        x_f_row -= X_STEP
+        x_c_row -= X_STEP
+        x_o_row -= X_STEP
+        c_row -= H_STEP
+        h_row -= H_STEP
+        g_c_row -= H_STEP
+        g_h_row -= H_STEP
+        to_x_f_row -= H_STEP
+        to_x_c_row -= H_STEP
+        to_x_o_row -= H_STEP
+        t -= 1
     tl.store(to_a_f_ptr + at, sum_a_f, mask=mask)
     tl.store(to_a_c_ptr + at, sum_a_c, mask=mask)
     tl.store(to_a_o_ptr + at, sum_a_o, mask=mask)
@@ -695,12 +893,12 @@ def backward_kernel(
     tl.store(to_h_first_ptr + here, carry_h, mask=mask & (piece == 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batches", "length", "time"])
 def backward_maps_kernel(
     x_f_ptr, x_c_ptr, x_o_ptr, a_f_ptr, a_c_ptr, a_o_ptr, p_f_ptr, p_o_ptr, c_first_ptr, h_first_ptr, c_ptr, h_ptr,
     g_c_ptr, g_h_ptr, reset_ptr, m_c_c_ptr, m_c_h_ptr, m_h_c_ptr, m_h_h_ptr, d_c_ptr, d_h_ptr, steps_ptr, batches,
-    length, time, channels, x_stride_batch, x_stride_time, HAS_G_C: tl.constexpr, HAS_G_H: tl.constexpr,
-    HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr, TINY: tl.constexpr, BLOCK: tl.constexpr,
+    length, time, channels, x_stride_batch, X_STEP: tl.constexpr, H_STEP: tl.constexpr, HAS_G_C: tl.constexpr,
+    HAS_G_H: tl.constexpr, HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr, TINY: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """The map from the carry at a piece's end to that at its start, read until the rest cannot be seen."""
     blocks = tl.cdiv(channels, BLOCK)
@@ -729,56 +927,165 @@ def backward_maps_kernel(
     m_h_h = tl.zeros_like(c_first) + 1.0
     d_c = tl.zeros_like(c_first)
     d_h = tl.zeros_like(h_first)
-    x_f_0, x_c_0, x_o_0, c_0, h_0, g_c_0, g_h_0, cut_0 = load_step(
-        x_f_row, x_c_row, x_o_row, c_row, h_row, c_first, h_first, g_c_row, g_h_row, reset_row, start, start < stop,
-        x_stride_time, channels, mask, HAS_G_C, HAS_G_H, HAS_RESET, COMPUTE,
+    x_f_row += tl.cast(start, tl.int64) * X_STEP
+    x_c_row += tl.cast(start, tl.int64) * X_STEP
+    x_o_row += tl.cast(start, tl.int64) * X_STEP
+    c_row += tl.cast(start, tl.int64) * H_STEP
+    h_row += tl.cast(start, tl.int64) * H_STEP
+    g_c_row += tl.cast(start, tl.int64) * H_STEP
+    g_h_row += tl.cast(start, tl.int64) * H_STEP
+    x_f_0, x_c_0, x_o_0, c_0, h_0, g_c_0, g_h_0 = load_step(
+        x_f_row, x_c_row, x_o_row, c_row, h_row, g_c_row, g_h_row, 0, 0, mask & (start < stop), mask & (start > 0),
+        H_STEP, HAS_G_C, HAS_G_H,
     )
+    cut_0 = flag_at(reset_row, start, start < stop, HAS_RESET)
+    x_f_1, x_c_1, x_o_1, c_1, h_1, g_c_1, g_h_1 = load_step(
+        x_f_row, x_c_row, x_o_row, c_row, h_row, g_c_row, g_h_row, X_STEP, H_STEP, mask & (start + 1 < stop),
+        mask & (start + 1 < stop), H_STEP, HAS_G_C, HAS_G_H,
+    )
+    cut_1 = flag_at(reset_row, start + 1, start + 1 < stop, HAS_RESET)
+    x_f_2, x_c_2, x_o_2, c_2, h_2, g_c_2, g_h_2 = load_step(
+        x_f_row, x_c_row, x_o_row, c_row, h_row, g_c_row, g_h_row, 2 * X_STEP, 2 * H_STEP, mask & (start + 2 < stop),
+        mask & (start + 2 < stop), H_STEP, HAS_G_C, HAS_G_H,
+    )
+    cut_2 = flag_at(reset_row, start + 2, start + 2 < stop, HAS_RESET)
+    x_f_3, x_c_3, x_o_3, c_3, h_3, g_c_3, g_h_3 = load_step(
+        x_f_row, x_c_row, x_o_row, c_row, h_row, g_c_row, g_h_row, 3 * X_STEP, 3 * H_STEP, mask & (start + 3 < stop),
+        mask & (start + 3 < stop), H_STEP, HAS_G_C, HAS_G_H,
+    )
+    cut_3 = flag_at(reset_row, start + 3, start + 3 < stop, HAS_RESET)
     t = start
     inside = 1.0
     while (t < stop) & (inside > TINY):
-        (
-            x_f_ahead_0, x_c_ahead_0, x_o_ahead_0, c_ahead_0, h_ahead_0, g_c_ahead_0, g_h_ahead_0, cut_ahead_0,
-        ) = load_step(
-            x_f_row, x_c_row, x_o_row, c_row, h_row, c_first, h_first, g_c_row, g_h_row, reset_row, t + 1, t + 1 < stop,
-            x_stride_time, channels, mask, HAS_G_C, HAS_G_H, HAS_RESET, COMPUTE,
+        x_f, x_c, x_o, c, h, g_c, g_h = widen(
+            x_f_0, x_c_0, x_o_0, c_0, h_0, g_c_0, g_h_0, cut_0, c_first, h_first, t, True, HAS_RESET, COMPUTE,
         )
-        _next_c, _next_h, j_c_c, j_c_h, j_h_c, j_h_h = linearised(
-            c_0, h_0, x_f_0, x_c_0, x_o_0, a_f, a_c, a_o, p_f, p_o,
+        x_f_0, x_c_0, x_o_0, c_0, h_0, g_c_0, g_h_0 = load_step(
+            x_f_row, x_c_row, x_o_row, c_row, h_row, g_c_row, g_h_row, 4 * X_STEP, 4 * H_STEP, mask & (t + 4 < stop),
+            mask & (t + 4 < stop), H_STEP, HAS_G_C, HAS_G_H,
         )
+        _next_c, _next_h, j_c_c, j_c_h, j_h_c, j_h_h = linearised(c, h, x_f, x_c, x_o, a_f, a_c, a_o, p_f, p_o)
         new_m_c_c = m_c_c * j_c_c + m_c_h * j_c_h
         new_m_c_h = m_c_c * j_h_c + m_c_h * j_h_h
         new_m_h_c = m_h_c * j_c_c + m_h_h * j_c_h
         new_m_h_h = m_h_c * j_h_c + m_h_h * j_h_h
-        inside = 0.0
         if HAS_RESET:
             new_m_c_c = tl.where(cut_0, 0.0, new_m_c_c)
-        m_c_c = tl.zeros_like(m_c_c) + new_m_c_c
-        inside = tl.maximum(inside, largest_size(m_c_c, mask))
+        m_c_c = tl.where(t < stop, new_m_c_c, m_c_c)
         if HAS_RESET:
             new_m_c_h = tl.where(cut_0, 0.0, new_m_c_h)
-        m_c_h = tl.zeros_like(m_c_h) + new_m_c_h
-        inside = tl.maximum(inside, largest_size(m_c_h, mask))
+        m_c_h = tl.where(t < stop, new_m_c_h, m_c_h)
         if HAS_RESET:
             new_m_h_c = tl.where(cut_0, 0.0, new_m_h_c)
-        m_h_c = tl.zeros_like(m_h_c) + new_m_h_c
-        inside = tl.maximum(inside, largest_size(m_h_c, mask))
+        m_h_c = tl.where(t < stop, new_m_h_c, m_h_c)
         if HAS_RESET:
             new_m_h_h = tl.where(cut_0, 0.0, new_m_h_h)
-        m_h_h = tl.zeros_like(m_h_h) + new_m_h_h
+        m_h_h = tl.where(t < stop, new_m_h_h, m_h_h)
+        d_c += m_c_c * g_c
+        d_c += m_c_h * g_h
+        d_h += m_h_c * g_c
+        d_h += m_h_h * g_h
+        cut_0 = flag_at(reset_row, t + 4, t + 4 < stop, HAS_RESET)
+        x_f, x_c, x_o, c, h, g_c, g_h = widen(
+            x_f_1, x_c_1, x_o_1, c_1, h_1, g_c_1, g_h_1, cut_1, c_first, h_first, t + 1, False, HAS_RESET, COMPUTE,
+        )
+        x_f_1, x_c_1, x_o_1, c_1, h_1, g_c_1, g_h_1 = load_step(
+            x_f_row, x_c_row, x_o_row, c_row, h_row, g_c_row, g_h_row, 5 * X_STEP, 5 * H_STEP, mask & (t + 5 < stop),
+            mask & (t + 5 < stop), H_STEP, HAS_G_C, HAS_G_H,
+        )
+        _next_c, _next_h, j_c_c, j_c_h, j_h_c, j_h_h = linearised(c, h, x_f, x_c, x_o, a_f, a_c, a_o, p_f, p_o)
+        new_m_c_c = m_c_c * j_c_c + m_c_h * j_c_h
+        new_m_c_h = m_c_c * j_h_c + m_c_h * j_h_h
+        new_m_h_c = m_h_c * j_c_c + m_h_h * j_c_h
+        new_m_h_h = m_h_c * j_h_c + m_h_h * j_h_h
+        if HAS_RESET:
+            new_m_c_c = tl.where(cut_1, 0.0, new_m_c_c)
+        m_c_c = tl.where(t + 1 < stop, new_m_c_c, m_c_c)
+        if HAS_RESET:
+            new_m_c_h = tl.where(cut_1, 0.0, new_m_c_h)
+        m_c_h = tl.where(t + 1 < stop, new_m_c_h, m_c_h)
+        if HAS_RESET:
+            new_m_h_c = tl.where(cut_1, 0.0, new_m_h_c)
+        m_h_c = tl.where(t + 1 < stop, new_m_h_c, m_h_c)
+        if HAS_RESET:
+            new_m_h_h = tl.where(cut_1, 0.0, new_m_h_h)
+        m_h_h = tl.where(t + 1 < stop, new_m_h_h, m_h_h)
+        d_c += m_c_c * g_c
+        d_c += m_c_h * g_h
+        d_h += m_h_c * g_c
+        d_h += m_h_h * g_h
+        cut_1 = flag_at(reset_row, t + 5, t + 5 < stop, HAS_RESET)
+        x_f, x_c, x_o, c, h, g_c, g_h = widen(
+            x_f_2, x_c_2, x_o_2, c_2, h_2, g_c_2, g_h_2, cut_2, c_first, h_first, t + 2, False, HAS_RESET, COMPUTE,
+        )
+        x_f_2, x_c_2, x_o_2, c_2, h_2, g_c_2, g_h_2 = load_step(
+            x_f_row, x_c_row, x_o_row, c_row, h_row, g_c_row, g_h_row, 6 * X_STEP, 6 * H_STEP, mask & (t + 6 < stop),
+            mask & (t + 6 < stop), H_STEP, HAS_G_C, HAS_G_H,
+        )
+        _next_c, _next_h, j_c_c, j_c_h, j_h_c, j_h_h = linearised(c, h, x_f, x_c, x_o, a_f, a_c, a_o, p_f, p_o)
+        new_m_c_c = m_c_c * j_c_c + m_c_h * j_c_h
+        new_m_c_h = m_c_c * j_h_c + m_c_h * j_h_h
+        new_m_h_c = m_h_c * j_c_c + m_h_h * j_c_h
+        new_m_h_h = m_h_c * j_h_c + m_h_h * j_h_h
+        if HAS_RESET:
+            new_m_c_c = tl.where(cut_2, 0.0, new_m_c_c)
+        m_c_c = tl.where(t + 2 < stop, new_m_c_c, m_c_c)
+        if HAS_RESET:
+            new_m_c_h = tl.where(cut_2, 0.0, new_m_c_h)
+        m_c_h = tl.where(t + 2 < stop, new_m_c_h, m_c_h)
+        if HAS_RESET:
+            new_m_h_c = tl.where(cut_2, 0.0, new_m_h_c)
+        m_h_c = tl.where(t + 2 < stop, new_m_h_c, m_h_c)
+        if HAS_RESET:
+            new_m_h_h = tl.where(cut_2, 0.0, new_m_h_h)
+        m_h_h = tl.where(t + 2 < stop, new_m_h_h, m_h_h)
+        d_c += m_c_c * g_c
+        d_c += m_c_h * g_h
+        d_h += m_h_c * g_c
+        d_h += m_h_h * g_h
+        cut_2 = flag_at(reset_row, t + 6, t + 6 < stop, HAS_RESET)
+        x_f, x_c, x_o, c, h, g_c, g_h = widen(
+            x_f_3, x_c_3, x_o_3, c_3, h_3, g_c_3, g_h_3, cut_3, c_first, h_first, t + 3, False, HAS_RESET, COMPUTE,
+        )
+        x_f_3, x_c_3, x_o_3, c_3, h_3, g_c_3, g_h_3 = load_step(
+            x_f_row, x_c_row, x_o_row, c_row, h_row, g_c_row, g_h_row, 7 * X_STEP, 7 * H_STEP, mask & (t + 7 < stop),
+            mask & (t + 7 < stop), H_STEP, HAS_G_C, HAS_G_H,
+        )
+        _next_c, _next_h, j_c_c, j_c_h, j_h_c, j_h_h = linearised(c, h, x_f, x_c, x_o, a_f, a_c, a_o, p_f, p_o)
+        new_m_c_c = m_c_c * j_c_c + m_c_h * j_c_h
+        new_m_c_h = m_c_c * j_h_c + m_c_h * j_h_h
+        new_m_h_c = m_h_c * j_c_c + m_h_h * j_c_h
+        new_m_h_h = m_h_c * j_h_c + m_h_h * j_h_h
+        if HAS_RESET:
+            new_m_c_c = tl.where(cut_3, 0.0, new_m_c_c)
+        m_c_c = tl.where(t + 3 < stop, new_m_c_c, m_c_c)
+        if HAS_RESET:
+            new_m_c_h = tl.where(cut_3, 0.0, new_m_c_h)
+        m_c_h = tl.where(t + 3 < stop, new_m_c_h, m_c_h)
+        if HAS_RESET:
+            new_m_h_c = tl.where(cut_3, 0.0, new_m_h_c)
+        m_h_c = tl.where(t + 3 < stop, new_m_h_c, m_h_c)
+        if HAS_RESET:
+            new_m_h_h = tl.where(cut_3, 0.0, new_m_h_h)
+        m_h_h = tl.where(t + 3 < stop, new_m_h_h, m_h_h)
+        d_c += m_c_c * g_c
+        d_c += m_c_h * g_h
+        d_h += m_h_c * g_c
+        d_h += m_h_h * g_h
+        cut_3 = flag_at(reset_row, t + 7, t + 7 < stop, HAS_RESET)
+        inside = 0.0
+        inside = tl.maximum(inside, largest_size(m_c_c, mask))
+        inside = tl.maximum(inside, largest_size(m_c_h, mask))
+        inside = tl.maximum(inside, largest_size(m_h_c, mask))
         inside = tl.maximum(inside, largest_size(m_h_h, mask))
-        d_c += m_c_c * g_c_0
-        d_c += m_c_h * g_h_0
-        d_h += m_h_c * g_c_0
-        d_h += m_h_h * g_h_0
-        x_f_0 = x_f_ahead_0
-        x_c_0 = x_c_ahead_0
-        x_o_0 = x_o_ahead_0
-        c_0 = c_ahead_0
-        h_0 = h_ahead_0
-        g_c_0 = g_c_ahead_0
-        g_h_0 = g_h_ahead_0
-        cut_0 = cut_ahead_0
-        t += 1
+        x_f_row += 4 * X_STEP
+        x_c_row += 4 * X_STEP
+        x_o_row += 4 * X_STEP
+        c_row += 4 * H_STEP
+        h_row += 4 * H_STEP
+        g_c_row += 4 * H_STEP
+        g_h_row += 4 * H_STEP
+        t += 4
     at = piece.to(tl.int64) * batches * channels + here
     tl.store(m_c_c_ptr + at, m_c_c, mask=mask)
     tl.store(m_c_h_ptr + at, m_c_h, mask=mask)
@@ -786,10 +1093,10 @@ def backward_maps_kernel(
     tl.store(m_h_h_ptr + at, m_h_h, mask=mask)
     tl.store(d_c_ptr + at, d_c, mask=mask)
     tl.store(d_h_ptr + at, d_h, mask=mask)
-    tl.store(steps_ptr + program, (t - start).to(tl.int32))
+    tl.store(steps_ptr + program, (tl.minimum(t, stop) - start).to(tl.int32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pieces", "batches"])
 def backward_join_kernel(
     m_c_c_ptr, m_c_h_ptr, m_h_c_ptr, m_h_h_ptr, d_c_ptr, d_h_ptr, g_c_final_ptr, g_h_final_ptr, carry_c_ptr,
     carry_h_ptr, pieces, batches, channels, BLOCK: tl.constexpr,

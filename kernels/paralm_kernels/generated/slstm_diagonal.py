@@ -175,10 +175,13 @@ def load_params(r_i_ptr, r_f_ptr, r_z_ptr, r_o_ptr, channel, mask):
 @triton.jit
 def advance(
     s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, x_i, x_f, x_z, x_o, r_i, r_f, r_z, r_o, cut,
-    s_row, y_row, h_row, t, stop, channels, mask, HAS_RESET: tl.constexpr, JACOBIAN: tl.constexpr,
+    s_row, y_row, h_row, to, mask, HAS_RESET: tl.constexpr, JACOBIAN: tl.constexpr, COMPUTE: tl.constexpr,
 ):
     """One step of a walk: the state after it, which is stored, and the product of Jacobians."""
-    valid = t < stop
+    x_i = x_i.to(COMPUTE)
+    x_f = x_f.to(COMPUTE)
+    x_z = x_z.to(COMPUTE)
+    x_o = x_o.to(COMPUTE)
     if HAS_RESET:
         s = tl.where(cut, 0.0, s)
         y = tl.where(cut, 0.0, y)
@@ -206,93 +209,165 @@ def advance(
             new_m_h_s = tl.where(cut, 0.0, new_m_h_s)
             new_m_h_y = tl.where(cut, 0.0, new_m_h_y)
             new_m_h_h = tl.where(cut, 0.0, new_m_h_h)
-        m_s_s = tl.where(valid, new_m_s_s, m_s_s)
-        m_s_y = tl.where(valid, new_m_s_y, m_s_y)
-        m_s_h = tl.where(valid, new_m_s_h, m_s_h)
-        m_y_s = tl.where(valid, new_m_y_s, m_y_s)
-        m_y_y = tl.where(valid, new_m_y_y, m_y_y)
-        m_y_h = tl.where(valid, new_m_y_h, m_y_h)
-        m_h_s = tl.where(valid, new_m_h_s, m_h_s)
-        m_h_y = tl.where(valid, new_m_h_y, m_h_y)
-        m_h_h = tl.where(valid, new_m_h_h, m_h_h)
+        m_s_s = tl.zeros_like(m_s_s) + new_m_s_s
+        m_s_y = tl.zeros_like(m_s_y) + new_m_s_y
+        m_s_h = tl.zeros_like(m_s_h) + new_m_s_h
+        m_y_s = tl.zeros_like(m_y_s) + new_m_y_s
+        m_y_y = tl.zeros_like(m_y_y) + new_m_y_y
+        m_y_h = tl.zeros_like(m_y_h) + new_m_y_h
+        m_h_s = tl.zeros_like(m_h_s) + new_m_h_s
+        m_h_y = tl.zeros_like(m_h_y) + new_m_h_y
+        m_h_h = tl.zeros_like(m_h_h) + new_m_h_h
     else:
         next_s, next_y, next_h = step(s, y, h, x_i, x_f, x_z, x_o, r_i, r_f, r_z, r_o)
-    here = tl.cast(t, tl.int64) * channels
-    tl.store(s_row + here, next_s.to(s_row.dtype.element_ty), mask=mask & valid)
-    tl.store(y_row + here, next_y.to(y_row.dtype.element_ty), mask=mask & valid)
-    tl.store(h_row + here, next_h.to(h_row.dtype.element_ty), mask=mask & valid)
-    s = tl.where(valid, next_s, s)
-    y = tl.where(valid, next_y, y)
-    h = tl.where(valid, next_h, h)
-    return s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h
+    tl.store(s_row + to, next_s.to(s_row.dtype.element_ty), mask=mask)
+    tl.store(y_row + to, next_y.to(y_row.dtype.element_ty), mask=mask)
+    tl.store(h_row + to, next_h.to(h_row.dtype.element_ty), mask=mask)
+    return next_s, next_y, next_h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h
+
+
+@triton.jit
+def keep(s, y, h, s_check_row, y_check_row, h_check_row, here, mask, tol, MEET: tl.constexpr):
+    """Keeps the state in full precision, unless it has met the one that is kept."""
+    met = 0
+    if MEET:
+        moved = 0.0
+        old = tl.load(s_check_row + here, mask=mask, other=0.0)
+        moved = tl.maximum(moved, relative_change(s, old, mask))
+        old = tl.load(y_check_row + here, mask=mask, other=0.0)
+        moved = tl.maximum(moved, relative_change(y, old, mask))
+        old = tl.load(h_check_row + here, mask=mask, other=0.0)
+        moved = tl.maximum(moved, relative_change(h, old, mask))
+        met = (moved <= tol).to(tl.int32)
+    tl.store(s_check_row + here, s, mask=mask & (met == 0))
+    tl.store(y_check_row + here, y, mask=mask & (met == 0))
+    tl.store(h_check_row + here, h, mask=mask & (met == 0))
+    return met
 
 
 @triton.jit
 def walk_piece(
     s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, x_i_row, x_f_row, x_z_row, x_o_row, r_i,
-    r_f, r_z, r_o, s_row, y_row, h_row, s_check_row, y_check_row, h_check_row, reset_row, start, stop, x_stride_time,
-    channels, mask, tol, HAS_RESET: tl.constexpr, PIECES: tl.constexpr, JACOBIAN: tl.constexpr, MEET: tl.constexpr,
-    COMPUTE: tl.constexpr, CHECK: tl.constexpr,
+    r_f, r_z, r_o, s_row, y_row, h_row, s_check_row, y_check_row, h_check_row, reset_row, start, stop, mask, tol,
+    X_STEP: tl.constexpr, H_STEP: tl.constexpr, HAS_RESET: tl.constexpr, PIECES: tl.constexpr, JACOBIAN: tl.constexpr,
+    MEET: tl.constexpr, COMPUTE: tl.constexpr, CHECK: tl.constexpr,
 ):
     """Walks from start to stop, with MEET until the state meets the stored one. With PIECES it keeps a checkpoint
     every CHECK steps (start is a multiple of that), with JACOBIAN the product of Jacobians."""
-    x_i_0, x_f_0, x_z_0, x_o_0 = load_inputs(
-        x_i_row, x_f_row, x_z_row, x_o_row, tl.cast(start, tl.int64) * x_stride_time, mask & (start < stop), COMPUTE,
-    )
-    cut_0 = flag_at(reset_row, start, start < stop, HAS_RESET)
-    x_i_1, x_f_1, x_z_1, x_o_1 = load_inputs(
-        x_i_row, x_f_row, x_z_row, x_o_row, tl.cast(start + 1, tl.int64) * x_stride_time, mask & (start + 1 < stop),
-        COMPUTE,
-    )
-    cut_1 = flag_at(reset_row, start + 1, start + 1 < stop, HAS_RESET)
+    whole = start + (stop - start) // 4 * 4
+    some = mask & (start < whole)
+    x_i_row += tl.cast(start, tl.int64) * X_STEP
+    x_f_row += tl.cast(start, tl.int64) * X_STEP
+    x_z_row += tl.cast(start, tl.int64) * X_STEP
+    x_o_row += tl.cast(start, tl.int64) * X_STEP
+    s_row += tl.cast(start, tl.int64) * H_STEP
+    y_row += tl.cast(start, tl.int64) * H_STEP
+    h_row += tl.cast(start, tl.int64) * H_STEP
+    x_i_0 = tl.load(x_i_row, mask=some, other=0.0)
+    x_f_0 = tl.load(x_f_row, mask=some, other=0.0)
+    x_z_0 = tl.load(x_z_row, mask=some, other=0.0)
+    x_o_0 = tl.load(x_o_row, mask=some, other=0.0)
+    cut_0 = flag_at(reset_row, start, start < whole, HAS_RESET)
+    x_i_1 = tl.load(x_i_row + X_STEP, mask=some, other=0.0)
+    x_f_1 = tl.load(x_f_row + X_STEP, mask=some, other=0.0)
+    x_z_1 = tl.load(x_z_row + X_STEP, mask=some, other=0.0)
+    x_o_1 = tl.load(x_o_row + X_STEP, mask=some, other=0.0)
+    cut_1 = flag_at(reset_row, start + 1, start < whole, HAS_RESET)
+    x_i_2 = tl.load(x_i_row + 2 * X_STEP, mask=some, other=0.0)
+    x_f_2 = tl.load(x_f_row + 2 * X_STEP, mask=some, other=0.0)
+    x_z_2 = tl.load(x_z_row + 2 * X_STEP, mask=some, other=0.0)
+    x_o_2 = tl.load(x_o_row + 2 * X_STEP, mask=some, other=0.0)
+    cut_2 = flag_at(reset_row, start + 2, start < whole, HAS_RESET)
+    x_i_3 = tl.load(x_i_row + 3 * X_STEP, mask=some, other=0.0)
+    x_f_3 = tl.load(x_f_row + 3 * X_STEP, mask=some, other=0.0)
+    x_z_3 = tl.load(x_z_row + 3 * X_STEP, mask=some, other=0.0)
+    x_o_3 = tl.load(x_o_row + 3 * X_STEP, mask=some, other=0.0)
+    cut_3 = flag_at(reset_row, start + 3, start < whole, HAS_RESET)
     t = start
     met = 0
-    while (t < stop) & (met == 0):
-        x_i_ahead_0, x_f_ahead_0, x_z_ahead_0, x_o_ahead_0 = load_inputs(
-            x_i_row, x_f_row, x_z_row, x_o_row, tl.cast(t + 2, tl.int64) * x_stride_time, mask & (t + 2 < stop),
-            COMPUTE,
-        )
-        cut_ahead_0 = flag_at(reset_row, t + 2, t + 2 < stop, HAS_RESET)
-        x_i_ahead_1, x_f_ahead_1, x_z_ahead_1, x_o_ahead_1 = load_inputs(
-            x_i_row, x_f_row, x_z_row, x_o_row, tl.cast(t + 3, tl.int64) * x_stride_time, mask & (t + 3 < stop),
-            COMPUTE,
-        )
-        cut_ahead_1 = flag_at(reset_row, t + 3, t + 3 < stop, HAS_RESET)
+    while (t < whole) & (met == 0):
+        more = t + 4 < whole
+        some = mask & more
         s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h = advance(
             s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, x_i_0, x_f_0, x_z_0, x_o_0, r_i,
-            r_f, r_z, r_o, cut_0, s_row, y_row, h_row, t, stop, channels, mask, HAS_RESET, JACOBIAN,
+            r_f, r_z, r_o, cut_0, s_row, y_row, h_row, 0, mask, HAS_RESET, JACOBIAN, COMPUTE,
         )
+        x_i_0 = tl.load(x_i_row + 4 * X_STEP, mask=some, other=0.0)
+        x_f_0 = tl.load(x_f_row + 4 * X_STEP, mask=some, other=0.0)
+        x_z_0 = tl.load(x_z_row + 4 * X_STEP, mask=some, other=0.0)
+        x_o_0 = tl.load(x_o_row + 4 * X_STEP, mask=some, other=0.0)
+        cut_0 = flag_at(reset_row, t + 4, more, HAS_RESET)
         s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h = advance(
             s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, x_i_1, x_f_1, x_z_1, x_o_1, r_i,
-            r_f, r_z, r_o, cut_1, s_row, y_row, h_row, t + 1, stop, channels, mask, HAS_RESET, JACOBIAN,
+            r_f, r_z, r_o, cut_1, s_row, y_row, h_row, H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
         )
-        x_i_0, x_f_0, x_z_0, x_o_0, cut_0 = x_i_ahead_0, x_f_ahead_0, x_z_ahead_0, x_o_ahead_0, cut_ahead_0
-        x_i_1, x_f_1, x_z_1, x_o_1, cut_1 = x_i_ahead_1, x_f_ahead_1, x_z_ahead_1, x_o_ahead_1, cut_ahead_1
-        t += 2
+        x_i_1 = tl.load(x_i_row + 5 * X_STEP, mask=some, other=0.0)
+        x_f_1 = tl.load(x_f_row + 5 * X_STEP, mask=some, other=0.0)
+        x_z_1 = tl.load(x_z_row + 5 * X_STEP, mask=some, other=0.0)
+        x_o_1 = tl.load(x_o_row + 5 * X_STEP, mask=some, other=0.0)
+        cut_1 = flag_at(reset_row, t + 5, more, HAS_RESET)
+        s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h = advance(
+            s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, x_i_2, x_f_2, x_z_2, x_o_2, r_i,
+            r_f, r_z, r_o, cut_2, s_row, y_row, h_row, 2 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+        )
+        x_i_2 = tl.load(x_i_row + 6 * X_STEP, mask=some, other=0.0)
+        x_f_2 = tl.load(x_f_row + 6 * X_STEP, mask=some, other=0.0)
+        x_z_2 = tl.load(x_z_row + 6 * X_STEP, mask=some, other=0.0)
+        x_o_2 = tl.load(x_o_row + 6 * X_STEP, mask=some, other=0.0)
+        cut_2 = flag_at(reset_row, t + 6, more, HAS_RESET)
+        s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h = advance(
+            s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, x_i_3, x_f_3, x_z_3, x_o_3, r_i,
+            r_f, r_z, r_o, cut_3, s_row, y_row, h_row, 3 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+        )
+        x_i_3 = tl.load(x_i_row + 7 * X_STEP, mask=some, other=0.0)
+        x_f_3 = tl.load(x_f_row + 7 * X_STEP, mask=some, other=0.0)
+        x_z_3 = tl.load(x_z_row + 7 * X_STEP, mask=some, other=0.0)
+        x_o_3 = tl.load(x_o_row + 7 * X_STEP, mask=some, other=0.0)
+        cut_3 = flag_at(reset_row, t + 7, more, HAS_RESET)
+        t += 4
+        x_i_row += 4 * X_STEP
+        x_f_row += 4 * X_STEP
+        x_z_row += 4 * X_STEP
+        x_o_row += 4 * X_STEP
+        s_row += 4 * H_STEP
+        y_row += 4 * H_STEP
+        h_row += 4 * H_STEP
         if PIECES:
             edge = ((t - start) % CHECK == 0) | (t >= stop)
             if edge:
-                here = tl.cast((tl.minimum(t, stop) - 1) // CHECK, tl.int64) * channels
-                if MEET:
-                    moved = 0.0
-                    old = tl.load(s_check_row + here, mask=mask, other=0.0)
-                    moved = tl.maximum(moved, relative_change(s, old, mask))
-                    old = tl.load(y_check_row + here, mask=mask, other=0.0)
-                    moved = tl.maximum(moved, relative_change(y, old, mask))
-                    old = tl.load(h_check_row + here, mask=mask, other=0.0)
-                    moved = tl.maximum(moved, relative_change(h, old, mask))
-                    met = (moved <= tol).to(tl.int32)
-                tl.store(s_check_row + here, s, mask=mask & (met == 0))
-                tl.store(y_check_row + here, y, mask=mask & (met == 0))
-                tl.store(h_check_row + here, h, mask=mask & (met == 0))
-    return s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, tl.minimum(t, stop), met
+                here = tl.cast((t - 1) // CHECK, tl.int64) * H_STEP
+                met = keep(s, y, h, s_check_row, y_check_row, h_check_row, here, mask, tol, MEET)
+    while (t < stop) & (met == 0):
+        x_i = tl.load(x_i_row, mask=mask, other=0.0)
+        x_f = tl.load(x_f_row, mask=mask, other=0.0)
+        x_z = tl.load(x_z_row, mask=mask, other=0.0)
+        x_o = tl.load(x_o_row, mask=mask, other=0.0)
+        cut = flag_at(reset_row, t, t < stop, HAS_RESET)
+        s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h = advance(
+            s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, x_i, x_f, x_z, x_o, r_i, r_f, r_z,
+            r_o, cut, s_row, y_row, h_row, 0, mask, HAS_RESET, JACOBIAN, COMPUTE,
+        )
+        t += 1
+        x_i_row += X_STEP
+        x_f_row += X_STEP
+        x_z_row += X_STEP
+        x_o_row += X_STEP
+        s_row += H_STEP
+        y_row += H_STEP
+        h_row += H_STEP
+        if PIECES:
+            edge = ((t - start) % CHECK == 0) | (t >= stop)
+            if edge:
+                here = tl.cast((t - 1) // CHECK, tl.int64) * H_STEP
+                met = keep(s, y, h, s_check_row, y_check_row, h_check_row, here, mask, tol, MEET)
+    return s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, t, met
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["time"])
 def walk_kernel(
     x_i_ptr, x_f_ptr, x_z_ptr, x_o_ptr, r_i_ptr, r_f_ptr, r_z_ptr, r_o_ptr, s_first_ptr, y_first_ptr, h_first_ptr,
     s_ptr, y_ptr, h_ptr, s_final_ptr, y_final_ptr, h_final_ptr, reset_ptr, time, channels, x_stride_batch,
-    x_stride_time, HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+    X_STEP: tl.constexpr, H_STEP: tl.constexpr, HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """The sequential walk: one program a batch row and block of channels, the state in registers."""
     blocks = tl.cdiv(channels, BLOCK)
@@ -317,8 +392,7 @@ def walk_kernel(
         s, y, h, _m_s_s, _m_s_y, _m_s_h, _m_y_s, _m_y_y, _m_y_h, _m_h_s, _m_h_y, _m_h_h, _t, _met,
     ) = walk_piece(
         s, y, h, s, s, s, s, s, s, s, s, s, x_i_row, x_f_row, x_z_row, x_o_row, r_i, r_f, r_z, r_o, s_row, y_row, h_row,
-        s_row, y_row, h_row, reset_row, 0, time, x_stride_time, channels, mask, 0.0, HAS_RESET, False, False, False,
-        COMPUTE, 1,
+        s_row, y_row, h_row, reset_row, 0, time, mask, 0.0, X_STEP, H_STEP, HAS_RESET, False, False, False, COMPUTE, 1,
     )
     tl.store(s_final_ptr + here, s, mask=mask)
     tl.store(y_final_ptr + here, y, mask=mask)
@@ -387,7 +461,7 @@ def previous(s, y, h, s_entry, y_entry, h_entry, cut, HAS_RESET: tl.constexpr, T
     return s, y, h
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["time"])
 def tile_kernel(
     x_i_ptr, x_f_ptr, x_z_ptr, x_o_ptr, r_i_ptr, r_f_ptr, r_z_ptr, r_o_ptr, s_first_ptr, y_first_ptr, h_first_ptr,
     y_bound_ptr, h_bound_ptr, s_ptr, y_ptr, h_ptr, s_final_ptr, y_final_ptr, h_final_ptr, reset_ptr, iterations_ptr,
@@ -511,14 +585,14 @@ def tile_kernel(
     tl.store(update_ptr + program, worst)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batches", "length", "checks", "time"])
 def segments_kernel(
     x_i_ptr, x_f_ptr, x_z_ptr, x_o_ptr, r_i_ptr, r_f_ptr, r_z_ptr, r_o_ptr, s_first_ptr, y_first_ptr, h_first_ptr,
     s_ptr, y_ptr, h_ptr, s_check_ptr, y_check_ptr, h_check_ptr, reset_ptr, s_used_ptr, y_used_ptr, h_used_ptr,
     s_end_ptr, y_end_ptr, h_end_ptr, m_s_s_ptr, m_s_y_ptr, m_s_h_ptr, m_y_s_ptr, m_y_y_ptr, m_y_h_ptr, m_h_s_ptr,
     m_h_y_ptr, m_h_h_ptr, s_entry_ptr, y_entry_ptr, h_entry_ptr, walked_ptr, rounds_ptr, batches, length, checks, time,
-    channels, x_stride_batch, x_stride_time, tol, AGAIN: tl.constexpr, HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr,
-    CHECK: tl.constexpr, BLOCK: tl.constexpr,
+    channels, x_stride_batch, tol, X_STEP: tl.constexpr, H_STEP: tl.constexpr, AGAIN: tl.constexpr,
+    HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr, CHECK: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Walks every piece whose entry moved; the first time all, from the initial state and from zero."""
     blocks = tl.cdiv(channels, BLOCK)
@@ -578,28 +652,29 @@ def segments_kernel(
         s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, t, met = walk_piece(
             s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, x_i_row, x_f_row, x_z_row, x_o_row,
             r_i, r_f, r_z, r_o, s_row, y_row, h_row, s_check_row, y_check_row, h_check_row, reset_row, start, stop,
-            x_stride_time, channels, mask, tol, HAS_RESET, True, True, AGAIN, COMPUTE, CHECK,
+            mask, tol, X_STEP, H_STEP, HAS_RESET, True, AGAIN, AGAIN, COMPUTE, CHECK,
         )
         if met == 0:
             tl.store(s_end_ptr + at, s, mask=mask)
             tl.store(y_end_ptr + at, y, mask=mask)
             tl.store(h_end_ptr + at, h, mask=mask)
-            tl.store(m_s_s_ptr + at, m_s_s, mask=mask)
-            tl.store(m_s_y_ptr + at, m_s_y, mask=mask)
-            tl.store(m_s_h_ptr + at, m_s_h, mask=mask)
-            tl.store(m_y_s_ptr + at, m_y_s, mask=mask)
-            tl.store(m_y_y_ptr + at, m_y_y, mask=mask)
-            tl.store(m_y_h_ptr + at, m_y_h, mask=mask)
-            tl.store(m_h_s_ptr + at, m_h_s, mask=mask)
-            tl.store(m_h_y_ptr + at, m_h_y, mask=mask)
-            tl.store(m_h_h_ptr + at, m_h_h, mask=mask)
+            if AGAIN:
+                tl.store(m_s_s_ptr + at, m_s_s, mask=mask)
+                tl.store(m_s_y_ptr + at, m_s_y, mask=mask)
+                tl.store(m_s_h_ptr + at, m_s_h, mask=mask)
+                tl.store(m_y_s_ptr + at, m_y_s, mask=mask)
+                tl.store(m_y_y_ptr + at, m_y_y, mask=mask)
+                tl.store(m_y_h_ptr + at, m_y_h, mask=mask)
+                tl.store(m_h_s_ptr + at, m_h_s, mask=mask)
+                tl.store(m_h_y_ptr + at, m_h_y, mask=mask)
+                tl.store(m_h_h_ptr + at, m_h_h, mask=mask)
         if AGAIN:
             walked = tl.load(walked_ptr + program) + (t - start).to(tl.int32)
             tl.store(walked_ptr + program, walked)
             tl.store(rounds_ptr + program, tl.load(rounds_ptr + program) + 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pieces", "batches"])
 def segments_join_kernel(
     s_first_ptr, y_first_ptr, h_first_ptr, y_bound_ptr, h_bound_ptr, s_used_ptr, y_used_ptr, h_used_ptr, s_end_ptr,
     y_end_ptr, h_end_ptr, m_s_s_ptr, m_s_y_ptr, m_s_h_ptr, m_y_s_ptr, m_y_y_ptr, m_y_h_ptr, m_h_s_ptr, m_h_y_ptr,
@@ -647,14 +722,14 @@ def segments_join_kernel(
         h = tl.where(h > h_bound, h_bound, tl.where(h < -h_bound, -h_bound, h))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pieces", "batches", "length", "checks", "time"])
 def segments_finish_kernel(
     x_i_ptr, x_f_ptr, x_z_ptr, x_o_ptr, r_i_ptr, r_f_ptr, r_z_ptr, r_o_ptr, s_first_ptr, y_first_ptr, h_first_ptr,
     s_ptr, y_ptr, h_ptr, s_check_ptr, y_check_ptr, h_check_ptr, reset_ptr, s_used_ptr, y_used_ptr, h_used_ptr,
     s_end_ptr, y_end_ptr, h_end_ptr, m_s_s_ptr, m_s_y_ptr, m_s_h_ptr, m_y_s_ptr, m_y_y_ptr, m_y_h_ptr, m_h_s_ptr,
     m_h_y_ptr, m_h_h_ptr, s_final_ptr, y_final_ptr, h_final_ptr, last_walked_ptr, last_rounds_ptr, update_ptr, pieces,
-    batches, length, checks, time, channels, x_stride_batch, x_stride_time, tol, HAS_RESET: tl.constexpr,
-    COMPUTE: tl.constexpr, CHECK: tl.constexpr, BLOCK: tl.constexpr,
+    batches, length, checks, time, channels, x_stride_batch, tol, X_STEP: tl.constexpr, H_STEP: tl.constexpr,
+    HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr, CHECK: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Goes through the pieces in order and walks again each that did not start where the one before ends."""
     blocks = tl.cdiv(channels, BLOCK)
@@ -713,7 +788,7 @@ def segments_finish_kernel(
             ) = walk_piece(
                 s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, x_i_row, x_f_row, x_z_row,
                 x_o_row, r_i, r_f, r_z, r_o, s_row, y_row, h_row, s_check_row, y_check_row, h_check_row, reset_row,
-                start, stop, x_stride_time, channels, mask, tol, HAS_RESET, True, False, True, COMPUTE, CHECK,
+                start, stop, mask, tol, X_STEP, H_STEP, HAS_RESET, True, False, True, COMPUTE, CHECK,
             )
             s_end = tl.where(met == 0, s, s_end)
             y_end = tl.where(met == 0, y, y_end)
@@ -735,76 +810,88 @@ def segments_finish_kernel(
 
 @triton.jit
 def load_step(
-    x_i_row, x_f_row, x_z_row, x_o_row, s_row, y_row, h_row, s_first, y_first, h_first, g_s_row, g_y_row, g_h_row,
-    reset_row, t, valid, x_stride_time, channels, mask, HAS_G_S: tl.constexpr, HAS_G_Y: tl.constexpr,
-    HAS_G_H: tl.constexpr, HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr,
+    x_i_row, x_f_row, x_z_row, x_o_row, s_row, y_row, h_row, g_s_row, g_y_row, g_h_row, x_at, at, mask, before,
+    H_STEP: tl.constexpr, HAS_G_S: tl.constexpr, HAS_G_Y: tl.constexpr, HAS_G_H: tl.constexpr,
 ):
-    """Inputs, the state before the step (zero after a reset), cotangents of the state, and whether a reset cuts."""
-    here = tl.cast(t, tl.int64) * channels
-    x_i, x_f, x_z, x_o = load_inputs(
-        x_i_row, x_f_row, x_z_row, x_o_row, tl.cast(t, tl.int64) * x_stride_time, mask & valid, COMPUTE,
-    )
-    s = tl.load(s_row + here - channels, mask=mask & valid & (t > 0), other=0.0).to(COMPUTE)
-    s = tl.where(t > 0, s, s_first)
-    y = tl.load(y_row + here - channels, mask=mask & valid & (t > 0), other=0.0).to(COMPUTE)
-    y = tl.where(t > 0, y, y_first)
-    h = tl.load(h_row + here - channels, mask=mask & valid & (t > 0), other=0.0).to(COMPUTE)
-    h = tl.where(t > 0, h, h_first)
+    """Inputs, the state before the step, and cotangents of the state, as they are stored."""
+    x_i = tl.load(x_i_row + x_at, mask=mask, other=0.0)
+    x_f = tl.load(x_f_row + x_at, mask=mask, other=0.0)
+    x_z = tl.load(x_z_row + x_at, mask=mask, other=0.0)
+    x_o = tl.load(x_o_row + x_at, mask=mask, other=0.0)
+    s = tl.load(s_row + at - H_STEP, mask=before, other=0.0)
+    y = tl.load(y_row + at - H_STEP, mask=before, other=0.0)
+    h = tl.load(h_row + at - H_STEP, mask=before, other=0.0)
     g_s = tl.zeros_like(s)
     if HAS_G_S:
-        g_s = tl.load(g_s_row + here, mask=mask & valid, other=0.0).to(COMPUTE)
+        g_s = tl.load(g_s_row + at, mask=mask, other=0.0)
     g_y = tl.zeros_like(y)
     if HAS_G_Y:
-        g_y = tl.load(g_y_row + here, mask=mask & valid, other=0.0).to(COMPUTE)
+        g_y = tl.load(g_y_row + at, mask=mask, other=0.0)
     g_h = tl.zeros_like(h)
     if HAS_G_H:
-        g_h = tl.load(g_h_row + here, mask=mask & valid, other=0.0).to(COMPUTE)
-    cut = flag_at(reset_row, t, valid, HAS_RESET)
+        g_h = tl.load(g_h_row + at, mask=mask, other=0.0)
+    return x_i, x_f, x_z, x_o, s, y, h, g_s, g_y, g_h
+
+
+@triton.jit
+def widen(
+    x_i, x_f, x_z, x_o, s, y, h, g_s, g_y, g_h, cut, s_first, y_first, h_first, t, FIRST: tl.constexpr,
+    HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr,
+):
+    """In the compute dtype, the state before the step zero after a reset. FIRST: the step may be the first."""
+    x_i = x_i.to(COMPUTE)
+    x_f = x_f.to(COMPUTE)
+    x_z = x_z.to(COMPUTE)
+    x_o = x_o.to(COMPUTE)
+    s = s.to(COMPUTE)
+    y = y.to(COMPUTE)
+    h = h.to(COMPUTE)
+    g_s = g_s.to(COMPUTE)
+    g_y = g_y.to(COMPUTE)
+    g_h = g_h.to(COMPUTE)
+    if FIRST:
+        s = tl.where(t > 0, s, s_first)
+        y = tl.where(t > 0, y, y_first)
+        h = tl.where(t > 0, h, h_first)
     if HAS_RESET:
         s = tl.where(cut, 0.0, s)
         y = tl.where(cut, 0.0, y)
         h = tl.where(cut, 0.0, h)
-    return x_i, x_f, x_z, x_o, s, y, h, g_s, g_y, g_h, cut
+    return x_i, x_f, x_z, x_o, s, y, h, g_s, g_y, g_h
 
 
 @triton.jit
 def retreat(
-    carry_s, carry_y, carry_h, sum_r_i, lost_r_i, sum_r_f, lost_r_f, sum_r_z, lost_r_z, sum_r_o, lost_r_o, x_i, x_f,
-    x_z, x_o, s, y, h, g_s, g_y, g_h, cut, r_i, r_f, r_z, r_o, to_x_i_row, to_x_f_row, to_x_z_row, to_x_o_row, t, valid,
-    channels, mask, HAS_RESET: tl.constexpr,
+    carry_s, carry_y, carry_h, x_i, x_f, x_z, x_o, s, y, h, g_s, g_y, g_h, cut, s_first, y_first, h_first, r_i, r_f,
+    r_z, r_o, to_x_i_row, to_x_f_row, to_x_z_row, to_x_o_row, at, t, mask, FIRST: tl.constexpr, HAS_RESET: tl.constexpr,
+    COMPUTE: tl.constexpr,
 ):
-    """One step back: stores the gradients of the inputs, adds those of the params, returns the carry before it."""
-    here = tl.cast(t, tl.int64) * channels
+    """One step back: stores the gradients of the inputs; the carry before it, and what the params' get from it."""
+    x_i, x_f, x_z, x_o, s, y, h, g_s, g_y, g_h = widen(
+        x_i, x_f, x_z, x_o, s, y, h, g_s, g_y, g_h, cut, s_first, y_first, h_first, t, FIRST, HAS_RESET, COMPUTE,
+    )
     to_s, to_y, to_h, to_x_i, to_x_f, to_x_z, to_x_o, to_r_i, to_r_f, to_r_z, to_r_o = pullback(
         s, y, h, x_i, x_f, x_z, x_o, r_i, r_f, r_z, r_o, g_s + carry_s, g_y + carry_y, g_h + carry_h,
     )
-    tl.store(to_x_i_row + here, to_x_i.to(to_x_i_row.dtype.element_ty), mask=mask & valid)
-    tl.store(to_x_f_row + here, to_x_f.to(to_x_f_row.dtype.element_ty), mask=mask & valid)
-    tl.store(to_x_z_row + here, to_x_z.to(to_x_z_row.dtype.element_ty), mask=mask & valid)
-    tl.store(to_x_o_row + here, to_x_o.to(to_x_o_row.dtype.element_ty), mask=mask & valid)
-    sum_r_i, lost_r_i = add_compensated(sum_r_i, lost_r_i, tl.where(valid, to_r_i, 0.0))
-    sum_r_f, lost_r_f = add_compensated(sum_r_f, lost_r_f, tl.where(valid, to_r_f, 0.0))
-    sum_r_z, lost_r_z = add_compensated(sum_r_z, lost_r_z, tl.where(valid, to_r_z, 0.0))
-    sum_r_o, lost_r_o = add_compensated(sum_r_o, lost_r_o, tl.where(valid, to_r_o, 0.0))
+    tl.store(to_x_i_row + at, to_x_i.to(to_x_i_row.dtype.element_ty), mask=mask)
+    tl.store(to_x_f_row + at, to_x_f.to(to_x_f_row.dtype.element_ty), mask=mask)
+    tl.store(to_x_z_row + at, to_x_z.to(to_x_z_row.dtype.element_ty), mask=mask)
+    tl.store(to_x_o_row + at, to_x_o.to(to_x_o_row.dtype.element_ty), mask=mask)
     if HAS_RESET:
         to_s = tl.where(cut, 0.0, to_s)
-    carry_s = tl.where(valid, to_s, carry_s)
-    if HAS_RESET:
         to_y = tl.where(cut, 0.0, to_y)
-    carry_y = tl.where(valid, to_y, carry_y)
-    if HAS_RESET:
         to_h = tl.where(cut, 0.0, to_h)
-    carry_h = tl.where(valid, to_h, carry_h)
-    return carry_s, carry_y, carry_h, sum_r_i, lost_r_i, sum_r_f, lost_r_f, sum_r_z, lost_r_z, sum_r_o, lost_r_o
+    return to_s, to_y, to_h, to_r_i, to_r_f, to_r_z, to_r_o
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batches", "length", "time"])
 def backward_kernel(
     x_i_ptr, x_f_ptr, x_z_ptr, x_o_ptr, r_i_ptr, r_f_ptr, r_z_ptr, r_o_ptr, s_first_ptr, y_first_ptr, h_first_ptr,
     s_ptr, y_ptr, h_ptr, g_s_ptr, g_y_ptr, g_h_ptr, reset_ptr, carry_s_ptr, carry_y_ptr, carry_h_ptr, to_x_i_ptr,
     to_x_f_ptr, to_x_z_ptr, to_x_o_ptr, to_r_i_ptr, to_r_f_ptr, to_r_z_ptr, to_r_o_ptr, to_s_first_ptr, to_y_first_ptr,
-    to_h_first_ptr, batches, length, time, channels, x_stride_batch, x_stride_time, HAS_G_S: tl.constexpr,
-    HAS_G_Y: tl.constexpr, HAS_G_H: tl.constexpr, HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+    to_h_first_ptr, batches, length, time, channels, x_stride_batch, X_STEP: tl.constexpr, H_STEP: tl.constexpr,
+    HAS_G_S: tl.constexpr, HAS_G_Y: tl.constexpr, HAS_G_H: tl.constexpr, HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Walks every piece back from its carry; the sums over its steps of the params' gradients go to its own row."""
     blocks = tl.cdiv(channels, BLOCK)
@@ -847,71 +934,112 @@ def backward_kernel(
     lost_r_z = tl.zeros_like(carry_s)
     sum_r_o = tl.zeros_like(carry_s)
     lost_r_o = tl.zeros_like(carry_s)
-    x_i_0, x_f_0, x_z_0, x_o_0, s_0, y_0, h_0, g_s_0, g_y_0, g_h_0, cut_0 = load_step(
-        x_i_row, x_f_row, x_z_row, x_o_row, s_row, y_row, h_row, s_first, y_first, h_first, g_s_row, g_y_row, g_h_row,
-        reset_row, stop - 1, stop - 1 >= start, x_stride_time, channels, mask, HAS_G_S, HAS_G_Y, HAS_G_H, HAS_RESET,
-        COMPUTE,
+    whole = stop - (stop - start) // 2 * 2
+    some = mask & (whole < stop)
+    x_i_row += tl.cast(stop - 1, tl.int64) * X_STEP
+    x_f_row += tl.cast(stop - 1, tl.int64) * X_STEP
+    x_z_row += tl.cast(stop - 1, tl.int64) * X_STEP
+    x_o_row += tl.cast(stop - 1, tl.int64) * X_STEP
+    s_row += tl.cast(stop - 1, tl.int64) * H_STEP
+    y_row += tl.cast(stop - 1, tl.int64) * H_STEP
+    h_row += tl.cast(stop - 1, tl.int64) * H_STEP
+    g_s_row += tl.cast(stop - 1, tl.int64) * H_STEP
+    g_y_row += tl.cast(stop - 1, tl.int64) * H_STEP
+    g_h_row += tl.cast(stop - 1, tl.int64) * H_STEP
+    to_x_i_row += tl.cast(stop - 1, tl.int64) * H_STEP
+    to_x_f_row += tl.cast(stop - 1, tl.int64) * H_STEP
+    to_x_z_row += tl.cast(stop - 1, tl.int64) * H_STEP
+    to_x_o_row += tl.cast(stop - 1, tl.int64) * H_STEP
+    x_i_0, x_f_0, x_z_0, x_o_0, s_0, y_0, h_0, g_s_0, g_y_0, g_h_0 = load_step(
+        x_i_row, x_f_row, x_z_row, x_o_row, s_row, y_row, h_row, g_s_row, g_y_row, g_h_row, 0, 0, some, some, H_STEP,
+        HAS_G_S, HAS_G_Y, HAS_G_H,
     )
-    x_i_1, x_f_1, x_z_1, x_o_1, s_1, y_1, h_1, g_s_1, g_y_1, g_h_1, cut_1 = load_step(
-        x_i_row, x_f_row, x_z_row, x_o_row, s_row, y_row, h_row, s_first, y_first, h_first, g_s_row, g_y_row, g_h_row,
-        reset_row, stop - 2, stop - 2 >= start, x_stride_time, channels, mask, HAS_G_S, HAS_G_Y, HAS_G_H, HAS_RESET,
-        COMPUTE,
+    cut_0 = flag_at(reset_row, stop - 1, whole < stop, HAS_RESET)
+    x_i_1, x_f_1, x_z_1, x_o_1, s_1, y_1, h_1, g_s_1, g_y_1, g_h_1 = load_step(
+        x_i_row, x_f_row, x_z_row, x_o_row, s_row, y_row, h_row, g_s_row, g_y_row, g_h_row, -X_STEP, -H_STEP, some,
+        some & (stop > 2), H_STEP, HAS_G_S, HAS_G_Y, HAS_G_H,
     )
+    cut_1 = flag_at(reset_row, stop - 2, whole < stop, HAS_RESET)
     t = stop - 1
-    while t >= start:
-        (
-            x_i_ahead_0, x_f_ahead_0, x_z_ahead_0, x_o_ahead_0, s_ahead_0, y_ahead_0, h_ahead_0, g_s_ahead_0,
-            g_y_ahead_0, g_h_ahead_0, cut_ahead_0,
-        ) = load_step(
-            x_i_row, x_f_row, x_z_row, x_o_row, s_row, y_row, h_row, s_first, y_first, h_first, g_s_row, g_y_row,
-            g_h_row, reset_row, t - 2, t - 2 >= start, x_stride_time, channels, mask, HAS_G_S, HAS_G_Y, HAS_G_H,
+    while t >= whole:
+        more = t - 2 >= whole
+        some = mask & more
+        carry_s, carry_y, carry_h, to_r_i, to_r_f, to_r_z, to_r_o = retreat(
+            carry_s, carry_y, carry_h, x_i_0, x_f_0, x_z_0, x_o_0, s_0, y_0, h_0, g_s_0, g_y_0, g_h_0, cut_0, s_first,
+            y_first, h_first, r_i, r_f, r_z, r_o, to_x_i_row, to_x_f_row, to_x_z_row, to_x_o_row, 0, t, mask, False,
             HAS_RESET, COMPUTE,
         )
-        (
-            x_i_ahead_1, x_f_ahead_1, x_z_ahead_1, x_o_ahead_1, s_ahead_1, y_ahead_1, h_ahead_1, g_s_ahead_1,
-            g_y_ahead_1, g_h_ahead_1, cut_ahead_1,
-        ) = load_step(
-            x_i_row, x_f_row, x_z_row, x_o_row, s_row, y_row, h_row, s_first, y_first, h_first, g_s_row, g_y_row,
-            g_h_row, reset_row, t - 3, t - 3 >= start, x_stride_time, channels, mask, HAS_G_S, HAS_G_Y, HAS_G_H,
-            HAS_RESET, COMPUTE,
+        part_r_i = to_r_i
+        part_r_f = to_r_f
+        part_r_z = to_r_z
+        part_r_o = to_r_o
+        x_i_0, x_f_0, x_z_0, x_o_0, s_0, y_0, h_0, g_s_0, g_y_0, g_h_0 = load_step(
+            x_i_row, x_f_row, x_z_row, x_o_row, s_row, y_row, h_row, g_s_row, g_y_row, g_h_row, -2 * X_STEP,
+            -2 * H_STEP, some, some, H_STEP, HAS_G_S, HAS_G_Y, HAS_G_H,
         )
-        (
-            carry_s, carry_y, carry_h, sum_r_i, lost_r_i, sum_r_f, lost_r_f, sum_r_z, lost_r_z, sum_r_o, lost_r_o,
-        ) = retreat(
-            carry_s, carry_y, carry_h, sum_r_i, lost_r_i, sum_r_f, lost_r_f, sum_r_z, lost_r_z, sum_r_o, lost_r_o,
-            x_i_0, x_f_0, x_z_0, x_o_0, s_0, y_0, h_0, g_s_0, g_y_0, g_h_0, cut_0, r_i, r_f, r_z, r_o, to_x_i_row,
-            to_x_f_row, to_x_z_row, to_x_o_row, t, t >= start, channels, mask, HAS_RESET,
+        cut_0 = flag_at(reset_row, t - 2, more, HAS_RESET)
+        carry_s, carry_y, carry_h, to_r_i, to_r_f, to_r_z, to_r_o = retreat(
+            carry_s, carry_y, carry_h, x_i_1, x_f_1, x_z_1, x_o_1, s_1, y_1, h_1, g_s_1, g_y_1, g_h_1, cut_1, s_first,
+            y_first, h_first, r_i, r_f, r_z, r_o, to_x_i_row, to_x_f_row, to_x_z_row, to_x_o_row, -H_STEP, t - 1, mask,
+            True, HAS_RESET, COMPUTE,
         )
-        (
-            carry_s, carry_y, carry_h, sum_r_i, lost_r_i, sum_r_f, lost_r_f, sum_r_z, lost_r_z, sum_r_o, lost_r_o,
-        ) = retreat(
-            carry_s, carry_y, carry_h, sum_r_i, lost_r_i, sum_r_f, lost_r_f, sum_r_z, lost_r_z, sum_r_o, lost_r_o,
-            x_i_1, x_f_1, x_z_1, x_o_1, s_1, y_1, h_1, g_s_1, g_y_1, g_h_1, cut_1, r_i, r_f, r_z, r_o, to_x_i_row,
-            to_x_f_row, to_x_z_row, to_x_o_row, t - 1, t - 1 >= start, channels, mask, HAS_RESET,
+        part_r_i = part_r_i + to_r_i
+        part_r_f = part_r_f + to_r_f
+        part_r_z = part_r_z + to_r_z
+        part_r_o = part_r_o + to_r_o
+        x_i_1, x_f_1, x_z_1, x_o_1, s_1, y_1, h_1, g_s_1, g_y_1, g_h_1 = load_step(
+            x_i_row, x_f_row, x_z_row, x_o_row, s_row, y_row, h_row, g_s_row, g_y_row, g_h_row, -3 * X_STEP,
+            -3 * H_STEP, some, some & (t > 3), H_STEP, HAS_G_S, HAS_G_Y, HAS_G_H,
         )
-        x_i_0 = x_i_ahead_0
-        x_f_0 = x_f_ahead_0
-        x_z_0 = x_z_ahead_0
-        x_o_0 = x_o_ahead_0
-        s_0 = s_ahead_0
-        y_0 = y_ahead_0
-        h_0 = h_ahead_0
-        g_s_0 = g_s_ahead_0
-        g_y_0 = g_y_ahead_0
-        g_h_0 = g_h_ahead_0
-        cut_0 = cut_ahead_0
-        x_i_1 = x_i_ahead_1
-        x_f_1 = x_f_ahead_1
-        x_z_1 = x_z_ahead_1
-        x_o_1 = x_o_ahead_1
-        s_1 = s_ahead_1
-        y_1 = y_ahead_1
-        h_1 = h_ahead_1
-        g_s_1 = g_s_ahead_1
-        g_y_1 = g_y_ahead_1
-        g_h_1 = g_h_ahead_1
-        cut_1 = cut_ahead_1
+        cut_1 = flag_at(reset_row, t - 3, more, HAS_RESET)
+        sum_r_i, lost_r_i = add_compensated(sum_r_i, lost_r_i, part_r_i)
+        sum_r_f, lost_r_f = add_compensated(sum_r_f, lost_r_f, part_r_f)
+        sum_r_z, lost_r_z = add_compensated(sum_r_z, lost_r_z, part_r_z)
+        sum_r_o, lost_r_o = add_compensated(sum_r_o, lost_r_o, part_r_o)
+        x_i_row -= 2 * X_STEP
+        x_f_row -= 2 * X_STEP
+        x_z_row -= 2 * X_STEP
+        x_o_row -= 2 * X_STEP
+        s_row -= 2 * H_STEP
+        y_row -= 2 * H_STEP
+        h_row -= 2 * H_STEP
+        g_s_row -= 2 * H_STEP
+        g_y_row -= 2 * H_STEP
+        g_h_row -= 2 * H_STEP
+        to_x_i_row -= 2 * H_STEP
+        to_x_f_row -= 2 * H_STEP
+        to_x_z_row -= 2 * H_STEP
+        to_x_o_row -= 2 * H_STEP
         t -= 2
+    while t >= start:
+        x_i, x_f, x_z, x_o, s, y, h, g_s, g_y, g_h = load_step(
+            x_i_row, x_f_row, x_z_row, x_o_row, s_row, y_row, h_row, g_s_row, g_y_row, g_h_row, 0, 0, mask,
+            mask & (t > 0), H_STEP, HAS_G_S, HAS_G_Y, HAS_G_H,
+        )
+        cut = flag_at(reset_row, t, t >= start, HAS_RESET)
+        carry_s, carry_y, carry_h, to_r_i, to_r_f, to_r_z, to_r_o = retreat(
+            carry_s, carry_y, carry_h, x_i, x_f, x_z, x_o, s, y, h, g_s, g_y, g_h, cut, s_first, y_first, h_first, r_i,
+            r_f, r_z, r_o, to_x_i_row, to_x_f_row, to_x_z_row, to_x_o_row, 0, t, mask, True, HAS_RESET, COMPUTE,
+        )
+        sum_r_i, lost_r_i = add_compensated(sum_r_i, lost_r_i, to_r_i)
+        sum_r_f, lost_r_f = add_compensated(sum_r_f, lost_r_f, to_r_f)
+        sum_r_z, lost_r_z = add_compensated(sum_r_z, lost_r_z, to_r_z)
+        sum_r_o, lost_r_o = add_compensated(sum_r_o, lost_r_o, to_r_o)
+        x_i_row -= X_STEP
+        x_f_row -= X_STEP
+        x_z_row -= X_STEP
+        x_o_row -= X_STEP
+        s_row -= H_STEP
+        y_row -= H_STEP
+        h_row -= H_STEP
+        g_s_row -= H_STEP
+        g_y_row -= H_STEP
+        g_h_row -= H_STEP
+        to_x_i_row -= H_STEP
+        to_x_f_row -= H_STEP
+        to_x_z_row -= H_STEP
+        to_x_o_row -= H_STEP
+        t -= 1
     tl.store(to_r_i_ptr + at, sum_r_i, mask=mask)
     tl.store(to_r_f_ptr + at, sum_r_f, mask=mask)
     tl.store(to_r_z_ptr + at, sum_r_z, mask=mask)
@@ -921,13 +1049,13 @@ def backward_kernel(
     tl.store(to_h_first_ptr + here, carry_h, mask=mask & (piece == 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batches", "length", "time"])
 def backward_maps_kernel(
     x_i_ptr, x_f_ptr, x_z_ptr, x_o_ptr, r_i_ptr, r_f_ptr, r_z_ptr, r_o_ptr, s_first_ptr, y_first_ptr, h_first_ptr,
     s_ptr, y_ptr, h_ptr, g_s_ptr, g_y_ptr, g_h_ptr, reset_ptr, m_s_s_ptr, m_s_y_ptr, m_s_h_ptr, m_y_s_ptr, m_y_y_ptr,
     m_y_h_ptr, m_h_s_ptr, m_h_y_ptr, m_h_h_ptr, d_s_ptr, d_y_ptr, d_h_ptr, steps_ptr, batches, length, time, channels,
-    x_stride_batch, x_stride_time, HAS_G_S: tl.constexpr, HAS_G_Y: tl.constexpr, HAS_G_H: tl.constexpr,
-    HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr, TINY: tl.constexpr, BLOCK: tl.constexpr,
+    x_stride_batch, X_STEP: tl.constexpr, H_STEP: tl.constexpr, HAS_G_S: tl.constexpr, HAS_G_Y: tl.constexpr,
+    HAS_G_H: tl.constexpr, HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr, TINY: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """The map from the carry at a piece's end to that at its start, read until the rest cannot be seen."""
     blocks = tl.cdiv(channels, BLOCK)
@@ -966,24 +1094,40 @@ def backward_maps_kernel(
     d_s = tl.zeros_like(s_first)
     d_y = tl.zeros_like(y_first)
     d_h = tl.zeros_like(h_first)
-    x_i_0, x_f_0, x_z_0, x_o_0, s_0, y_0, h_0, g_s_0, g_y_0, g_h_0, cut_0 = load_step(
-        x_i_row, x_f_row, x_z_row, x_o_row, s_row, y_row, h_row, s_first, y_first, h_first, g_s_row, g_y_row, g_h_row,
-        reset_row, start, start < stop, x_stride_time, channels, mask, HAS_G_S, HAS_G_Y, HAS_G_H, HAS_RESET, COMPUTE,
+    x_i_row += tl.cast(start, tl.int64) * X_STEP
+    x_f_row += tl.cast(start, tl.int64) * X_STEP
+    x_z_row += tl.cast(start, tl.int64) * X_STEP
+    x_o_row += tl.cast(start, tl.int64) * X_STEP
+    s_row += tl.cast(start, tl.int64) * H_STEP
+    y_row += tl.cast(start, tl.int64) * H_STEP
+    h_row += tl.cast(start, tl.int64) * H_STEP
+    g_s_row += tl.cast(start, tl.int64) * H_STEP
+    g_y_row += tl.cast(start, tl.int64) * H_STEP
+    g_h_row += tl.cast(start, tl.int64) * H_STEP
+    x_i_0, x_f_0, x_z_0, x_o_0, s_0, y_0, h_0, g_s_0, g_y_0, g_h_0 = load_step(
+        x_i_row, x_f_row, x_z_row, x_o_row, s_row, y_row, h_row, g_s_row, g_y_row, g_h_row, 0, 0, mask & (start < stop),
+        mask & (start > 0), H_STEP, HAS_G_S, HAS_G_Y, HAS_G_H,
     )
+    cut_0 = flag_at(reset_row, start, start < stop, HAS_RESET)
+    x_i_1, x_f_1, x_z_1, x_o_1, s_1, y_1, h_1, g_s_1, g_y_1, g_h_1 = load_step(
+        x_i_row, x_f_row, x_z_row, x_o_row, s_row, y_row, h_row, g_s_row, g_y_row, g_h_row, X_STEP, H_STEP,
+        mask & (start + 1 < stop), mask & (start + 1 < stop), H_STEP, HAS_G_S, HAS_G_Y, HAS_G_H,
+    )
+    cut_1 = flag_at(reset_row, start + 1, start + 1 < stop, HAS_RESET)
     t = start
     inside = 1.0
     while (t < stop) & (inside > TINY):
-        (
-            x_i_ahead_0, x_f_ahead_0, x_z_ahead_0, x_o_ahead_0, s_ahead_0, y_ahead_0, h_ahead_0, g_s_ahead_0,
-            g_y_ahead_0, g_h_ahead_0, cut_ahead_0,
-        ) = load_step(
-            x_i_row, x_f_row, x_z_row, x_o_row, s_row, y_row, h_row, s_first, y_first, h_first, g_s_row, g_y_row,
-            g_h_row, reset_row, t + 1, t + 1 < stop, x_stride_time, channels, mask, HAS_G_S, HAS_G_Y, HAS_G_H,
+        x_i, x_f, x_z, x_o, s, y, h, g_s, g_y, g_h = widen(
+            x_i_0, x_f_0, x_z_0, x_o_0, s_0, y_0, h_0, g_s_0, g_y_0, g_h_0, cut_0, s_first, y_first, h_first, t, True,
             HAS_RESET, COMPUTE,
+        )
+        x_i_0, x_f_0, x_z_0, x_o_0, s_0, y_0, h_0, g_s_0, g_y_0, g_h_0 = load_step(
+            x_i_row, x_f_row, x_z_row, x_o_row, s_row, y_row, h_row, g_s_row, g_y_row, g_h_row, 2 * X_STEP, 2 * H_STEP,
+            mask & (t + 2 < stop), mask & (t + 2 < stop), H_STEP, HAS_G_S, HAS_G_Y, HAS_G_H,
         )
         (
             _next_s, _next_y, _next_h, j_s_s, j_s_y, j_s_h, j_y_s, j_y_y, j_y_h, j_h_s, j_h_y, j_h_h,
-        ) = linearised(s_0, y_0, h_0, x_i_0, x_f_0, x_z_0, x_o_0, r_i, r_f, r_z, r_o)
+        ) = linearised(s, y, h, x_i, x_f, x_z, x_o, r_i, r_f, r_z, r_o)
         new_m_s_s = m_s_s * j_s_s + m_s_h * j_s_h
         new_m_s_y = m_s_s * j_y_s + m_s_y * j_y_y + m_s_h * j_y_h
         new_m_s_h = m_s_s * j_h_s + m_s_y * j_h_y + m_s_h * j_h_h
@@ -993,64 +1137,121 @@ def backward_maps_kernel(
         new_m_h_s = m_h_s * j_s_s + m_h_h * j_s_h
         new_m_h_y = m_h_s * j_y_s + m_h_y * j_y_y + m_h_h * j_y_h
         new_m_h_h = m_h_s * j_h_s + m_h_y * j_h_y + m_h_h * j_h_h
-        inside = 0.0
         if HAS_RESET:
             new_m_s_s = tl.where(cut_0, 0.0, new_m_s_s)
-        m_s_s = tl.zeros_like(m_s_s) + new_m_s_s
-        inside = tl.maximum(inside, largest_size(m_s_s, mask))
+        m_s_s = tl.where(t < stop, new_m_s_s, m_s_s)
         if HAS_RESET:
             new_m_s_y = tl.where(cut_0, 0.0, new_m_s_y)
-        m_s_y = tl.zeros_like(m_s_y) + new_m_s_y
-        inside = tl.maximum(inside, largest_size(m_s_y, mask))
+        m_s_y = tl.where(t < stop, new_m_s_y, m_s_y)
         if HAS_RESET:
             new_m_s_h = tl.where(cut_0, 0.0, new_m_s_h)
-        m_s_h = tl.zeros_like(m_s_h) + new_m_s_h
-        inside = tl.maximum(inside, largest_size(m_s_h, mask))
+        m_s_h = tl.where(t < stop, new_m_s_h, m_s_h)
         if HAS_RESET:
             new_m_y_s = tl.where(cut_0, 0.0, new_m_y_s)
-        m_y_s = tl.zeros_like(m_y_s) + new_m_y_s
-        inside = tl.maximum(inside, largest_size(m_y_s, mask))
+        m_y_s = tl.where(t < stop, new_m_y_s, m_y_s)
         if HAS_RESET:
             new_m_y_y = tl.where(cut_0, 0.0, new_m_y_y)
-        m_y_y = tl.zeros_like(m_y_y) + new_m_y_y
-        inside = tl.maximum(inside, largest_size(m_y_y, mask))
+        m_y_y = tl.where(t < stop, new_m_y_y, m_y_y)
         if HAS_RESET:
             new_m_y_h = tl.where(cut_0, 0.0, new_m_y_h)
-        m_y_h = tl.zeros_like(m_y_h) + new_m_y_h
-        inside = tl.maximum(inside, largest_size(m_y_h, mask))
+        m_y_h = tl.where(t < stop, new_m_y_h, m_y_h)
         if HAS_RESET:
             new_m_h_s = tl.where(cut_0, 0.0, new_m_h_s)
-        m_h_s = tl.zeros_like(m_h_s) + new_m_h_s
-        inside = tl.maximum(inside, largest_size(m_h_s, mask))
+        m_h_s = tl.where(t < stop, new_m_h_s, m_h_s)
         if HAS_RESET:
             new_m_h_y = tl.where(cut_0, 0.0, new_m_h_y)
-        m_h_y = tl.zeros_like(m_h_y) + new_m_h_y
-        inside = tl.maximum(inside, largest_size(m_h_y, mask))
+        m_h_y = tl.where(t < stop, new_m_h_y, m_h_y)
         if HAS_RESET:
             new_m_h_h = tl.where(cut_0, 0.0, new_m_h_h)
-        m_h_h = tl.zeros_like(m_h_h) + new_m_h_h
+        m_h_h = tl.where(t < stop, new_m_h_h, m_h_h)
+        d_s += m_s_s * g_s
+        d_s += m_s_y * g_y
+        d_s += m_s_h * g_h
+        d_y += m_y_s * g_s
+        d_y += m_y_y * g_y
+        d_y += m_y_h * g_h
+        d_h += m_h_s * g_s
+        d_h += m_h_y * g_y
+        d_h += m_h_h * g_h
+        cut_0 = flag_at(reset_row, t + 2, t + 2 < stop, HAS_RESET)
+        x_i, x_f, x_z, x_o, s, y, h, g_s, g_y, g_h = widen(
+            x_i_1, x_f_1, x_z_1, x_o_1, s_1, y_1, h_1, g_s_1, g_y_1, g_h_1, cut_1, s_first, y_first, h_first, t + 1,
+            False, HAS_RESET, COMPUTE,
+        )
+        x_i_1, x_f_1, x_z_1, x_o_1, s_1, y_1, h_1, g_s_1, g_y_1, g_h_1 = load_step(
+            x_i_row, x_f_row, x_z_row, x_o_row, s_row, y_row, h_row, g_s_row, g_y_row, g_h_row, 3 * X_STEP, 3 * H_STEP,
+            mask & (t + 3 < stop), mask & (t + 3 < stop), H_STEP, HAS_G_S, HAS_G_Y, HAS_G_H,
+        )
+        (
+            _next_s, _next_y, _next_h, j_s_s, j_s_y, j_s_h, j_y_s, j_y_y, j_y_h, j_h_s, j_h_y, j_h_h,
+        ) = linearised(s, y, h, x_i, x_f, x_z, x_o, r_i, r_f, r_z, r_o)
+        new_m_s_s = m_s_s * j_s_s + m_s_h * j_s_h
+        new_m_s_y = m_s_s * j_y_s + m_s_y * j_y_y + m_s_h * j_y_h
+        new_m_s_h = m_s_s * j_h_s + m_s_y * j_h_y + m_s_h * j_h_h
+        new_m_y_s = m_y_s * j_s_s + m_y_h * j_s_h
+        new_m_y_y = m_y_s * j_y_s + m_y_y * j_y_y + m_y_h * j_y_h
+        new_m_y_h = m_y_s * j_h_s + m_y_y * j_h_y + m_y_h * j_h_h
+        new_m_h_s = m_h_s * j_s_s + m_h_h * j_s_h
+        new_m_h_y = m_h_s * j_y_s + m_h_y * j_y_y + m_h_h * j_y_h
+        new_m_h_h = m_h_s * j_h_s + m_h_y * j_h_y + m_h_h * j_h_h
+        if HAS_RESET:
+            new_m_s_s = tl.where(cut_1, 0.0, new_m_s_s)
+        m_s_s = tl.where(t + 1 < stop, new_m_s_s, m_s_s)
+        if HAS_RESET:
+            new_m_s_y = tl.where(cut_1, 0.0, new_m_s_y)
+        m_s_y = tl.where(t + 1 < stop, new_m_s_y, m_s_y)
+        if HAS_RESET:
+            new_m_s_h = tl.where(cut_1, 0.0, new_m_s_h)
+        m_s_h = tl.where(t + 1 < stop, new_m_s_h, m_s_h)
+        if HAS_RESET:
+            new_m_y_s = tl.where(cut_1, 0.0, new_m_y_s)
+        m_y_s = tl.where(t + 1 < stop, new_m_y_s, m_y_s)
+        if HAS_RESET:
+            new_m_y_y = tl.where(cut_1, 0.0, new_m_y_y)
+        m_y_y = tl.where(t + 1 < stop, new_m_y_y, m_y_y)
+        if HAS_RESET:
+            new_m_y_h = tl.where(cut_1, 0.0, new_m_y_h)
+        m_y_h = tl.where(t + 1 < stop, new_m_y_h, m_y_h)
+        if HAS_RESET:
+            new_m_h_s = tl.where(cut_1, 0.0, new_m_h_s)
+        m_h_s = tl.where(t + 1 < stop, new_m_h_s, m_h_s)
+        if HAS_RESET:
+            new_m_h_y = tl.where(cut_1, 0.0, new_m_h_y)
+        m_h_y = tl.where(t + 1 < stop, new_m_h_y, m_h_y)
+        if HAS_RESET:
+            new_m_h_h = tl.where(cut_1, 0.0, new_m_h_h)
+        m_h_h = tl.where(t + 1 < stop, new_m_h_h, m_h_h)
+        d_s += m_s_s * g_s
+        d_s += m_s_y * g_y
+        d_s += m_s_h * g_h
+        d_y += m_y_s * g_s
+        d_y += m_y_y * g_y
+        d_y += m_y_h * g_h
+        d_h += m_h_s * g_s
+        d_h += m_h_y * g_y
+        d_h += m_h_h * g_h
+        cut_1 = flag_at(reset_row, t + 3, t + 3 < stop, HAS_RESET)
+        inside = 0.0
+        inside = tl.maximum(inside, largest_size(m_s_s, mask))
+        inside = tl.maximum(inside, largest_size(m_s_y, mask))
+        inside = tl.maximum(inside, largest_size(m_s_h, mask))
+        inside = tl.maximum(inside, largest_size(m_y_s, mask))
+        inside = tl.maximum(inside, largest_size(m_y_y, mask))
+        inside = tl.maximum(inside, largest_size(m_y_h, mask))
+        inside = tl.maximum(inside, largest_size(m_h_s, mask))
+        inside = tl.maximum(inside, largest_size(m_h_y, mask))
         inside = tl.maximum(inside, largest_size(m_h_h, mask))
-        d_s += m_s_s * g_s_0
-        d_s += m_s_y * g_y_0
-        d_s += m_s_h * g_h_0
-        d_y += m_y_s * g_s_0
-        d_y += m_y_y * g_y_0
-        d_y += m_y_h * g_h_0
-        d_h += m_h_s * g_s_0
-        d_h += m_h_y * g_y_0
-        d_h += m_h_h * g_h_0
-        x_i_0 = x_i_ahead_0
-        x_f_0 = x_f_ahead_0
-        x_z_0 = x_z_ahead_0
-        x_o_0 = x_o_ahead_0
-        s_0 = s_ahead_0
-        y_0 = y_ahead_0
-        h_0 = h_ahead_0
-        g_s_0 = g_s_ahead_0
-        g_y_0 = g_y_ahead_0
-        g_h_0 = g_h_ahead_0
-        cut_0 = cut_ahead_0
-        t += 1
+        x_i_row += 2 * X_STEP
+        x_f_row += 2 * X_STEP
+        x_z_row += 2 * X_STEP
+        x_o_row += 2 * X_STEP
+        s_row += 2 * H_STEP
+        y_row += 2 * H_STEP
+        h_row += 2 * H_STEP
+        g_s_row += 2 * H_STEP
+        g_y_row += 2 * H_STEP
+        g_h_row += 2 * H_STEP
+        t += 2
     at = piece.to(tl.int64) * batches * channels + here
     tl.store(m_s_s_ptr + at, m_s_s, mask=mask)
     tl.store(m_s_y_ptr + at, m_s_y, mask=mask)
@@ -1064,10 +1265,10 @@ def backward_maps_kernel(
     tl.store(d_s_ptr + at, d_s, mask=mask)
     tl.store(d_y_ptr + at, d_y, mask=mask)
     tl.store(d_h_ptr + at, d_h, mask=mask)
-    tl.store(steps_ptr + program, (t - start).to(tl.int32))
+    tl.store(steps_ptr + program, (tl.minimum(t, stop) - start).to(tl.int32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pieces", "batches"])
 def backward_join_kernel(
     m_s_s_ptr, m_s_y_ptr, m_s_h_ptr, m_y_s_ptr, m_y_y_ptr, m_y_h_ptr, m_h_s_ptr, m_h_y_ptr, m_h_h_ptr, d_s_ptr, d_y_ptr,
     d_h_ptr, g_s_final_ptr, g_y_final_ptr, g_h_final_ptr, carry_s_ptr, carry_y_ptr, carry_h_ptr, pieces, batches,
