@@ -137,6 +137,8 @@ class DataConfig(Section):
         twice = sorted(set(self.mixture.sources) & set(self.validation))
         if twice:
             raise ValueError(f"'{twice[0]}' is a source of the mixture and a validation set; give one another name")
+        if self.validation and all(source.store is not None for source in self.mixture.sources.values()):
+            raise ValueError("'validation' needs a source of the mixture that is text; every one is prepared already")
         known = [*self.mixture.sources, *self.validation]
         if self.mixture.target is not None and self.mixture.target not in known:
             raise ValueError(f"mixture.target is '{self.mixture.target}'; it must be one of: {', '.join(known)}")
