@@ -1,14 +1,18 @@
-"""From text to token stores: split, tokenizer, tokens, in one process and bounded memory, each part made once.
+"""From text to token stores: rules, duplicates, split, tokenizer, tokens, in bounded memory, each part made once.
 
 ::
 
     out/tokenizer.model, tokenizer.json     the tokenizer, its SHA-256, special ids and what it was made from
     out/train/, out/held_out/               the source's two splits (by content hash)
-    out/validation/NAME/                    further sources, whole
+    out/validation/NAME/                    further sources, whole and as they are
+    out/preparation.json                    what became of the source's records, by number
+    out/quarantine.jsonl                    its bad records, with their places; quarantine-NAME.jsonl of another's
+    out/.work/                              what is not whole yet
 
-The source is read twice when a tokenizer is trained (once for its sample), else once. What is already there and was
-made from the same specs is kept; what was made from others is refused. Every part appears by a rename, so an
-interruption leaves whole parts only, and the same call again makes those that are missing.
+The work is a list of tasks (:mod:`paralm_data.stages`), which an executor runs anywhere in any order; the result does
+not depend on that. What is already there and was made from the same specs is kept; what was made from others is
+refused. Every part appears by a rename, so an interruption leaves whole parts and finished tasks only, and the same
+call again does what is missing.
 """
 
 from __future__ import annotations
@@ -18,29 +22,32 @@ import errno
 import fcntl
 import json
 import math
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from paralm_data import manifest as manifests
+from paralm_data import minhash, rules
 from paralm_data.atomic import write_file
 from paralm_data.errors import DataError, reason
+from paralm_data.executors import make_executor
 from paralm_data.progress import Meter, Progress
-from paralm_data.sources import documents, shards
-from paralm_data.specs import Document, SourceSpec, TokenizerSpec, differences
-from paralm_data.split import Counts, Distinct, is_held_out
+from paralm_data.scratch import NAME as SCRATCH
+from paralm_data.sources import shards
+from paralm_data.specs import SourceSpec, TokenizerSpec, differences
+from paralm_data.split import Counts
+from paralm_data.stages import SPLITS, Stages, Survey
+from paralm_data.steps import StepsSpec
 from paralm_data.store import TokenStore
 from paralm_data.store_writer import TEMPORARY, StoreWriter
 from paralm_data.tokenizer import INFO_NAME, Tokenizer, read_info
-from paralm_data.tokenizer_training import Sample, train_model
-from paralm_data.tokenizing import tokenize
+from paralm_data.tokenizer_training import train_model
 
 MODEL_NAME = "tokenizer.model"
-SPLITS = ("train", "held_out")
+COUNTS_NAME = "preparation.json"
 # What a file system without locks says; there, parts still appear whole, by rename.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 ADVICE = "give another data.dir, or remove this one to prepare it anew"
@@ -59,6 +66,28 @@ class Prepared:
     counts: Counts | None = None
 
 
+@dataclass(frozen=True)
+class Execution:
+    """How a preparation is carried out; the result depends on none of it.
+
+    ``executor``: local, ray (this process is connected to a cluster) or mpi (every rank makes the same call).
+    ``workers``: tasks at a time, default all there is. ``shard_bytes``: of input that one task reads, about; it decides
+    the order of documents where shards are shuffled, and nothing else. ``max_bad_records``: of a source; one more ends
+    the preparation. ``threads``: of sentencepiece in a task, default: the processors that other tasks leave.
+    """
+
+    executor: str = "local"
+    workers: int | None = None
+    shard_bytes: int = 64 << 20
+    max_bad_records: int = 0
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("shard_bytes", 1), ("max_bad_records", 0)):
+            if getattr(self, name) < least:
+                raise DataError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+
+
 @dataclass
 class _Plan:
     """The specs of a preparation and the folder they are for."""
@@ -68,31 +97,35 @@ class _Plan:
     out: Path
     held_out_fraction: float
     validation: dict[str, SourceSpec]
-    threads: int
+    steps: StepsSpec
+    execution: Execution
     progress: Callable[[Progress], None] | None
-    counts: Counts | None = None
 
     def store_path(self, name: str) -> Path:
         return self.out / name if name in SPLITS else self.out / "validation" / name
 
     def store_spec(self, name: str) -> dict[str, Any]:
         """What the manifest of a store records of where its text came from."""
-        if name in SPLITS:
-            return {
-                "source": self.source.as_dict(), "held_out_fraction": self.held_out_fraction, "split": name
-            }  # fmt: skip
-        return {"source": self.validation[name].as_dict()}
+        if name not in SPLITS:
+            return {"source": self.validation[name].as_dict()}
+        spec = {"source": self.source.as_dict(), "held_out_fraction": self.held_out_fraction, "split": name}
+        steps = self.steps.as_dict()
+        if self.steps.shuffle != "none":
+            steps["shard_bytes"] = self.execution.shard_bytes
+        return {**spec, "steps": steps} if steps else spec
 
     def tokenizer_spec(self) -> dict[str, Any]:
         """What ``tokenizer.json`` records of what the tokenizer was made from."""
         if self.tokenizer.model is not None:
             return {"model_sha256": Tokenizer.load(self.tokenizer.model).sha256}
+        steps = self.steps.without_shuffle().as_dict()
         return {
             "kind": self.tokenizer.kind,
             "vocab_size": self.tokenizer.vocab_size,
             "sample_bytes": self.tokenizer.sample_bytes,
             "source": self.source.as_dict(),
             "held_out_fraction": self.held_out_fraction,
+            **({"steps": steps} if steps else {}),
         }
 
     def names(self) -> list[str]:
@@ -120,6 +153,25 @@ class _Plan:
         _same(info["spec"], self.tokenizer_spec(), model)
         return True
 
+    def work_left(self) -> bool:
+        """Whether anything is missing. DataError, before a byte is written, for a folder or an input that will not
+        do."""
+        have_tokenizer, missing = self.has_tokenizer(), self.missing()
+        if not have_tokenizer and len(missing) < len(self.names()):
+            raise DataError(f"{self.out / MODEL_NAME}: missing, though stores beside it were made with it; {ADVICE}")
+        if have_tokenizer:
+            Tokenizer.load(self.out / MODEL_NAME)
+        else:
+            self.tokenizer_spec()
+        if any(name in SPLITS for name in missing):
+            rules.check(self.steps)
+            minhash.check(self.steps.minhash)
+            shards(self.source)
+        for name in missing:
+            if name not in SPLITS:
+                shards(self.validation[name])
+        return bool(missing) or not have_tokenizer
+
 
 def prepare(
     source: SourceSpec,
@@ -129,30 +181,44 @@ def prepare(
     validation: Mapping[str, SourceSpec] | None = None,
     progress: Callable[[Progress], None] | None = None,
     threads: int | None = None,
+    steps: StepsSpec | None = None,
+    execution: Execution | None = None,
 ) -> Prepared:
     """Make the tokenizer and the stores below ``out``, as far as they are not there.
 
-    ``threads``: of sentencepiece, default: the processors this process may use; the result does not depend on it.
-    Raises DataError for input that cannot be used, a folder made from other specs, or an empty split; what is there
-    already is then as it was.
+    ``steps``: what is done to the source's documents; ``execution``: who does the work, with ``threads`` of
+    sentencepiece in each task; the result depends on neither of the last two. Raises DataError for input that cannot
+    be used, a folder made from other specs, or an empty split; what is there already is then as it was.
     """
-    plan = _plan(source, tokenizer, out, held_out_fraction, validation, progress, threads)
-    skipped = not _work_left(plan)
-    if not skipped:
-        with _locked(plan.out):
-            _remove_unfinished(plan)
-            if not plan.has_tokenizer():
-                _make_tokenizer(plan)
-            model = Tokenizer.load(plan.out / MODEL_NAME)
-            _make_splits(plan, model, [name for name in plan.missing() if name in SPLITS])
-            for name in plan.missing():
-                _make_validation(plan, model, name)
+    execution = execution or Execution(threads=threads)
+    plan = _plan(source, tokenizer, out, held_out_fraction, validation, steps, execution, progress)
+    counts, skipped = None, False
+    with contextlib.ExitStack() as stack:
+        leads = True
+        if execution.executor == "mpi":  # every rank is here, and one of them says whether there is work
+            executor = stack.enter_context(make_executor("mpi", execution.workers))
+            leads = executor.leads
+        if not leads:
+            executor.follow()
+        elif plan.work_left():
+            if execution.executor != "mpi":
+                executor = stack.enter_context(make_executor(execution.executor, execution.workers))
+            with _locked(plan.out):
+                _remove_unfinished(plan)
+                arguments = (plan.steps, execution.shard_bytes, execution.max_bad_records, execution.threads)
+                counts = _Preparation(plan, Stages(plan.out / SCRATCH, executor, progress, *arguments)).run()
+                shutil.rmtree(plan.out / SCRATCH, ignore_errors=True)
+        else:
+            skipped = True
+            if (plan.out / SCRATCH).exists():  # of a preparation that ended between its last rename and its end
+                with _locked(plan.out):
+                    shutil.rmtree(plan.out / SCRATCH, ignore_errors=True)
     model = Tokenizer.load(plan.out / MODEL_NAME)
     stores = {name: TokenStore.open(plan.store_path(name), verify="size") for name in plan.names()}
     for store in stores.values():
         store.check_tokenizer(model)
     train, held_out = stores.pop("train"), stores.pop("held_out")
-    return Prepared(plan.out, model, train, held_out, stores, skipped, plan.counts)
+    return Prepared(plan.out, model, train, held_out, stores, skipped, counts)
 
 
 def is_prepared(
@@ -161,9 +227,11 @@ def is_prepared(
     out: str | Path,
     held_out_fraction: float = 0.02,
     validation: Mapping[str, SourceSpec] | None = None,
+    steps: StepsSpec | None = None,
+    execution: Execution | None = None,
 ) -> bool:
     """Whether :func:`prepare` would have nothing to do. DataError where it would refuse the folder."""
-    plan = _plan(source, tokenizer, out, held_out_fraction, validation, None, None)
+    plan = _plan(source, tokenizer, out, held_out_fraction, validation, steps, execution or Execution(), None)
     return plan.has_tokenizer() and not plan.missing()
 
 
@@ -173,8 +241,9 @@ def _plan(
     out: str | Path,
     held_out_fraction: float,
     validation: Mapping[str, SourceSpec] | None,
+    steps: StepsSpec | None,
+    execution: Execution,
     progress: Callable[[Progress], None] | None,
-    threads: int | None,
 ) -> _Plan:
     if not 0 < held_out_fraction < 1:
         raise DataError(f"held_out_fraction is {held_out_fraction}; it must be between 0 and 1")
@@ -183,13 +252,8 @@ def _plan(
             raise DataError(f"validation set '{name}': a name is letters, digits and ._- and neither of {SPLITS}")
     if Path(out).exists() and not Path(out).is_dir():
         raise DataError(f"{out}: a file is where the prepared folder (data.dir) would be")
-    threads = threads or _processors()
-    return _Plan(source, tokenizer, Path(out), held_out_fraction, dict(validation or {}), threads, progress)
-
-
-def _processors() -> int:
-    """Processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    sources = dict(validation or {})
+    return _Plan(source, tokenizer, Path(out), held_out_fraction, sources, steps or StepsSpec(), execution, progress)
 
 
 def _same(recorded: Any, wanted: dict[str, Any], path: Path) -> None:
@@ -217,62 +281,100 @@ def _locked(out: Path) -> Iterator[None]:
         yield
 
 
-def _work_left(plan: _Plan) -> bool:
-    """Whether anything is missing. DataError, before a byte is written, for a folder or an input that will not do."""
-    have_tokenizer, missing = plan.has_tokenizer(), plan.missing()
-    if not have_tokenizer and len(missing) < len(plan.names()):
-        raise DataError(f"{plan.out / MODEL_NAME}: missing, though stores beside it were made with it; {ADVICE}")
-    if have_tokenizer:
-        Tokenizer.load(plan.out / MODEL_NAME)
-    else:
-        plan.tokenizer_spec()
-    if any(name in SPLITS for name in missing):
-        shards(plan.source)
-    for name in missing:
-        if name not in SPLITS:
-            shards(plan.validation[name])
-    return bool(missing) or not have_tokenizer
-
-
 def _remove_unfinished(plan: _Plan) -> None:
     for folder in (plan.out, plan.out / "validation"):
         for path in folder.glob(f".*{TEMPORARY}*"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _make_tokenizer(plan: _Plan) -> None:
-    spec = plan.tokenizer_spec()
-    info: dict[str, Any] = {}
-    if plan.tokenizer.model is not None:
-        model = Tokenizer.load(plan.tokenizer.model)
-    else:
-        sample = Sample(plan.tokenizer.sample_bytes)
-        meter, distinct = Meter("sampling", plan.progress), Distinct()
-        for key, document in distinct(documents(plan.source)):
-            if not is_held_out(key, plan.held_out_fraction):
-                sample.add(key, document.text)
-            meter.add(1, len(document.text.encode("utf-8")))
-        meter.done()
-        _check_splits(plan, distinct.counts)
-        meter = Meter("training the tokenizer", plan.progress)
-        proto = train_model(sample.texts(), plan.tokenizer.vocab_size, plan.tokenizer.kind)
-        meter.add(0, sample.n_bytes)
-        meter.done()
-        model, info = Tokenizer(proto, MODEL_NAME), {"sampled_bytes": sample.n_bytes}
-    ids = {"unk": model.unk_id, "bos": model.bos_id, "eos": model.eos_id, "pad": model.pad_id}
-    info = {
-        "sha256": model.sha256, "vocab_size": model.vocab_size, "ids": ids, "lossless": model.lossless,
-        "spec": spec, **info,
-    }  # fmt: skip
-    # The model last: where it is, what describes it is too.
-    write_file(plan.out / INFO_NAME, (json.dumps(info, indent=2) + "\n").encode("utf-8"))
-    write_file(plan.out / MODEL_NAME, model.proto)
+class _Preparation:
+    """What is missing, made."""
+
+    def __init__(self, plan: _Plan, stages: Stages) -> None:
+        self._plan, self._stages = plan, stages
+        self._survey: Survey | None = None
+
+    def run(self) -> Counts | None:
+        """Returns the source's counts, if it was read."""
+        plan = self._plan
+        if not plan.has_tokenizer():
+            self._make_tokenizer()
+        model = Tokenizer.load(plan.out / MODEL_NAME)
+        splits = [name for name in plan.missing() if name in SPLITS]
+        if splits:
+            self._make_splits(model, splits)
+        for name in plan.missing():
+            self._make_validation(model, name)
+        return self._survey.counts if self._survey is not None else None
+
+    def _source(self) -> Survey:
+        if self._survey is None:
+            self._survey = self._stages.survey(self._plan.source, held_out=self._plan.held_out_fraction)
+            _check_splits(self._plan, self._survey)
+        return self._survey
+
+    def _make_tokenizer(self) -> None:
+        plan = self._plan
+        spec = plan.tokenizer_spec()
+        info: dict[str, Any] = {}
+        if plan.tokenizer.model is not None:
+            model = Tokenizer.load(plan.tokenizer.model)
+        else:
+            sample = self._stages.sample(self._source(), plan.tokenizer.sample_bytes)
+            meter = Meter("training the tokenizer", plan.progress)
+            proto = train_model(sample.texts(), plan.tokenizer.vocab_size, plan.tokenizer.kind)
+            meter.add(0, sample.n_bytes)
+            meter.done()
+            model, info = Tokenizer(proto, MODEL_NAME), {"sampled_bytes": sample.n_bytes}
+        ids = {"unk": model.unk_id, "bos": model.bos_id, "eos": model.eos_id, "pad": model.pad_id}
+        info = {
+            "sha256": model.sha256, "vocab_size": model.vocab_size, "ids": ids, "lossless": model.lossless,
+            "spec": spec, **info,
+        }  # fmt: skip
+        # The model last: where it is, what describes it is too.
+        write_file(plan.out / INFO_NAME, (json.dumps(info, indent=2) + "\n").encode("utf-8"))
+        write_file(plan.out / MODEL_NAME, model.proto)
+
+    def _make_splits(self, model: Tokenizer, names: Sequence[str]) -> None:
+        plan, survey = self._plan, self._source()
+        tasks = self._stages.tokenize(
+            survey, plan.out / MODEL_NAME, model.sha256, names, "tokenizing", plan.steps.without_shuffle()
+        )
+        _quarantine(plan.out / "quarantine.jsonl", survey.bad())
+        counts = json.dumps(survey.counts.as_dict(), indent=2) + "\n"
+        write_file(plan.out / COUNTS_NAME, counts.encode("utf-8"))
+        for name in names:
+            with StoreWriter(plan.store_path(name), model, plan.store_spec(name)) as writer:
+                self._stages.join(tasks, name, writer, model)
+                writer.finish()
+
+    def _make_validation(self, model: Tokenizer, name: str) -> None:
+        plan = self._plan
+        survey = self._stages.survey(plan.validation[name], name)
+        if not survey.counts.kept:
+            raise DataError(f"validation set '{name}' ({_name(plan.validation[name])}): no document with text")
+        steps = StepsSpec(max_document_bytes=plan.steps.max_document_bytes)
+        tasks = self._stages.tokenize(survey, plan.out / MODEL_NAME, model.sha256, [name], f"tokenizing {name}", steps)
+        _quarantine(plan.out / f"quarantine-{name}.jsonl", survey.bad())
+        with StoreWriter(plan.store_path(name), model, plan.store_spec(name)) as writer:
+            self._stages.join(tasks, name, writer, model)
+            writer.finish()
 
 
-def _check_splits(plan: _Plan, counts: Counts) -> None:
+def _quarantine(path: Path, bad: Iterable[tuple[str, str]]) -> None:
+    """List bad records, a JSON object a line; no file where there are none."""
+    lines = [json.dumps({"place": place, "problem": problem}, ensure_ascii=False) + "\n" for place, problem in bad]
+    if lines:
+        write_file(path, "".join(lines).encode("utf-8"))
+
+
+def _check_splits(plan: _Plan, survey: Survey) -> None:
     """DataError if a split would be empty, which the documents' hashes tell before anything is tokenized."""
+    counts = survey.counts
     if not counts.kept:
-        raise DataError(f"{_name(plan.source)}: no document with text among {counts.read}")
+        left_out = sum(counts.rules.values())
+        why = f" ({left_out} break a rule of data.steps)" if left_out else ""
+        raise DataError(f"{_name(plan.source)}: no document with text among {counts.read}{why}")
     if counts.least_position >= plan.held_out_fraction:
         advice = "give more, smaller documents (jsonl holds many in one file)"
         if counts.kept > 1 and counts.least_position < 0.5:
@@ -282,43 +384,9 @@ def _check_splits(plan: _Plan, counts: Counts) -> None:
             f"{_name(plan.source)}: the held-out split is empty: held_out_fraction {plan.held_out_fraction} of "
             f"{counts.kept} distinct documents holds none out; {advice}"
         )
+    if not sum(found["train"] for found in survey.chosen):
+        raise DataError(f"{_name(plan.source)}: the train split is empty; lower data.held_out_fraction")
 
 
 def _name(spec: SourceSpec) -> str:
     return spec.dataset or ", ".join(spec.paths) or spec.kind
-
-
-def _make_splits(plan: _Plan, model: Tokenizer, names: list[str]) -> None:
-    if not names:
-        return
-    with contextlib.ExitStack() as stack:
-        writers = {
-            name: stack.enter_context(StoreWriter(plan.store_path(name), model, plan.store_spec(name)))
-            for name in names
-        }
-        meter, distinct = Meter("tokenizing", plan.progress), Distinct()
-
-        def wanted() -> Iterator[tuple[StoreWriter | None, Document]]:
-            for key, document in distinct(documents(plan.source)):
-                yield writers.get(SPLITS[is_held_out(key, plan.held_out_fraction)]), document
-
-        tokenize(wanted(), model, plan.threads, meter)
-        plan.counts = distinct.counts
-        _check_splits(plan, distinct.counts)
-        for name, writer in writers.items():
-            if not writer.n_documents:
-                raise DataError(f"{_name(plan.source)}: the {name} split is empty; lower data.held_out_fraction")
-        for writer in writers.values():
-            writer.finish()
-        meter.done()
-
-
-def _make_validation(plan: _Plan, model: Tokenizer, name: str) -> None:
-    spec = plan.validation[name]
-    with StoreWriter(plan.store_path(name), model, plan.store_spec(name)) as writer:
-        meter = Meter(f"tokenizing {name}", plan.progress)
-        tokenize(((writer, d) for d in documents(spec) if d.text), model, plan.threads, meter)
-        if not writer.n_documents:
-            raise DataError(f"validation set '{name}' ({_name(spec)}): no document with text")
-        writer.finish()
-        meter.done()

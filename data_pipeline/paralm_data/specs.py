@@ -17,7 +17,8 @@ SOURCE_KINDS = ("python-stdlib", "text", "jsonl", "parquet", "datasets")
 TOKENIZER_KINDS = ("bpe", "unigram")
 
 
-def _known(what: str, value: str, names: tuple[str, ...]) -> None:
+def known(what: str, value: str, names: tuple[str, ...]) -> None:
+    """DataError, with the nearest name, for a value that is none of ``names``."""
     if value not in names:
         near = difflib.get_close_matches(str(value), names, n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
@@ -47,7 +48,7 @@ class SourceSpec:
         if isinstance(self.paths, (str, Path)):
             object.__setattr__(self, "paths", (str(self.paths),))
         object.__setattr__(self, "paths", tuple(str(p) for p in self.paths))
-        _known("source kind", self.kind, SOURCE_KINDS)
+        known("source kind", self.kind, SOURCE_KINDS)
         if self.kind in ("text", "jsonl", "parquet") and not self.paths:
             raise DataError(f"source kind '{self.kind}' needs 'paths': files, folders or globs")
         if self.kind == "datasets" and not self.dataset:
@@ -72,7 +73,7 @@ class TokenizerSpec:
     def __post_init__(self) -> None:
         if self.model is not None:
             object.__setattr__(self, "model", Path(self.model))
-        _known("tokenizer kind", self.kind, TOKENIZER_KINDS)
+        known("tokenizer kind", self.kind, TOKENIZER_KINDS)
         if self.vocab_size < 300 or self.vocab_size > 2**24:
             raise DataError(
                 f"vocab_size {self.vocab_size} is out of range: 300 (256 bytes and the special pieces) to {2**24}"

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from paralm_data.specs import Document
 
@@ -31,18 +32,27 @@ def is_held_out(key: bytes, fraction: float) -> bool:
 
 @dataclass
 class Counts:
-    """What became of the documents of a source."""
+    """What became of the records of a source."""
 
     read: int = 0
+    bad: int = 0
     empty: int = 0
+    rules: dict[str, int] = field(default_factory=dict)  # documents left out, by the rule they broke
     duplicates: int = 0
+    near_duplicates: int = 0
     kept: int = 0
     least_position: float = 1.0  # the smallest held-out fraction that would hold a document out lies just above
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return asdict(self)
 
 
 @dataclass
 class Distinct:
-    """Drops empty documents and exact duplicates (the first is kept); about 100 bytes of memory a document."""
+    """Drops empty documents and exact duplicates (the first is kept) of a stream that fits: about 100 bytes of memory a
+    document. What is larger goes through :mod:`paralm_data.duplicates`.
+    """
 
     counts: Counts = field(default_factory=Counts)
     _seen: set[bytes] = field(default_factory=set)

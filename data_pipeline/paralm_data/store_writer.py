@@ -47,6 +47,33 @@ class _HashedFile:
         self._file.close()
 
 
+def dtype_of(tokenizer: Tokenizer) -> str:
+    """Of a store's tokens."""
+    return "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+
+
+def pack(
+    documents: Sequence[Sequence[int] | NDArray[Any]], tokenizer: Tokenizer, name: str
+) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """(n,) tokens of the store's dtype, each document between BOS and EOS, and (documents,) the length of each with
+    both. Raises DataError, which says ``name``, for an id outside the vocabulary or one that only bounds documents.
+    """
+    bos, eos, size = tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size
+    lengths = np.fromiter((len(ids) + 2 for ids in documents), np.int64, len(documents))
+    ends = np.cumsum(lengths)
+    flat = np.empty(int(ends[-1]), np.int32)
+    flat[ends - lengths], flat[ends - 1] = bos, eos
+    for ids, start, length in zip(documents, (ends - lengths).tolist(), lengths.tolist()):
+        flat[start + 1 : start + length - 1] = ids
+    if flat.min() < 0 or flat.max() >= size:
+        wrong = flat[(flat < 0) | (flat >= size)][0]
+        raise DataError(f"{name}: id {wrong} is outside the vocabulary of {size}")
+    for what, key in (("BOS", bos), ("EOS", eos)):
+        if np.count_nonzero(flat == key) != len(documents):
+            raise DataError(f"{name}: {what} (id {key}) occurs inside a document; it only bounds documents")
+    return flat.astype(f"<{np.dtype(dtype_of(tokenizer)).str[1:]}"), lengths
+
+
 class StoreWriter:
     """Writes the store ``path``: :meth:`add` documents, then :meth:`finish`. As a context manager it cleans up.
 
@@ -58,7 +85,8 @@ class StoreWriter:
         self.path, self._tokenizer, self._source = Path(path), tokenizer, source or {}
         if self.path.exists():
             raise DataError(f"{self.path}: exists already; a token store is never overwritten")
-        self._dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+        self._dtype = dtype_of(tokenizer)
+        self._end = 0  # of the last document
         self._folder = self.path.with_name(f".{self.path.name}{TEMPORARY}{os.getpid()}")
         try:
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -72,26 +100,32 @@ class StoreWriter:
         """Append documents: the ids of each (without BOS and EOS) and the UTF-8 bytes of each one's text."""
         if not documents:
             return
-        bos, eos = self._tokenizer.bos_id, self._tokenizer.eos_id
-        lengths = np.fromiter((len(ids) + 2 for ids in documents), np.int64, len(documents))
-        ends = np.cumsum(lengths)
-        flat = np.empty(int(ends[-1]), np.int64)
-        flat[ends - lengths], flat[ends - 1] = bos, eos
-        for ids, start, length in zip(documents, (ends - lengths).tolist(), lengths.tolist()):
-            flat[start + 1 : start + length - 1] = ids
-        self._check(flat, len(documents))
-        self._write(TOKENS, flat.astype(f"<{np.dtype(self._dtype).str[1:]}"))
-        self._write(DOC_ENDS, (self.n_tokens + ends).astype("<u8"))
-        self._write(DOC_BYTES, np.asarray(n_bytes, dtype="<u8"))
-        self.n_tokens += len(flat)
-        self.n_documents += len(documents)
-        self.n_bytes += int(sum(n_bytes))
+        tokens, lengths = pack(documents, self._tokenizer, str(self.path))
+        self.append(tokens)
+        self.append_documents(lengths, np.asarray(n_bytes, np.uint64))
+
+    def append(self, tokens: NDArray[Any]) -> None:
+        """Append what :func:`pack` gave, or a part of it; :meth:`append_documents` says how long the documents are."""
+        self._write(TOKENS, tokens)
+        self.n_tokens += len(tokens)
+
+    def append_documents(self, lengths: NDArray[Any], n_bytes: NDArray[Any]) -> None:
+        """Append documents whose tokens were, or will be, appended: tokens and UTF-8 bytes of each."""
+        ends = self._end + np.cumsum(lengths.astype(np.int64))
+        self._write(DOC_ENDS, ends.astype("<u8"))
+        self._write(DOC_BYTES, n_bytes.astype("<u8"))
+        self._end = int(ends[-1]) if len(ends) else self._end
+        self.n_documents += len(lengths)
+        self.n_bytes += int(n_bytes.sum())
 
     def finish(self) -> TokenStore:
         """Make everything durable, rename it into place and open it (sizes checked)."""
         if not self.n_documents:
             self.abandon()
             raise DataError(f"{self.path}: no documents to store")
+        if self._end != self.n_tokens:
+            self.abandon()
+            raise DataError(f"{self.path}: documents of {self._end} tokens were announced, {self.n_tokens} were given")
         try:
             manifest = Manifest(
                 tokenizer_sha256=self._tokenizer.sha256,
@@ -126,15 +160,6 @@ class StoreWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.abandon()
-
-    def _check(self, flat: NDArray[np.int64], n_documents: int) -> None:
-        size = self._tokenizer.vocab_size
-        if flat.min() < 0 or flat.max() >= size:
-            wrong = flat[(flat < 0) | (flat >= size)][0]
-            raise DataError(f"{self.path}: id {wrong} is outside the vocabulary of {size}")
-        for name, key in (("BOS", self._tokenizer.bos_id), ("EOS", self._tokenizer.eos_id)):
-            if np.count_nonzero(flat == key) != n_documents:
-                raise DataError(f"{self.path}: {name} (id {key}) occurs inside a document; it only bounds documents")
 
     def _write(self, name: str, array: NDArray[Any]) -> None:
         try:

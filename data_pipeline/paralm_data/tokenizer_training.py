@@ -45,26 +45,39 @@ class Sample:
 
     def add(self, digest: bytes, text: str) -> None:
         """Offer a document. ``digest``: :func:`paralm_data.split.digest` of its text."""
-        for number, piece in enumerate(cut(text, PIECE)):
-            salted = hashlib.blake2b(digest + number.to_bytes(8, "big"), digest_size=8, person=b"sample").digest()
-            key = -int.from_bytes(salted, "big")
-            if self._bytes >= self._limit and key < self._heap[0][0]:
-                continue
-            data = piece.encode("utf-8")
-            heapq.heappush(self._heap, (key, data))
-            self._bytes += len(data)
-            while self._bytes - len(self._heap[0][1]) >= self._limit:
-                self._bytes -= len(heapq.heappop(self._heap)[1])
+        for key, piece in keyed_pieces(digest, text):
+            self.add_piece(key, piece.encode("utf-8"))
+
+    def add_piece(self, key: int, data: bytes) -> None:
+        """Offer one piece of :func:`keyed_pieces`, as UTF-8."""
+        if self._bytes >= self._limit and -key < self._heap[0][0]:
+            return
+        heapq.heappush(self._heap, (-key, data))
+        self._bytes += len(data)
+        while self._bytes - len(self._heap[0][1]) >= self._limit:
+            self._bytes -= len(heapq.heappop(self._heap)[1])
 
     @property
     def n_bytes(self) -> int:
         """UTF-8 bytes kept."""
         return self._bytes
 
+    @property
+    def full(self) -> bool:
+        """Whether it has as much as it may; otherwise it holds all that it was offered."""
+        return self._bytes >= self._limit
+
     def texts(self) -> Iterator[str]:
         """The pieces, in an order that is a function of the sample."""
         for _, data in sorted(self._heap, reverse=True):
             yield data.decode("utf-8")
+
+
+def keyed_pieces(digest: bytes, text: str) -> Iterator[tuple[int, str]]:
+    """The pieces of a document, each with its key: 64 bits, a function of the document's digest and its number."""
+    for number, piece in enumerate(cut(text, PIECE)):
+        salted = hashlib.blake2b(digest + number.to_bytes(8, "big"), digest_size=8, person=b"sample").digest()
+        yield int.from_bytes(salted, "big"), piece
 
 
 def cut(text: str, size: int) -> Iterator[str]:

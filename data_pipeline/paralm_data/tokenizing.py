@@ -1,38 +1,116 @@
-"""Documents into stores: encoded in batches of a few megabytes, so memory does not grow with the corpus."""
+"""The last reading of a shard: its kept documents as tokens, in batches, so memory does not grow with the shard."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
-from paralm_data.progress import Meter
-from paralm_data.specs import Document
-from paralm_data.store_writer import StoreWriter
+import numpy as np
+
+from paralm_data.duplicates import fates_of
+from paralm_data.errors import DataError
+from paralm_data.progress import Delta
+from paralm_data.scratch import Files
+from paralm_data.sources import Shard
+from paralm_data.steps import StepsSpec
+from paralm_data.store_writer import pack
 from paralm_data.tokenizer import Tokenizer
 
-BATCH_BYTES = 4 << 20  # of text, encoded at once
+BATCH_BYTES = 1 << 20  # of text, encoded at once
 
 
-def tokenize(
-    stream: Iterable[tuple[StoreWriter | None, Document]], model: Tokenizer, threads: int, meter: Meter
-) -> None:
-    """Encode documents in batches and give each to its writer, in order; None: read only to be counted."""
-    batch: list[tuple[StoreWriter, Document, int]] = []
-    size = 0
-    for writer, document in stream:
-        if writer is None:
-            continue
-        n_bytes = len(document.text.encode("utf-8"))
-        batch.append((writer, document, n_bytes))
-        size += n_bytes
-        if size >= BATCH_BYTES:
-            _write_batch(batch, model, threads, meter)
-            batch, size = [], 0
-    _write_batch(batch, model, threads, meter)
+@lru_cache(maxsize=1)
+def _tokenizer(path: Path, sha256: str) -> Tokenizer:
+    found = Tokenizer.load(path)
+    if found.sha256 != sha256:
+        raise DataError(f"{path}: replaced while it was used")
+    return found
 
 
-def _write_batch(batch: list[tuple[StoreWriter, Document, int]], model: Tokenizer, threads: int, meter: Meter) -> None:
-    ids = model.encode_arrays([document.text for _, document, _ in batch], threads)
-    for writer in {id(w): w for w, _, _ in batch}.values():
-        mine = [(i, n) for (w, _, n), i in zip(batch, ids) if w is writer]
-        writer.add([i for i, _ in mine], [n for _, n in mine])
-    meter.add(len(batch), sum(n for _, _, n in batch), sum(map(len, ids)) + 2 * len(batch))
+@dataclass(frozen=True)
+class Tokenize:
+    """A task: the documents of a shard whose fate is in ``stores`` (fate → name) as tokens.
+
+    For each name, ``.NAME.tokens``, ``.NAME.lengths`` (tokens of each document, with BOS and EOS) and ``.NAME.bytes``
+    (UTF-8 bytes of each document's text), all uint64 but the tokens. ``choice``: the marker of the shard's fates;
+    ``size``: bytes of the text. ``threads``: of sentencepiece; they decide nothing.
+    """
+
+    shard: Shard
+    steps: StepsSpec
+    choice: Path
+    size: int
+    stores: dict[int, str]
+    model: Path
+    sha256: str
+    folder: Path
+    threads: int = 1
+
+    @property
+    def label(self) -> str:
+        return self.shard.label
+
+    @property
+    def marker(self) -> Path:
+        return self.folder / self.choice.name
+
+    @property
+    def weight(self) -> float:
+        return float(self.size)
+
+    def run(self) -> Generator[Delta, None, dict[str, Any]]:
+        """Result: of each store's tokens the number and the SHA-256."""
+        model, fates = _tokenizer(self.model, self.sha256), fates_of(self.choice)
+        names = [self.stores.get(int(fate)) for fate in fates]
+        batch = _Batch()
+        with Files(self.marker) as files:
+            told: dict[str, list[Any]] = {name: [0, hashlib.sha256()] for name in self.stores.values()}
+            skip = [name is None for name in names]
+            for number, record in enumerate(self.shard.records(self.steps.max_document_bytes, skip)):
+                name = names[number]
+                if name is None:
+                    continue
+                if record.problem is not None:
+                    raise DataError(f"{self.shard.place(record)}: changed while it was prepared: {record.problem}")
+                batch.add(name, self.steps.normalized(record.text))
+                if batch.size >= BATCH_BYTES:
+                    yield self._write(batch, model, files, told)
+                    batch = _Batch()
+            yield self._write(batch, model, files, told)
+            return files.finish({name: [count, digest.hexdigest()] for name, (count, digest) in told.items()})
+
+    def _write(self, batch: _Batch, model: Tokenizer, files: Files, told: dict[str, list[Any]]) -> Delta:
+        ids = model.encode_arrays(batch.texts, self.threads)
+        tokens_in_all = 0
+        for name in dict.fromkeys(batch.names):
+            mine = [i for i, own in enumerate(batch.names) if own == name]
+            tokens, lengths = pack([ids[i] for i in mine], model, self.shard.label)
+            data = tokens.data
+            files.write(f".{name}.tokens", data)
+            files.write(f".{name}.lengths", lengths.astype("<u8").tobytes())
+            files.write(f".{name}.bytes", np.array([batch.bytes[i] for i in mine], "<u8").tobytes())
+            told[name][0] += len(tokens)
+            told[name][1].update(data)
+            tokens_in_all += len(tokens)
+        return Delta(len(batch.texts), batch.size, tokens_in_all, batch.size)
+
+
+@dataclass
+class _Batch:
+    """Documents that are encoded together."""
+
+    texts: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    bytes: list[int] = field(default_factory=list)
+    size: int = 0
+
+    def add(self, name: str, text: str) -> None:
+        n_bytes = len(text.encode("utf-8"))
+        self.texts.append(text)
+        self.names.append(name)
+        self.bytes.append(n_bytes)
+        self.size += n_bytes

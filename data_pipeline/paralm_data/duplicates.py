@@ -1,0 +1,162 @@
+"""Which documents are duplicates, decided over keys on disk in memory that does not grow with the corpus.
+
+Documents are ordered as in the source. A document is dropped if an earlier one has one of its keys: the digest of its
+text (an exact duplicate), or a band of its MinHash signature (a near-duplicate). That is a function of the source
+alone, and no two documents that are kept share a key. The keys' range is cut into partitions of
+about PARTITION keys, and each is decided by itself (:class:`Partition`); then each shard gathers what was decided of
+its own (:class:`Choose`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Generator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paralm_data.progress import Delta
+from paralm_data.scanning import BAD, DUPLICATE, EMPTY, HELD_OUT, KEPT, KEY, NEAR_DUPLICATE, ROW, RULE, first_of_each
+from paralm_data.scratch import Files, blocks, map_array, read_array
+
+PARTITION = 1 << 19  # keys decided at once
+_SHARD = 32  # bits of a record's number in its shard, with the bit that says which kind of key
+
+
+@lru_cache(maxsize=2)
+def _scans(plan: Path) -> list[tuple[Path, list[int]]]:
+    """Of each shard, in order: its scan's marker, and where its runs of keys begin."""
+    return [(Path(marker), runs) for marker, runs in json.loads(plan.read_bytes())]
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A task: of the keys in the ``number``-th of ``count`` equal ranges, which records are not their key's first.
+
+    ``plan``: a JSON file with the scans, in order. ``.later`` has shard << 32 | record << 1 | (1 for a band), sorted.
+    """
+
+    plan: Path
+    number: int
+    count: int
+    folder: Path
+
+    @property
+    def label(self) -> str:
+        return f"duplicates, part {self.number + 1} of {self.count}"
+
+    @property
+    def marker(self) -> Path:
+        return self.folder / f"{self.number:06d}.json"
+
+    @property
+    def weight(self) -> float:
+        return 1.0
+
+    def run(self) -> Generator[Delta, None, dict[str, Any]]:
+        """Result: how many."""
+        found = []
+        for shard, (marker, runs) in enumerate(_scans(self.plan)):
+            keys = map_array(marker.with_suffix(".keys"), KEY)
+            for start, stop in itertools.pairwise(runs):
+                high = keys["high"][start:stop]
+                first, last = (int(np.searchsorted(high, np.uint64(b))) if b < 1 << 64 else stop - start
+                               for b in (self._bound(self.number), self._bound(self.number + 1)))  # fmt: skip
+                part = np.array(keys[start + first : start + last])
+                part["record"] |= np.uint64(shard << _SHARD)
+                found.append(part)
+            yield Delta()
+        _, later = first_of_each(np.concatenate(found) if found else np.empty(0, KEY))
+        later = np.unique(later)
+        with Files(self.marker) as files:
+            files.write(".later", later.astype("<u8").tobytes())
+            return files.finish({"later": len(later)})
+
+    def _bound(self, number: int) -> int:
+        return (number << 64) // self.count
+
+
+@dataclass(frozen=True)
+class Choose:
+    """A task: the fate of every record of a shard, in ``.fates``, a byte each.
+
+    ``scan``: the marker of the shard's scan. ``partitions``: their folder, with ``count`` of them; none: nothing is
+    dropped. ``held_out``: the fraction, None for a set that is kept whole.
+    """
+
+    scan: Path
+    shard: int
+    name: str
+    partitions: Path | None
+    count: int
+    held_out: float | None
+    folder: Path
+
+    @property
+    def label(self) -> str:
+        return self.name
+
+    @property
+    def marker(self) -> Path:
+        return self.folder / f"{self.shard:08d}.json"
+
+    @property
+    def weight(self) -> float:
+        return 1.0
+
+    def run(self) -> Generator[Delta, None, dict[str, Any]]:
+        """Result: counts by fate, bytes of train and held-out text, the least position of a kept document, and a
+        digest of the fates."""
+        dropped = self._dropped()
+        counts, sizes, at = np.zeros(7, np.int64), np.zeros(7, np.int64), 0
+        least, told = 1.0, hashlib.sha256()
+        with Files(self.marker) as files:
+            for rows in blocks(self.scan.with_suffix(".rows"), ROW):
+                fates = rows["fate"].copy()
+                for kind, instead_of in ((DUPLICATE, (KEPT, NEAR_DUPLICATE)), (NEAR_DUPLICATE, (KEPT,))):
+                    records = dropped[kind]
+                    here = records[(records >= at) & (records < at + len(rows))] - at
+                    fates[here[np.isin(fates[here], instead_of)]] = kind
+                kept = fates == KEPT
+                positions = rows["position"].astype(np.float64) / 2.0**64  # exactly what split.position gives
+                if kept.any():
+                    least = min(least, float(positions[kept].min()))
+                if self.held_out is not None:
+                    fates[kept & (positions < self.held_out)] = HELD_OUT
+                counts += np.bincount(fates, minlength=7)
+                sizes += np.bincount(fates, rows["bytes"].astype(np.float64), minlength=7).astype(np.int64)
+                told.update(fates.tobytes())
+                files.write(".fates", fates.tobytes())
+                at += len(rows)
+                yield Delta()
+            return files.finish(
+                {
+                    "train": int(counts[KEPT]), "held_out": int(counts[HELD_OUT]), "empty": int(counts[EMPTY]),
+                    "bad": int(counts[BAD]), "rules": int(counts[RULE]), "duplicates": int(counts[DUPLICATE]),
+                    "near_duplicates": int(counts[NEAR_DUPLICATE]), "train_bytes": int(sizes[KEPT]),
+                    "held_out_bytes": int(sizes[HELD_OUT]), "least_position": least, "digest": told.hexdigest()[:20],
+                }
+            )  # fmt: skip
+
+    def _dropped(self) -> dict[int, NDArray[np.int64]]:
+        """Fate → records of this shard that have it; an exact duplicate of some has the bands of others, too."""
+        found: list[NDArray[Any]] = []
+        first = self.shard << _SHARD
+        for number in range(self.count if self.partitions is not None else 0):
+            assert self.partitions is not None
+            later = map_array(self.partitions / f"{number:06d}.later", "<u8")
+            a, b = np.searchsorted(later, np.array([first, first + (1 << _SHARD)], np.uint64))
+            found.append(np.array(later[a:b]) - np.uint64(first))
+        own = np.concatenate(found).astype(np.int64) if found else np.empty(0, np.int64)
+        return {DUPLICATE: own[own & 1 == 0] >> 1, NEAR_DUPLICATE: own[own & 1 == 1] >> 1}
+
+
+def fates_of(marker: Path) -> NDArray[np.uint8]:
+    """What :class:`Choose` decided of each record of a shard."""
+    return read_array(marker.with_suffix(".fates"), np.uint8)

@@ -1,0 +1,118 @@
+"""What runs the tasks of a preparation: this process, processes on this machine, a Ray cluster, or MPI ranks.
+
+A task reads files and writes files, the last of them its marker; the same task gives the same bytes wherever and
+however often it runs, so an executor may run it again when a worker is lost, and its order is free. That is all an
+executor decides: the result of a preparation does not depend on it.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Protocol
+
+from paralm_data.errors import DataError
+from paralm_data.progress import Delta
+
+EXECUTORS = ("local", "ray", "mpi")
+ATTEMPTS = 3  # of one task, before its loss of workers is taken for its own fault
+
+
+class Task(Protocol):
+    """Picklable. ``label`` names its input, for messages; ``marker`` is the JSON file with its result; ``weight`` is
+    its share of the stage's work."""
+
+    @property
+    def label(self) -> str: ...
+    @property
+    def marker(self) -> Path: ...
+    @property
+    def weight(self) -> float: ...
+    def run(self) -> Generator[Delta, None, dict[str, Any]]:
+        """Do it, saying now and then how far it is; returns what the marker holds."""
+        ...
+
+
+class Event(NamedTuple):
+    """Of the task with this index in the list: a step on its way, or its result."""
+
+    task: int
+    delta: Delta
+    result: dict[str, Any] | None = None
+
+
+class Executor(ABC):
+    """A context manager. Raises DataError as the tasks do, or one line about a worker that is lost again and again."""
+
+    leads = True  # of several processes that make the same preparation, the one that gives the tasks
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+
+    @abstractmethod
+    def run(self, tasks: Sequence[Task]) -> Iterator[Event]:
+        """Run every task, in any order; exactly one event of each has a result. Closing the iterator ends it."""
+
+    def follow(self) -> None:  # noqa: B027 - nothing to do where one process leads
+        """Where this process does not lead: run what it is given, to the end. DataError if the leader fails."""
+
+    def threads(self, tasks: int) -> int:
+        """Processors that each of so many tasks may use."""
+        return max(1, self.workers // max(1, tasks))
+
+    def __enter__(self) -> Executor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(error)
+
+    def close(self, error: BaseException | None = None) -> None:  # noqa: B027 - nothing to do for this process alone
+        """End the workers. ``error``: why, if it is one."""
+
+
+def in_this_process(tasks: Sequence[Task]) -> Iterator[Event]:
+    """Run tasks one after another here."""
+    for index, task in enumerate(tasks):
+        running = task.run()
+        try:
+            while True:
+                yield Event(index, next(running))
+        except StopIteration as end:
+            yield Event(index, Delta(), end.value)
+
+
+def processors() -> int:
+    """Processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def lost(task: Task, how: str) -> DataError:
+    """The error of a task that took ATTEMPTS workers with it."""
+    return DataError(
+        f"{task.label}: {how}, {ATTEMPTS} times; if memory ran out, give fewer data.workers. "
+        "The same command goes on from what is done"
+    )
+
+
+def make_executor(name: str, workers: int | None) -> Executor:
+    """An executor by name. ``workers``: tasks at a time, default all that there is."""
+    if workers is not None and workers < 1:
+        raise DataError(f"workers is {workers}; it must be at least 1")
+    if name == "local":
+        from paralm_data.executors.local import LocalExecutor
+
+        return LocalExecutor(workers or processors())
+    if name == "ray":
+        from paralm_data.executors.ray import RayExecutor
+
+        return RayExecutor(workers)
+    if name == "mpi":
+        from paralm_data.executors.mpi import MPIExecutor
+
+        return MPIExecutor(workers)
+    raise DataError(f"executor '{name}' is unknown (one of: {', '.join(EXECUTORS)})")

@@ -1,0 +1,90 @@
+"""A tokenizer's training text: the pieces with the smallest keys of all the train text, found shard by shard.
+
+Keys are uniform (:func:`paralm_data.tokenizer_training.keyed_pieces`), so the share of them that lies below a bound is
+known before a shard is read: each shard writes the pieces below one bound, a little more than is asked for in all, and
+the smallest of those are the sample. It is the same for every bound that gives enough, so for every number of shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from paralm_data.duplicates import fates_of
+from paralm_data.progress import Delta
+from paralm_data.scanning import KEPT, STEP_BYTES
+from paralm_data.scratch import Files, map_array, read_array
+from paralm_data.sources import Shard
+from paralm_data.split import digest
+from paralm_data.steps import StepsSpec
+from paralm_data.tokenizer_training import PIECE, Sample, keyed_pieces
+
+EVERY_KEY = 1 << 64
+_PIECES = np.dtype([("key", "<u8"), ("bytes", "<u8")])
+
+
+def bound_for(limit: int, total: int) -> int:
+    """Below which keys lie about ``limit`` of ``total`` bytes, and enough more that fewer are hardly ever found."""
+    wanted = limit + limit // 4 + 64 * PIECE
+    return EVERY_KEY if wanted >= total else (EVERY_KEY * wanted) // total
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A task: the pieces of a shard's train documents whose keys are below ``bound``; ``choice``: the marker of its
+    fates; ``size``: bytes of its train text."""
+
+    shard: Shard
+    steps: StepsSpec
+    choice: Path
+    size: int
+    bound: int
+    folder: Path
+
+    @property
+    def label(self) -> str:
+        return self.shard.label
+
+    @property
+    def marker(self) -> Path:
+        return self.folder / self.choice.name
+
+    @property
+    def weight(self) -> float:
+        return float(self.size)
+
+    def run(self) -> Generator[Delta, None, dict[str, Any]]:
+        """Result: the number of pieces."""
+        skip = fates_of(self.choice) != KEPT
+        count = documents = size = 0
+        with Files(self.marker) as files:
+            for number, record in enumerate(self.shard.records(self.steps.max_document_bytes, skip.tolist())):
+                if skip[number]:
+                    continue
+                text = self.steps.normalized(record.text)
+                data = text.encode("utf-8")
+                for key, piece in keyed_pieces(digest(text), text):
+                    if key < self.bound:
+                        encoded = piece.encode("utf-8")
+                        files.write(".pieces", np.array([(key, len(encoded))], _PIECES).tobytes())
+                        files.write(".texts", encoded)
+                        count += 1
+                documents, size = documents + 1, size + len(data)
+                if size >= STEP_BYTES:
+                    yield Delta(documents, size, 0, size)
+                    documents = size = 0
+            yield Delta(documents, size, 0, size)
+            return files.finish({"pieces": count})
+
+
+def add_drawn(sample: Sample, marker: Path) -> None:
+    """Offer what a shard drew."""
+    texts = map_array(marker.with_suffix(".texts"), np.uint8)
+    at = 0
+    for key, size in read_array(marker.with_suffix(".pieces"), _PIECES).tolist():
+        sample.add_piece(key, texts[at : at + size].tobytes())
+        at += size

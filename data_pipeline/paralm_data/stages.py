@@ -1,0 +1,232 @@
+"""The stages of a preparation, each a list of tasks for an executor; what a stage did before is not done again.
+
+::
+
+    scan       a shard: records, rules, digests, signatures          scanning.py
+    partition  a range of keys: which documents are later ones       duplicates.py
+    choose     a shard: the fate of each record                      duplicates.py
+    draw       a shard: pieces for the tokenizer's sample            sampling.py
+    tokenize   a shard: its tokens                                   tokenizing.py
+
+then the leading process joins the shards' tokens, in order, to stores.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from paralm_data import minhash
+from paralm_data.atomic import write_file
+from paralm_data.duplicates import PARTITION, Choose, Partition
+from paralm_data.errors import DataError
+from paralm_data.executors import Executor, Task
+from paralm_data.permutation import random_permutation
+from paralm_data.progress import Meter, Progress
+from paralm_data.sampling import EVERY_KEY, Draw, add_drawn, bound_for
+from paralm_data.scanning import HELD_OUT, KEPT, Scan, bad_records, too_many
+from paralm_data.scratch import blocks, key_of, read_marker
+from paralm_data.sources import Shard, shards
+from paralm_data.specs import SourceSpec
+from paralm_data.split import Counts
+from paralm_data.steps import StepsSpec
+from paralm_data.store_writer import StoreWriter, dtype_of
+from paralm_data.tokenizer import Tokenizer
+from paralm_data.tokenizer_training import Sample
+from paralm_data.tokenizing import Tokenize
+
+SPLITS = ("train", "held_out")
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A source, every record of which has its fate: per shard, in order, the marker of its fates and what it holds."""
+
+    shards: list[Shard]
+    choices: list[Path]
+    chosen: list[dict[str, Any]]
+    scans: list[Path]
+    counts: Counts
+
+    def bad(self) -> Iterator[tuple[str, str]]:
+        """(place, problem) of each bad record."""
+        return itertools.chain.from_iterable(map(bad_records, self.scans))
+
+    def size(self, shard: int, stores: Sequence[str]) -> int:
+        """Bytes of text of a shard that go to these stores."""
+        return sum(self.chosen[shard][f"{name}_bytes"] for name in stores)
+
+
+class Stages:
+    """Runs stages in ``scratch``. ``shard_bytes`` and ``max_bad_records`` as in :class:`paralm_data.Execution`."""
+
+    def __init__(
+        self,
+        scratch: Path,
+        executor: Executor,
+        report: Callable[[Progress], None] | None,
+        steps: StepsSpec,
+        shard_bytes: int,
+        max_bad_records: int,
+        threads: int | None,
+    ) -> None:
+        self._scratch, self._executor, self._report = scratch, executor, report
+        self._steps, self._shard_bytes, self._limit = steps, shard_bytes, max_bad_records
+        self._threads = threads
+
+    def run(self, title: str, tasks: Sequence[Task], quiet: bool = False) -> list[dict[str, Any]]:
+        """The results of tasks, in order; only those without a marker are run."""
+        results = [read_marker(task.marker) for task in tasks]
+        left = [i for i, result in enumerate(results) if result is None]
+        total = sum(task.weight for task in tasks)
+        before = total - sum(tasks[i].weight for i in left)
+        meter = Meter(title, None if quiet else self._report, total, before)
+        worked: Counter[int] = Counter()
+        for event in self._executor.run([tasks[i] for i in left]):
+            index = left[event.task]
+            work = event.delta.work if event.result is None else tasks[index].weight - worked[index]
+            worked[index] += work  # type: ignore[assignment]
+            meter.add(event.delta.documents, event.delta.bytes, event.delta.tokens, work)
+            if event.result is not None:
+                results[index] = event.result
+        meter.done()
+        return [result for result in results if result is not None]
+
+    def survey(self, source: SourceSpec, name: str = "", held_out: float | None = None) -> Survey:
+        """Decide the fate of every record. ``held_out``: the fraction; None for a set that is kept whole, but for its
+        empty documents. DataError for a bad record that is one too many.
+        """
+        whole = held_out is None
+        steps = self._steps if not whole else StepsSpec(max_document_bytes=self._steps.max_document_bytes)
+        parts = shards(source, self._shard_bytes)
+        library = minhash.algorithm() if steps.minhash.enabled else ""
+        stage = key_of("scan", steps.without_shuffle().as_dict(), library, whole, source.text_key)
+        scans = [Scan(shard, steps, whole, self._limit, self._scratch / f"scan-{stage}") for shard in parts]
+        scanned = self._scan(f"reading {name}".rstrip(), scans)
+        plan_key = key_of(stage, [shard.key for shard in parts])
+        keys = sum(found["runs"][-1] for found in scanned)
+        partitions = self._partitions(plan_key, scans, scanned, keys)
+        folder = self._scratch / f"choose-{key_of(plan_key, held_out)}"
+        choices = [
+            Choose(
+                scan.marker, i, shard.label, partitions[0].folder if partitions else None, len(partitions), held_out,
+                folder,
+            )
+            for i, (shard, scan) in enumerate(zip(parts, scans))
+        ]  # fmt: skip
+        chosen = self.run("choosing", choices, quiet=True)
+        counts = _counts(scanned, chosen)
+        return Survey(parts, [c.marker for c in choices], chosen, [s.marker for s in scans], counts)
+
+    def _scan(self, title: str, scans: list[Scan]) -> list[dict[str, Any]]:
+        scanned = self.run(title, scans)
+        bad = sum(found["bad"] for found in scanned)
+        if bad > self._limit:
+            every = itertools.chain.from_iterable(bad_records(scan.marker) for scan in scans)
+            raise too_many(next(itertools.islice(every, self._limit, None)), bad, self._limit)
+        return scanned
+
+    def _partitions(
+        self, plan_key: str, scans: list[Scan], scanned: list[dict[str, Any]], keys: int
+    ) -> list[Partition]:
+        if not keys:
+            return []
+        plan = self._scratch / f"plan-{plan_key}.json"
+        runs = [[str(scan.marker), found["runs"]] for scan, found in zip(scans, scanned)]
+        write_file(plan, json.dumps(runs).encode())
+        count = -(-keys // PARTITION)
+        tasks = [Partition(plan, i, count, self._scratch / f"partition-{plan_key}") for i in range(count)]
+        self.run("finding duplicates", tasks, quiet=count == 1)
+        return tasks
+
+    def sample(self, survey: Survey, limit: int) -> Sample:
+        """A uniform sample of the train text, of ``limit`` bytes or all there is."""
+        sizes = [found["train_bytes"] for found in survey.chosen]
+        bound = bound_for(limit, sum(sizes))
+        while True:
+            key = key_of("draw", bound, *self._texts(survey))
+            folder = self._scratch / f"draw-{key}"
+            tasks = [
+                Draw(shard, self._steps, choice, size, bound, folder)
+                for shard, choice, size in zip(survey.shards, survey.choices, sizes)
+            ]
+            self.run("sampling", tasks)
+            sample = Sample(limit)
+            for task in tasks:
+                add_drawn(sample, task.marker)
+            if sample.full or bound >= EVERY_KEY:
+                return sample
+            bound = min(EVERY_KEY, 2 * bound)  # chance had it that too few keys are below it
+
+    def tokenize(
+        self, survey: Survey, model: Path, sha256: str, stores: Sequence[str], title: str, steps: StepsSpec
+    ) -> list[Tokenize]:
+        """Make the tokens of the documents that go to ``stores``, of each shard; returns the tasks that did."""
+        fates = {KEPT: stores[0]} if not set(stores) & set(SPLITS) else dict(zip((KEPT, HELD_OUT), SPLITS))
+        fates = {fate: name for fate, name in fates.items() if name in stores}
+        names = [SPLITS[(KEPT, HELD_OUT).index(fate)] for fate in fates]
+        folder = self._scratch / f"tokenize-{key_of(sha256, sorted(fates.items()), *self._texts(survey))}"
+        threads = self._threads or self._executor.threads(len(survey.shards))
+        tasks = [
+            Tokenize(shard, steps, choice, survey.size(i, names), fates, model, sha256, folder, threads)
+            for i, (shard, choice) in enumerate(zip(survey.shards, survey.choices))
+        ]
+        self.run(title, tasks)
+        return tasks
+
+    def _texts(self, survey: Survey) -> list[Any]:
+        """Stands for the text of the documents that are kept, and for which those are."""
+        return [
+            self._steps.normalize, [shard.key for shard in survey.shards], [c["digest"] for c in survey.chosen]
+        ]  # fmt: skip
+
+    def join(self, tasks: Sequence[Tokenize], name: str, writer: StoreWriter, model: Tokenizer) -> None:
+        """Append the tokens of all shards to a store, in their order or in the shuffled one."""
+        order: Sequence[int] = range(len(tasks))
+        if self._steps.shuffle == "shards" and name in SPLITS:
+            shuffled = random_permutation(len(tasks), self._steps.shuffle_seed, 0, "shards")
+            order = shuffled(np.arange(len(tasks))).tolist()
+        meter = Meter(f"writing {name}", self._report, float(len(tasks)))
+        for index in order:
+            marker = tasks[index].marker
+            count, digest = (read_marker(marker) or {})[name]
+            told = hashlib.sha256()
+            for block in blocks(marker.with_suffix(f".{name}.tokens"), f"<{np.dtype(dtype_of(model)).str[1:]}"):
+                told.update(block.data)
+                writer.append(block)
+                meter.add(0, 0, len(block))
+            if told.hexdigest() != digest:
+                raise DataError(
+                    f"{marker.with_suffix(f'.{name}.tokens')}: damaged: not the {count} tokens that were written; "
+                    f"remove {marker.parent} and the same command makes them again"
+                )
+            ends = [blocks(marker.with_suffix(f".{name}.{what}"), "<u8") for what in ("lengths", "bytes")]
+            for lengths, n_bytes in zip(*ends, strict=True):
+                writer.append_documents(lengths, n_bytes)
+                meter.add(len(lengths), int(n_bytes.sum()))
+            meter.add(0, 0, 0, 1.0)
+        meter.done()
+
+
+def _counts(scanned: list[dict[str, Any]], chosen: list[dict[str, Any]]) -> Counts:
+    rules: Counter[str] = Counter()
+    for found in scanned:
+        rules.update(found["rules"])
+    return Counts(
+        read=sum(found["records"] for found in scanned),
+        bad=sum(found["bad"] for found in chosen),
+        empty=sum(found["empty"] for found in chosen),
+        rules=dict(sorted(rules.items())),
+        duplicates=sum(found["duplicates"] for found in chosen),
+        near_duplicates=sum(found["near_duplicates"] for found in chosen),
+        kept=sum(found["train"] + found["held_out"] for found in chosen),
+        least_position=min((found["least_position"] for found in chosen), default=1.0),
+    )
