@@ -11,6 +11,7 @@ from paralm_data.inspection import Excerpt, StoreReport, TokenCount, inspect, to
 from paralm_data.loader import IGNORE, Batch, Loader
 from paralm_data.manifest import Manifest
 from paralm_data.mixture import MixtureLoader, MixtureSource, random_windows, temperature_weights
+from paralm_data.mixture_preparation import PreparedMixture, prepare_mixture
 from paralm_data.permutation import Permutation, random_permutation
 from paralm_data.preparation import Prepared, is_prepared, prepare
 from paralm_data.progress import Progress
@@ -35,6 +36,7 @@ __all__ = [
     "MixtureSource",
     "Permutation",
     "Prepared",
+    "PreparedMixture",
     "Progress",
     "Shard",
     "SourceSpec",
@@ -52,6 +54,7 @@ __all__ = [
     "is_prepared",
     "make_task",
     "prepare",
+    "prepare_mixture",
     "random_permutation",
     "random_windows",
     "register_task",

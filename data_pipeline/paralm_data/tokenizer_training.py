@@ -67,6 +67,10 @@ class Sample:
         """Whether it has as much as it may; otherwise it holds all that it was offered."""
         return self._bytes >= self._limit
 
+    def pieces(self) -> Iterator[tuple[int, bytes]]:
+        """(key, UTF-8 text) of each, in no order."""
+        return ((-key, data) for key, data in self._heap)
+
     def texts(self) -> Iterator[str]:
         """The pieces, in an order that is a function of the sample."""
         for _, data in sorted(self._heap, reverse=True):

@@ -17,7 +17,7 @@ from paralm_launch.discovery import settle
 from paralm_launch.launchers import get_launcher
 
 if TYPE_CHECKING:
-    from paralm_data import Prepared, Progress, SourceSpec
+    from paralm_data import Prepared, PreparedMixture, Progress, SourceSpec
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,10 @@ def only_rank() -> None:
 # -- data ----------------------------------------------------------------------------------------------------
 
 
-def prepare_data(config: Config) -> Prepared | None:
+def prepare_data(config: Config) -> Prepared | PreparedMixture | None:
     """Make the tokenizer and the token stores, as far as they are not there; None for a task, which needs none."""
+    if config.data.mixture is not None:
+        return _prepare_mixture(config)
     from paralm_data import TokenizerSpec, prepare
 
     from paralm.synthetic import task_of
@@ -97,10 +99,36 @@ def prepare_data(config: Config) -> Prepared | None:
     return prepared
 
 
+def _prepare_mixture(config: Config) -> PreparedMixture:
+    from paralm_data import TokenizerSpec, prepare_mixture
+
+    data, mixture = config.data, config.data.mixture
+    assert mixture is not None
+    with ProgressLine() as line:
+        prepared = prepare_mixture(
+            {
+                name: source.store.expanduser() if source.store is not None else _source(source)
+                for name, source in mixture.sources.items()
+            },
+            TokenizerSpec(**data.tokenizer.model_dump()),
+            config.data_dir,
+            held_out_fraction=data.held_out_fraction,
+            validation={name: _source(source) for name, source in data.validation.items()},
+            progress=lambda progress: _show_data(line, progress),
+        )
+    text = ", ".join(f"{name} {quantity(store.n_tokens)} tokens" for name, store in prepared.train.items())
+    say(
+        f"data: {'already prepared' if prepared.skipped else 'prepared'}, vocabulary "
+        f"{prepared.tokenizer.vocab_size:,}, {text}, held out {quantity(prepared.held_out.n_tokens)} tokens → "
+        f"{prepared.path}"
+    )
+    return prepared
+
+
 def _source(source: SourceConfig) -> SourceSpec:
     from paralm_data import SourceSpec
 
-    return SourceSpec(**source.model_dump())
+    return SourceSpec(**source.model_dump(include=set(SourceConfig.model_fields)))
 
 
 def _show_data(line: ProgressLine, progress: Progress) -> None:

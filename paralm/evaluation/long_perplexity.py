@@ -54,7 +54,7 @@ class Perplexity(Evaluation):
 
     def __init__(self, target: Target, settings: PerplexitySettings) -> None:
         super().__init__(target, settings)
-        wanted = settings.sets if settings.sets is not None else ["held_out", *target.config.data.validation]
+        wanted = settings.sets if settings.sets is not None else target.validation_sets
         if not wanted or len(set(wanted)) != len(wanted):
             raise UserError(f"sets: name each set once, at least one; got {wanted}")
         self.tokenizer = target.tokenizer

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from paralm_data.atomic import write_file
 
-from paralm.config import Config, TrainingConfig
+from paralm.config import Config, SourceConfig, TrainingConfig
 from paralm.errors import RunError
 from paralm.evaluation import markdown as md
 from paralm.evaluation import record as records
@@ -249,9 +249,9 @@ def _mixer_row(spec: Mapping[str, Any]) -> str:
 
 def _made_from(config: Config, curves: Curves, results: ResultSet) -> list[str]:
     model, training, optimizer = config.model, config.training, config.optimizer
-    source, task = config.data.source, config.data.synthetic
+    task = config.data.synthetic
     rows = [
-        ["text", source.dataset or (", ".join(source.paths) if source.paths else source.kind)]
+        ["text", _read(config)]
         if task is None
         else ["task", ", ".join(f"{key} {value}" for key, value in task.items()).removeprefix("task ")],
         *(["mixer", _mixer_row(spec)] for spec, _ in mixer_pattern(model)),
@@ -266,6 +266,24 @@ def _made_from(config: Config, curves: Curves, results: ResultSet) -> list[str]:
     ]
     shown = md.table(["", ""], [row for row in rows if row[1]])
     return ["## What it was made from", shown, "The whole configuration is in [config.yaml](config.yaml)."]
+
+
+def _read(config: Config) -> str:
+    """Where the text came from, and of a mixture how often each source is drawn."""
+
+    def of(source: SourceConfig) -> str:
+        return source.dataset or (", ".join(source.paths) if source.paths else source.kind)
+
+    mixture = config.data.mixture
+    if mixture is None:
+        return of(config.data.source)
+    fixed = mixture.weights == "fixed"
+    parts = []
+    for name, source in mixture.sources.items():
+        weight = f", weight {1 if source.weight is None else source.weight:g}" if fixed else ""
+        parts.append(f"{name} ({source.store or of(source)}{weight})")
+    how = "" if fixed else f"; weights: {mixture.weights}" + (f" for {mixture.target}" if mixture.target else "")
+    return "; ".join(parts) + how
 
 
 def _started(training: TrainingConfig) -> str:

@@ -16,6 +16,7 @@ from paralm_data import DataError, TokenStore
 from torch.utils import _pytree as pytree
 
 from paralm.config import Config, EvalConfig
+from paralm.data_sets import validation_paths
 from paralm.errors import RunError
 from paralm.evaluation import record as records
 from paralm.evaluation import result as results
@@ -118,8 +119,7 @@ def run_evaluation(
 def _open_stores(config: Config, run: Path) -> dict[str, TokenStore]:
     """Every validation set by name, the held-out split first."""
     data_dir = config.data.dir if config.data.dir is not None else run / "data"
-    paths = {"held_out": data_dir / "held_out"}
-    paths |= {name: data_dir / "validation" / name for name in config.data.validation}
+    paths = validation_paths(config.data, data_dir)
     return {name: TokenStore.open(path, verify=config.data.verify) for name, path in paths.items()}
 
 

@@ -12,6 +12,7 @@ import torch
 from paralm_data import DataError, Tokenizer, TokenStore
 
 from paralm.config import Config
+from paralm.data_sets import train_paths, validation_paths
 from paralm.errors import CheckpointError, RunError, UserError
 from paralm.export import Exported, is_export
 from paralm.models import LanguageModel
@@ -118,6 +119,13 @@ class Target:
         """Of the weights."""
         return self.model.head_weight.dtype
 
+    @property
+    def validation_sets(self) -> list[str]:
+        """The names of the run's validation sets, ``held_out`` first."""
+        if self.data_dir is None:
+            return ["held_out", *self.config.data.validation]
+        return list(validation_paths(self.config.data, self.data_dir))
+
     def store(self, name: str = "held_out") -> TokenStore:
         """``held_out``, ``train``, or a validation set of the run. Open it in the evaluation's ``__init__``: what is
         opened there becomes part of what the results follow from, and later a new one is refused.
@@ -130,10 +138,12 @@ class Target:
             raise RuntimeError(f"store '{name}' opened while measuring; open it in the evaluation's __init__")
         if self.data_dir is None:
             raise UserError(f"no set '{name}' here; there is {', '.join(self.stores) or 'none'}")
-        known = ["held_out", "train", *self.config.data.validation]
+        known = validation_paths(self.config.data, self.data_dir)
+        if self.config.data.mixture is None:  # otherwise there are several, and a source's name is of its held-out part
+            known |= train_paths(self.config.data, self.data_dir)
         if is_export(self.run_dir) and not (self.data_dir / "held_out").is_dir():
             raise RunError(f"{self.run_dir}: an export has no text; name the data folder of its run: data.dir=DIR")
-        path = self.data_dir / name if name in known[:2] else self.data_dir / "validation" / name
+        path = known.get(name, self.data_dir / "validation" / name)
         if name not in known and not path.is_dir():
             raise UserError(f"no set '{name}' in {self.data_dir}; there is {', '.join(known)}")
         try:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from paralm_data import Task
+from paralm_data import MixtureLoader, Task
 
 from paralm.config import Config
 from paralm.errors import DivergedError, RunError, StoppedError
@@ -85,6 +85,8 @@ def _run(session: Session, control: Control, profiler: Profiler, on_progress: Pr
         result = session.stepper.run(batch, session.step, lr, lambda: _stop_request(session, control), timed=logged)
         session.step += 1
         session.loader.step = session.step
+        if session.learner is not None:
+            session.learner.after(session.step)
         loss = result.loss
         _count_bad(session, result)
         if logged or result.bad or result.spike:
@@ -173,6 +175,8 @@ class Recorder:
 
     def step(self, result: StepResult, lr: float, fetched: float, seconds: float) -> None:
         session = self.session
+        mixed = session.loader
+        learned = session.learner.seconds if session.learner is not None else None
         left = session.config.training.max_steps - session.step
         pace = (time.monotonic() - self.began) / (session.step - self.first)
         self._write(
@@ -198,6 +202,8 @@ class Recorder:
                 "mfu": self.flops_per_step / seconds / self.peak if self.peak else None,
                 "newton": result.newton,
                 "max_steps": session.config.training.max_steps,
+                **({"time_alignment": learned} if learned is not None else {}),
+                **({"mixture": mixed.report(session.step)} if isinstance(mixed, MixtureLoader) else {}),
             }
         )
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from paralm_data import DataError, Loader, SyntheticLoader, Tokenizer, TokenStore
+from paralm_data import DataError, Loader, MixtureLoader, SyntheticLoader, Tokenizer, TokenStore
 
 from paralm.config import Config
 from paralm.config_files import dump_yaml, frozen_differences
+from paralm.data_sets import check_prepared, open_loader, validation_paths
 from paralm.errors import CheckpointError, ConfigError, RunError, UserError
 from paralm.export import Exported, is_export
 from paralm.models import build_model
@@ -21,6 +22,7 @@ from paralm.models.parameters import initial_value, specs
 from paralm.synthetic import task_of
 from paralm.training import checkpoint as ckpt
 from paralm.training import rng
+from paralm.training.alignment import Alignment, Learner
 from paralm.training.engine import build_engine
 from paralm.training.fragments import EngineFragments
 from paralm.training.initial_states import check_states
@@ -85,6 +87,8 @@ class Session:
             session._build()
             note("load")
             session._restore()
+            if session.learner is not None:
+                session.learner.begin(session.step)
             session.saver.prepare()
         except BaseException:
             session.close()
@@ -117,9 +121,8 @@ class Session:
                 parse_run(source, self.config.run.root)
         if self.config.training.fork_from and self.config.training.init_from:
             raise ConfigError("training.fork_from and training.init_from cannot both be given")
-        for name in ("tokenizer.model", "train", "held_out") if self.config.data.synthetic is None else ():
-            if not (self.config.data_dir / name).exists():
-                raise RunError(f"{self.config.data_dir / name}: missing; run 'paralm data prepare' first")
+        if self.config.data.synthetic is None:
+            check_prepared(self.config.data, self.config.data_dir)
 
     def _claim_folder(self) -> None:
         attempt: Any = None
@@ -184,23 +187,39 @@ class Session:
         training, data, seed = self.config.training, self.config.data, self.config.run.seed
         rows = (training.seq_len, training.global_batch_size, seed)
         self.task = task_of(data)
-        self.loader: Loader | SyntheticLoader
+        self.loader: Loader | MixtureLoader | SyntheticLoader
         self.validation: dict[str, TokenStore]
         if self.task is not None:
             self.vocab_size, self.tokenizer_sha256, self.validation = self.task.vocab_size, self.task.fingerprint, {}
             self.loader = SyntheticLoader(self.task, *rows, rank=self.rank, world_size=self.world_size)
             return
-        tokenizer = Tokenizer.load(self.config.data_dir / "tokenizer.model")
+        folder = self.config.data_dir
+        tokenizer = Tokenizer.load(folder / "tokenizer.model")
         self.vocab_size, self.tokenizer_sha256 = tokenizer.vocab_size, tokenizer.sha256
-        store = TokenStore.open(self.config.data_dir / "train", verify=data.verify)
-        self.validation = {"held_out": TokenStore.open(self.config.data_dir / "held_out", verify=data.verify)}
-        for name in data.validation:
-            path = self.config.data_dir / "validation" / name
-            self.validation[name] = TokenStore.open(path, verify=data.verify)
-        for found in (store, *self.validation.values()):
-            if found.tokenizer_sha256 != tokenizer.sha256:
-                raise RunError(f"{found.path}: made with another tokenizer than the one in {self.config.data_dir}")
-        self.loader = Loader(store, *rows, order=data.order, rank=self.rank, world_size=self.world_size)
+        self.loader = open_loader(self.config, folder, self.rank, self.world_size)
+        found = validation_paths(data, folder)
+        self.validation = {name: TokenStore.open(path, verify=data.verify) for name, path in found.items()}
+        read = [s.store for s in self.loader.sources] if isinstance(self.loader, MixtureLoader) else [self.loader.store]
+        for store in (*read, *self.validation.values()):
+            if store.tokenizer_sha256 != tokenizer.sha256:
+                raise RunError(f"{store.path}: made with another tokenizer than the one in {folder}")
+        self._check_target()
+
+    def _check_target(self) -> None:
+        mixture = self.config.data.mixture
+        if mixture is None or mixture.target is None:
+            return
+        if mixture.target not in self.validation:
+            raise ConfigError(
+                f"data.mixture.target: source '{mixture.target}' has no held-out part; name a set that has: "
+                f"{', '.join(self.validation)}"
+            )
+        target, least = self.validation[mixture.target], self.config.training.seq_len + 1
+        if target.n_tokens < least:
+            raise ConfigError(
+                f"data.mixture.target: {target.path} has {target.n_tokens} tokens, less than one window of seq_len + 1 "
+                f"= {least}; hold more out, or name another set"
+            )
 
     def _build(self) -> None:
         """The engine, its weights still zero, and what is known of the model from its shapes alone."""
@@ -215,6 +234,10 @@ class Session:
         self.fragments = EngineFragments(self.engine, self.rank, self.world_size)
         self.optimizer.bind(self.fragments, self.shapes, self.device)
         self.stepper = Stepper(self.engine, self.optimizer, config, self.device, self.rank, self.world_size)
+        self.learner: Learner | None = None
+        if isinstance(self.loader, MixtureLoader) and config.data.mixture is not None and config.data.mixture.target:
+            target = self.validation[config.data.mixture.target]
+            self.learner = Learner(self.loader, Alignment(self.engine, config, self.loader, target, self.device))
 
     # -- restoring -------------------------------------------------------------------------------------------
 
@@ -236,7 +259,7 @@ class Session:
             )
         self.fragments.load(source.read, source.optimizer_kinds, manifest["optimizer"]["scalars"])
         if self.forked:
-            self.loader.step = self.step
+            self.loader.start_at(self.step)
         else:
             self.loader.load_state_dict(manifest["loader"])
             self.bad_steps, self.bad_in_row = manifest["bad_steps"], manifest["bad_in_row"]
