@@ -33,7 +33,7 @@ from paralm_data import manifest as manifests
 from paralm_data import minhash, rules
 from paralm_data.atomic import write_file
 from paralm_data.errors import DataError, reason
-from paralm_data.executors import make_executor
+from paralm_data.executors import Executor, make_executor
 from paralm_data.progress import Meter, Progress
 from paralm_data.scratch import NAME as SCRATCH
 from paralm_data.sources import shards
@@ -70,13 +70,14 @@ class Prepared:
 class Execution:
     """How a preparation is carried out; the result depends on none of it.
 
-    ``executor``: local, ray (this process is connected to a cluster) or mpi (every rank makes the same call).
-    ``workers``: tasks at a time, default all there is. ``shard_bytes``: of input that one task reads, about; it decides
-    the order of documents where shards are shuffled, and nothing else. ``max_bad_records``: of a source; one more ends
-    the preparation. ``threads``: of sentencepiece in a task, default: the processors that other tasks leave.
+    ``executor``: local, ray (this process is connected to a cluster), mpi (every rank makes the same call), or one that
+    is open already. ``workers``: tasks at a time, default all there is. ``shard_bytes``: of input that one task reads,
+    about; it decides the order of documents where shards are shuffled, and nothing else. ``max_bad_records``: of a
+    source; one more ends the preparation. ``threads``: of sentencepiece in a task, default: the processors that other
+    tasks leave.
     """
 
-    executor: str = "local"
+    executor: str | Executor = "local"
     workers: int | None = None
     shard_bytes: int = 64 << 20
     max_bad_records: int = 0
@@ -194,15 +195,12 @@ def prepare(
     plan = _plan(source, tokenizer, out, held_out_fraction, validation, steps, execution, progress)
     counts, skipped = None, False
     with contextlib.ExitStack() as stack:
-        leads = True
-        if execution.executor == "mpi":  # every rank is here, and one of them says whether there is work
-            executor = stack.enter_context(make_executor("mpi", execution.workers))
-            leads = executor.leads
-        if not leads:
+        executor = execution.executor
+        if isinstance(executor, str):
+            executor = stack.enter_context(make_executor(executor, execution.workers))
+        if not executor.leads:
             executor.follow()
         elif plan.work_left():
-            if execution.executor != "mpi":
-                executor = stack.enter_context(make_executor(execution.executor, execution.workers))
             with _locked(plan.out):
                 _remove_unfinished(plan)
                 arguments = (plan.steps, execution.shard_bytes, execution.max_bad_records, execution.threads)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
@@ -49,9 +49,6 @@ class Executor(ABC):
 
     leads = True  # of several processes that make the same preparation, the one that gives the tasks
 
-    def __init__(self, workers: int) -> None:
-        self.workers = workers
-
     @abstractmethod
     def run(self, tasks: Sequence[Task]) -> Iterator[Event]:
         """Run every task, in any order; exactly one event of each has a result. Closing the iterator ends it."""
@@ -60,8 +57,8 @@ class Executor(ABC):
         """Where this process does not lead: run what it is given, to the end. DataError if the leader fails."""
 
     def threads(self, tasks: int) -> int:
-        """Processors that each of so many tasks may use."""
-        return max(1, self.workers // max(1, tasks))
+        """Processors that each of so many tasks may use: one, where a worker is given one."""
+        return 1
 
     def __enter__(self) -> Executor:
         return self
@@ -99,8 +96,10 @@ def lost(task: Task, how: str) -> DataError:
     )
 
 
-def make_executor(name: str, workers: int | None) -> Executor:
-    """An executor by name. ``workers``: tasks at a time, default all that there is."""
+def make_executor(name: str, workers: int | None = None, connect: Callable[[], None] | None = None) -> Executor:
+    """An executor by name. ``workers``: tasks at a time, default all that there is. ``connect``: called before the
+    first task if this process is not connected to a Ray cluster then.
+    """
     if workers is not None and workers < 1:
         raise DataError(f"workers is {workers}; it must be at least 1")
     if name == "local":
@@ -110,7 +109,7 @@ def make_executor(name: str, workers: int | None) -> Executor:
     if name == "ray":
         from paralm_data.executors.ray import RayExecutor
 
-        return RayExecutor(workers)
+        return RayExecutor(workers, connect)
     if name == "mpi":
         from paralm_data.executors.mpi import MPIExecutor
 

@@ -65,7 +65,7 @@ class LocalExecutor(Executor):
     """At most ``workers`` processes; one task, or one worker, needs none beside this one."""
 
     def __init__(self, workers: int) -> None:
-        super().__init__(workers)
+        self.workers = workers
         self._workers: list[_Worker] = []
 
     def run(self, tasks: Sequence[Task]) -> Iterator[Event]:
@@ -99,6 +99,9 @@ class LocalExecutor(Executor):
             for worker in [w for w in self._workers if w.index is not None]:
                 worker.process.kill()
                 self._remove(worker)
+
+    def threads(self, tasks: int) -> int:
+        return max(1, self.workers // max(1, tasks))
 
     def _feed(self, tasks: Sequence[Task], waiting: deque[int]) -> None:
         while waiting and len(self._workers) < self.workers and all(w.index is not None for w in self._workers):

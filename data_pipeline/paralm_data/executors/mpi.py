@@ -39,7 +39,7 @@ class MPIExecutor(Executor):
                 f"srun started {started} tasks, and MPI sees one: srun needs --mpi=pmix (or what your MPI was built "
                 "with), or use mpirun in the allocation"
             )
-        super().__init__(min(workers or size, size))
+        self.workers = min(workers or size, size)
         self.leads = self._world.Get_rank() == 0
         self._closed = False
 

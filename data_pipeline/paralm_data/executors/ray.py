@@ -1,14 +1,15 @@
 """Tasks on a Ray cluster: one Ray task for one of ours, a processor each.
 
-The process must be connected (`ray.init`); every node must see the same files under the same paths, relative ones from
-this process's folder. Ray runs a task again when its worker or node is lost.
+The process must be connected (`ray.init`) when the first task is run; every node must see the same files under the same
+paths, relative ones from this process's folder. Ray runs a task again when its worker or node is lost.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from paralm_data.errors import DataError, reason
@@ -40,24 +41,35 @@ def _remote(task: Task, folder: str) -> tuple[str, Any, Delta]:
 class RayExecutor(Executor):
     """At most ``workers`` tasks at a time; default: the processors of the cluster."""
 
-    def __init__(self, workers: int | None) -> None:
-        try:
+    def __init__(self, workers: int | None, connect: Callable[[], None] | None = None) -> None:
+        if importlib.util.find_spec("ray") is None:
+            raise DataError("data.executor: ray needs Ray; install paralm[ray]")
+        self._workers, self._connect = workers, connect
+        self._ray: Any = None
+
+    def _start(self) -> int:
+        """Be connected; returns how many tasks may run at a time."""
+        if self._ray is None:
             import ray
-        except ImportError as error:
-            raise DataError(f"data.executor: ray needs Ray ({error}); install paralm[ray]") from None
-        if not ray.is_initialized():
-            raise DataError("data.executor: ray needs a cluster: call ray.init() before prepare()")
-        self._ray = ray
-        super().__init__(workers or max(1, int(ray.cluster_resources().get("CPU", 1))))
+
+            if not ray.is_initialized() and self._connect is not None:
+                self._connect()
+            if not ray.is_initialized():
+                raise DataError("data.executor: ray needs a cluster: call ray.init() before prepare()")
+            self._ray = ray
+        return self._workers or max(1, int(self._ray.cluster_resources().get("CPU", 1)))
 
     def run(self, tasks: Sequence[Task]) -> Iterator[Event]:
+        if not tasks:
+            return
+        workers = self._start()
         remote = self._ray.remote(num_cpus=1, max_retries=ATTEMPTS - 1)(_remote)
         folder = os.getcwd()
         running: dict[Any, int] = {}
         following = iter(range(len(tasks)))
         try:
             while True:
-                while len(running) < self.workers and (index := next(following, None)) is not None:
+                while len(running) < workers and (index := next(following, None)) is not None:
                     running[remote.options(name=f"paralm {tasks[index].label}").remote(tasks[index], folder)] = index
                 if not running:
                     return
