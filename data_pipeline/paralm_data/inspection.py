@@ -74,7 +74,12 @@ def find_stores(path: Path) -> list[Path]:
         raise DataError(f"{path}: no such folder")
     if (path / manifests.NAME).exists():
         return [path]
-    candidates = [path / "train", path / "held_out", *sorted((path / "validation").glob("[!.]*"))]
+    folders = [path, *sorted((path / "mixture").glob("[!.]*"))]
+    candidates = [
+        candidate
+        for folder in folders
+        for candidate in (folder / "train", folder / "held_out", *sorted((folder / "validation").glob("[!.]*")))
+    ]
     found = [folder for folder in candidates if folder.is_dir()]
     if not found:
         raise DataError(f"{path}: neither a token store nor a folder with prepared data")

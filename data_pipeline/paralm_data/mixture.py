@@ -101,7 +101,7 @@ class MixtureLoader(StepLoader):
     def batch(self, step: int) -> Batch:
         """This rank's rows of the global batch of ``step``; with a bandit, of a step of the present round."""
         self._check_step(step)
-        if self.bandit is not None and not (self._measured and self._start <= step < self._start + self.every):
+        if not self.knows(step):
             raise DataError(
                 f"step {step}: its weights are not known here; a learned mixture knows those of the steps from "
                 f"{self._start} on, until step {self._start + self.every} is reached"
@@ -120,6 +120,15 @@ class MixtureLoader(StepLoader):
             epoch=step * self.global_batch_size / sum(self.n_samples),
         )
         return labelled(raw, self.sources[0].store.manifest, step, self._numbers, sources)
+
+    def knows(self, step: int) -> bool:
+        """Whether the weights of ``step`` are known."""
+        return self.bandit is None or (self._measured and self._start <= step < self.known_until)
+
+    @property
+    def known_until(self) -> int:
+        """The first step after the present round, with a bandit."""
+        return self._start + self.every
 
     def counts(self, step: int) -> list[int]:
         """Rows of each source in the first ``step`` steps (with a bandit: up to the present round's last)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +14,7 @@ from paralm_launch.commands.arguments import ConfigArgument, OverridesArgument, 
 from paralm_launch.console import quantity, say, table
 
 if TYPE_CHECKING:
-    from paralm_data import Batch, StoreReport, Task, Tokenizer
+    from paralm_data import Batch, MixtureLoader, StoreReport, Task, Tokenizer
 
 app = typer.Typer(no_args_is_help=True, help="Prepare text, inspect it, and see what a training step saw.")
 
@@ -70,8 +70,9 @@ def show(
     world_size: Annotated[int, typer.Option(min=1, help="The number of ranks; with 1, the whole global batch.")] = 1,
 ) -> None:
     """Print the exact text that a training step of a run saw."""
-    from paralm_data import Loader, SyntheticLoader, Tokenizer, TokenStore
+    from paralm_data import MixtureLoader, SyntheticLoader, Tokenizer
 
+    from paralm.data_sets import open_loader
     from paralm.synthetic import task_of
     from paralm_launch import pipeline
 
@@ -83,18 +84,31 @@ def show(
         batch = SyntheticLoader(task, *rows, rank=rank, world_size=world_size).batch(step - 1)
         _print_examples(batch, task, step, rank, world_size)
         return
-    loader = Loader(
-        TokenStore.open(place.data_dir / "train", verify="size"),
-        seq_len=training.seq_len,
-        global_batch_size=training.global_batch_size,
-        seed=place.config.run.seed,
-        order=data.order,
-        rank=rank,
-        world_size=world_size,
-    )
+    data.verify = "size"
+    loader = open_loader(place.config, place.data_dir, rank, world_size)
     tokenizer = Tokenizer.load(place.data_dir / "tokenizer.model")
-    loader.store.check_tokenizer(tokenizer)
-    _print_batch(loader.batch(step - 1), tokenizer, step, rank, world_size)
+    for store in [source.store for source in loader.sources] if isinstance(loader, MixtureLoader) else [loader.store]:
+        store.check_tokenizer(tokenizer)
+    if isinstance(loader, MixtureLoader) and loader.bandit is not None:
+        _go_to(loader, place.path, step)
+    names = [source.name for source in loader.sources] if isinstance(loader, MixtureLoader) else None
+    _print_batch(loader.batch(step - 1), tokenizer, step, rank, world_size, names)
+
+
+def _go_to(loader: MixtureLoader, run: Path, step: int) -> None:
+    """Give a learned mixture the weights of ``step``, from a checkpoint in its round. RunError if there is none."""
+    from paralm.training import checkpoint
+
+    checkpoints = run / "checkpoints"
+    there = [found for found in checkpoint.steps(checkpoints) if found < step]
+    if there:
+        loader.load_state_dict(checkpoint.open_step(checkpoints, there[-1]).manifest["loader"])
+    if not loader.knows(step - 1):
+        last = there[-1] if there else 0
+        raise RunError(
+            f"{run}: what step {step} drew follows from weights that were learned on the way; the checkpoints there "
+            f"are tell those of steps {last + 1} to {loader.known_until}"
+        )
 
 
 def _print_report(report: StoreReport) -> None:
@@ -140,13 +154,18 @@ def _print_examples(batch: Batch, task: Task, step: int, rank: int, world_size: 
         say("answers " + " ".join(f"{y if y >= 0 else '·':>{width}}" for y in labels[:length]))
 
 
-def _print_batch(batch: Batch, tokenizer: Tokenizer, step: int, rank: int, world_size: int) -> None:
+def _print_batch(
+    batch: Batch, tokenizer: Tokenizer, step: int, rank: int, world_size: int, names: Sequence[str] | None = None
+) -> None:
     say(f"step {step}, rank {rank} of {world_size}: {len(batch.rows)} rows, epoch {batch.epoch:.4f}")
-    for row, tokens, labels, reset in zip(batch.rows, batch.tokens, batch.labels, batch.reset):
+    of = [""] * len(batch.rows)
+    if names is not None and batch.sources is not None:
+        of = [f" of {names[source]}" for source in batch.sources.tolist()]
+    for row, source, tokens, labels, reset in zip(batch.rows, of, batch.tokens, batch.labels, batch.reset):
         starts = reset.nonzero().flatten().tolist()
         masked = int((labels < 0).sum())
         begins = f", documents begin at {', '.join(map(str, starts))}" if starts else ""
-        say(f"\n── row {row}: {len(tokens)} tokens, {masked} without a label{begins}")
+        say(f"\n── row {row}{source}: {len(tokens)} tokens, {masked} without a label{begins}")
         edges = sorted({0, *starts, len(tokens)})
         for first, last in itertools.pairwise(edges):
             if first in starts:
