@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from paralm.config import Config, SourceConfig
 from paralm.config_files import frozen_differences, load_config
-from paralm.errors import ConfigError, RunError, UserError
+from paralm.errors import EXIT_USER, ConfigError, RunError, UserError
 from paralm.user_modules import load_modules
+from paralm_launch import preparing
 from paralm_launch.console import ProgressLine, duration, quantity, say, table
 from paralm_launch.discovery import settle
 from paralm_launch.launchers import get_launcher
 
 if TYPE_CHECKING:
-    from paralm_data import Prepared, PreparedMixture, Progress, SourceSpec
+    from paralm_data import Execution, Prepared, PreparedMixture, Progress, SourceSpec
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,10 @@ def only_rank() -> None:
 
 
 def prepare_data(config: Config) -> Prepared | PreparedMixture | None:
-    """Make the tokenizer and the token stores, as far as they are not there; None for a task, which needs none."""
-    if config.data.mixture is not None:
-        return _prepare_mixture(config)
-    from paralm_data import TokenizerSpec, prepare
+    """Make the tokenizer and the token stores, as far as they are not there; None for a task, which needs none, and on
+    MPI ranks that are not the first.
+    """
+    from paralm_data import DataError
 
     from paralm.synthetic import task_of
 
@@ -82,6 +84,22 @@ def prepare_data(config: Config) -> Prepared | PreparedMixture | None:
     if task is not None:
         say(f"data: task '{task.name}', computed as it is needed, vocabulary {task.vocab_size:,}; nothing to prepare")
         return None
+    if preparing.needs_mpirun(config):
+        preparing.under_mpirun(config)  # its ranks say what they do; what follows finds everything there
+        config = config.model_copy(update={"data": config.data.model_copy(update={"executor": "local"})})
+    with preparing.execution(config) as execution:
+        assert not isinstance(execution.executor, str)
+        if not execution.executor.leads:
+            try:
+                execution.executor.follow()
+            except DataError:
+                sys.exit(EXIT_USER)  # the first rank says why
+            return None
+        return _prepare(config, execution) if config.data.mixture is None else _prepare_mixture(config, execution)
+
+
+def _prepare(config: Config, execution: Execution) -> Prepared:
+    from paralm_data import TokenizerSpec, prepare
 
     with ProgressLine() as line:
         prepared = prepare(
@@ -91,15 +109,19 @@ def prepare_data(config: Config) -> Prepared | PreparedMixture | None:
             held_out_fraction=config.data.held_out_fraction,
             validation={name: _source(source) for name, source in config.data.validation.items()},
             progress=lambda progress: _show_data(line, progress),
+            steps=preparing.steps_of(config),
+            execution=execution,
         )
     stores = {"train": prepared.train, "held out": prepared.held_out, **prepared.validation}
     text = ", ".join(f"{name} {quantity(store.n_tokens)} tokens" for name, store in stores.items())
     state = "already prepared" if prepared.skipped else "prepared"
+    for bad in preparing.quarantined(prepared.path):
+        say(f"data: {bad}")
     say(f"data: {state}, vocabulary {prepared.tokenizer.vocab_size:,}, {text} → {prepared.path}")
     return prepared
 
 
-def _prepare_mixture(config: Config) -> PreparedMixture:
+def _prepare_mixture(config: Config, execution: Execution) -> PreparedMixture:
     from paralm_data import TokenizerSpec, prepare_mixture
 
     data, mixture = config.data, config.data.mixture
@@ -115,8 +137,13 @@ def _prepare_mixture(config: Config) -> PreparedMixture:
             held_out_fraction=data.held_out_fraction,
             validation={name: _source(source) for name, source in data.validation.items()},
             progress=lambda progress: _show_data(line, progress),
+            steps=preparing.steps_of(config),
+            execution=execution,
         )
     text = ", ".join(f"{name} {quantity(store.n_tokens)} tokens" for name, store in prepared.train.items())
+    for folder in (prepared.path / "mixture" / name for name in mixture.sources):
+        for bad in preparing.quarantined(folder):
+            say(f"data: {bad}")
     say(
         f"data: {'already prepared' if prepared.skipped else 'prepared'}, vocabulary "
         f"{prepared.tokenizer.vocab_size:,}, {text}, held out {quantity(prepared.held_out.n_tokens)} tokens → "
@@ -132,15 +159,8 @@ def _source(source: SourceConfig) -> SourceSpec:
 
 
 def _show_data(line: ProgressLine, progress: Progress) -> None:
-    parts = [f"{progress.documents:,} documents"] if progress.documents else []
-    if progress.bytes:
-        parts.append(f"{progress.bytes / 1e6:.1f} MB")
-    if progress.tokens:
-        parts.append(f"{quantity(progress.tokens)} tokens")
-    if progress.bytes and progress.documents:
-        parts.append(f"{progress.mb_per_s:.1f} MB/s")
-    # The size of a corpus is known when it has been read; until then the bar only moves.
-    line.update(progress.stage, 1.0 if progress.done else 0.0, 1.0 if progress.done else None, ", ".join(parts))
+    fraction = 1.0 if progress.done else progress.fraction
+    line.update(progress.stage, fraction or 0.0, None if fraction is None else 1.0, preparing.progress_text(progress))
 
 
 # -- training ------------------------------------------------------------------------------------------------

@@ -24,11 +24,12 @@ if TYPE_CHECKING:
     from paralm.training.loop import TrainResult
 
 
-def _mpirun() -> str:
+def find_mpirun(key: str = "launcher.kind") -> str:
+    """Its path. RunError, which names the configuration's ``key`` that asks for it, if there is none."""
     beside = Path(sys.executable).parent / "mpirun"  # a wheel's
     found = str(beside) if beside.exists() else shutil.which("mpirun")
     if found is None:
-        raise RunError("launcher.kind: mpi needs mpirun; install an MPI, or paralm[mpi]")
+        raise RunError(f"{key}: mpi needs mpirun; install an MPI, or paralm[mpi]")
     return found
 
 
@@ -49,7 +50,7 @@ def mpi(config: Config, on_progress: Callable[[dict[str, Any]], None], say: Call
         from paralm.training.loop import train
 
         return train(config, on_progress=on_progress, say=say)
-    mpirun = _mpirun()
+    mpirun = find_mpirun()
     with Launch(config, on_progress, say) as launch:
         command = mpirun_command(config, worker_command(launch.exchange), mpirun)
         reason = ""
@@ -65,7 +66,7 @@ def mpi(config: Config, on_progress: Callable[[dict[str, Any]], None], say: Call
                 text=True,
             )
             _, complaint = process.communicate()
-            reason = f"mpirun {ended_by(process.returncode)}{_first_line(complaint)}"
+            reason = f"mpirun {ended_by(process.returncode)}{first_line(complaint)}"
             launch.end_children()
             if launch.over():
                 break
@@ -84,7 +85,7 @@ def _has_descriptor(stream: Any) -> bool:
         return False
 
 
-def _first_line(text: str) -> str:
+def first_line(text: str) -> str:
     """mpirun's first words, which are framed by dashes."""
     lines = [line.strip() for line in text.splitlines() if line.strip(" -")]
     return f": {lines[0]}" if lines else ""
