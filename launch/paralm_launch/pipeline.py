@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,7 +84,8 @@ def prepare_data(config: Config) -> Prepared | PreparedMixture | None:
     if task is not None:
         say(f"data: task '{task.name}', computed as it is needed, vocabulary {task.vocab_size:,}; nothing to prepare")
         return None
-    if preparing.needs_mpirun(config):
+    told = preparing.needs_mpirun(config)
+    if told:
         preparing.under_mpirun(config)  # its ranks say what they do; what follows finds everything there
         config = config.model_copy(update={"data": config.data.model_copy(update={"executor": "local"})})
     with preparing.execution(config) as execution:
@@ -95,13 +96,14 @@ def prepare_data(config: Config) -> Prepared | PreparedMixture | None:
             except DataError:
                 sys.exit(EXIT_USER)  # the first rank says why
             return None
-        return _prepare(config, execution) if config.data.mixture is None else _prepare_mixture(config, execution)
+        prepare = _prepare if config.data.mixture is None else _prepare_mixture
+        return prepare(config, execution, (lambda text: None) if told else say)
 
 
-def _prepare(config: Config, execution: Execution) -> Prepared:
+def _prepare(config: Config, execution: Execution, say: Callable[[str], None]) -> Prepared:
     from paralm_data import TokenizerSpec, prepare
 
-    with ProgressLine() as line:
+    with preparing.progress_line() as line:
         prepared = prepare(
             _source(config.data.source),
             TokenizerSpec(**config.data.tokenizer.model_dump()),
@@ -121,12 +123,12 @@ def _prepare(config: Config, execution: Execution) -> Prepared:
     return prepared
 
 
-def _prepare_mixture(config: Config, execution: Execution) -> PreparedMixture:
+def _prepare_mixture(config: Config, execution: Execution, say: Callable[[str], None]) -> PreparedMixture:
     from paralm_data import TokenizerSpec, prepare_mixture
 
     data, mixture = config.data, config.data.mixture
     assert mixture is not None
-    with ProgressLine() as line:
+    with preparing.progress_line() as line:
         prepared = prepare_mixture(
             {
                 name: source.store.expanduser() if source.store is not None else _source(source)

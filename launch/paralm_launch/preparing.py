@@ -14,7 +14,7 @@ from paralm.config import Config
 from paralm.config_files import dump_yaml
 from paralm.errors import RunError
 from paralm_launch import discovery
-from paralm_launch.console import duration, quantity
+from paralm_launch.console import ProgressLine, duration, quantity
 
 if TYPE_CHECKING:
     from paralm_data import Execution, Progress, StepsSpec
@@ -105,6 +105,11 @@ def _ranks(config: Config) -> int:
             return sum(map(int, slots))
     allocated = os.environ.get("SLURM_NTASKS", "")
     return int(allocated) if allocated.isdigit() else len(os.sched_getaffinity(0))
+
+
+def progress_line() -> ProgressLine:
+    """Of a process here; of plain lines on an MPI rank, which mpirun gives a terminal that is none."""
+    return ProgressLine(terminal=False if is_mpi_rank() else None)
 
 
 def progress_text(progress: Progress) -> str:
