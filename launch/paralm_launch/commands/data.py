@@ -31,12 +31,19 @@ def prepare(config: ConfigArgument, overrides: OverridesArgument = None) -> None
     """Make the tokenizer and the token stores of a configuration, as far as they are not there.
 
     They go to data.dir, or to the run's folder when that is not set. 'paralm run' does this by itself.
+    data.executor=local|ray|mpi and data.workers=N say who does it; under mpirun or srun every rank works with
+    data.executor=mpi. The same command goes on after an interruption.
     """
     from paralm.config_files import load_config
-    from paralm_launch import pipeline
+    from paralm_launch import pipeline, preparing
+    from paralm_launch.discovery import settle
 
-    pipeline.only_rank()
-    pipeline.prepare_data(load_config(config, overrides or []).config)
+    settings = load_config(config, overrides or []).config
+    if settings.data.executor == "mpi" and preparing.is_mpi_rank():
+        settle()  # every rank is wanted
+    else:
+        pipeline.only_rank()
+    pipeline.prepare_data(settings)
 
 
 def inspect(
