@@ -40,6 +40,14 @@ class Recent:
         return value
 
 
+def _runs(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """start, start + 1, … of each, as many as its length, end to end."""
+    ends = lengths.cumsum()
+    found = (starts + lengths - ends).repeat(lengths)
+    found += np.arange(len(found))
+    return found
+
+
 @dataclass(frozen=True, eq=False)
 class Rows:
     """Raw rows: ``tokens`` (rows, seq_len + 1) in the store's dtype; of row r the first ``valid[r]`` are inputs.
@@ -118,33 +126,50 @@ class DocumentStream:
     """
 
     BLOCK = 256
+    GROUP = 8  # blocks whose documents are permuted at once: a call for one costs nearly as much
     CHUNK = 1 << 20  # documents whose lengths are summed at once
 
     def __init__(self, store: TokenStore, seed: int) -> None:
         self._store, self._seed = store, seed
-        self._epochs, self._blocks = Recent(2), Recent(64)
+        self._tokens: NDArray[Any] = np.asarray(store.tokens)
+        self._epochs, self._blocks, self._tables = Recent(2), Recent(64), Recent(2)
+        self._groups = Recent(64)
 
     def read(self, epoch: int, positions: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[Any]:
         """``counts[i]`` tokens of the stream from ``positions[i]`` on, for every i, end to end."""
-        self._blocks.size = max(64, 2 * len(positions))
-        blocks = self._coarse(epoch).searchsorted(positions, side="right") - 1
-        shifts: list[NDArray[np.int64]] = []  # of each document met: from its place in the stream to that in the store
-        lengths: list[NDArray[np.int64]] = []  # and how many of its tokens are wanted
-        for position, count, block in zip(positions.tolist(), counts.tolist(), blocks.tolist(), strict=True):
-            stop = position + count
-            while position < stop:
-                bounds, shift = self._block(epoch, block)
-                first, last = bounds.searchsorted((position, stop - 1), side="right").tolist()
-                inside = bounds[first - 1 : last + 1].copy()  # where those documents begin, and where the last ends
-                inside[0] = position
-                inside[-1] = min(int(inside[-1]), stop)
-                shifts.append(shift[first - 1 : last])
-                lengths.append(inside[1:] - inside[:-1])
-                position, block = int(inside[-1]), block + 1
-        places = np.repeat(np.concatenate([_NONE, *shifts]), np.concatenate([_NONE, *lengths]))
-        places += np.arange(len(places))
-        places += np.repeat(positions - (np.cumsum(counts) - counts), counts)
-        return self._store.tokens.take(places)
+        some = counts > 0
+        if not some.all():
+            positions, counts = positions[some], counts[some]
+        stops = positions + counts
+        begins, ends, shifts = self._near(epoch, positions, stops)
+        firsts = begins.searchsorted(positions, side="right") - 1
+        each = begins.searchsorted(stops, side="left") - firsts  # documents of each part
+        met = _runs(firsts, each)
+        begin = np.maximum(begins[met], positions.repeat(each))
+        lengths = np.minimum(ends[met], stops.repeat(each)) - begin
+        return self._tokens.take(_runs(begin + shifts[met], lengths))
+
+    def _near(
+        self, epoch: int, positions: NDArray[np.int64], stops: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Of the documents in all blocks that [positions, stops) touch, in the stream's order: where in the stream each
+        begins and ends, and from there to its place in the store. The same for many steps."""
+        coarse = self._coarse(epoch)
+        first, last = coarse.searchsorted((positions, stops - 1), side="right") - 1
+        wide = last - first > 1
+        blocks = sorted({*first.tolist(), *last.tolist(), *(_runs(first, last - first).tolist() if wide.any() else ())})
+
+        def make() -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+            found = [self._block(epoch, block) for block in blocks]
+            bounds = [bound for bound, _ in found]
+            return (
+                np.concatenate([_NONE, *(bound[:-1] for bound in bounds)]),
+                np.concatenate([_NONE, *(bound[1:] for bound in bounds)]),
+                np.concatenate([_NONE, *(shift for _, shift in found)]),
+            )
+
+        self._blocks.size = self._groups.size = max(64, 2 * len(blocks))
+        return self._tables.get((epoch, *blocks), make)
 
     def _places(self, epoch: int, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Of the documents at places [start, stop): where each begins in the store, and its length."""
@@ -171,12 +196,18 @@ class DocumentStream:
         """Of a block of k documents: (k + 1,) where in the stream they begin and the last ends; (k,) shifts."""
 
         def make() -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-            start = block * self.BLOCK
-            sources, lengths = self._places(epoch, start, min(start + self.BLOCK, self._store.n_documents))
+            group, within = divmod(block, self.GROUP)
+            part = slice(within * self.BLOCK, (within + 1) * self.BLOCK)
+            sources, lengths = (values[part] for values in self._group(epoch, group))
             bounds = self._coarse(epoch)[block] + np.concatenate(([0], np.cumsum(lengths)))
             return bounds, sources - bounds[:-1]
 
         return self._blocks.get((epoch, block), make)
+
+    def _group(self, epoch: int, group: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        size = self.GROUP * self.BLOCK
+        stop = min((group + 1) * size, self._store.n_documents)
+        return self._groups.get((epoch, group), lambda: self._places(epoch, group * size, stop))
 
 
 class Lanes:
@@ -194,15 +225,16 @@ class Lanes:
         self.steps_per_epoch = float(self._steps)
         self._dtype = store.tokens.dtype
         self._stream = DocumentStream(store, seed)
+        self._recent = Recent(1)
 
     def rows(self, step: int, rows: range) -> Rows:
         """Rows ``rows`` of the global batch of ``step``."""
         epoch, segment = divmod(step, self._steps)
-        lanes = np.arange(rows.start, rows.stop, dtype=np.int64)
-        starts = self._n * lanes // self._batch_size + segment * self._seq_len
-        ends = self._n * (lanes + 1) // self._batch_size
-        valid = np.clip(ends - starts, 0, self._seq_len)
-        counts = np.where(valid > 0, np.minimum(valid + 1, self._n - starts), 0)  # one more: the last input's label
+        begins, ends = self._recent.get((rows.start, rows.stop), lambda: self._lanes(rows))
+        starts = begins + segment * self._seq_len
+        valid = np.minimum(np.maximum(ends - starts, 0), self._seq_len)
+        counts = np.minimum(valid + (valid > 0), self._n - starts)  # one more: the last input's label
+        counts = np.maximum(counts, 0)
         flat, width = self._stream.read(epoch, starts, counts), self._seq_len + 1
         if len(flat) == len(rows) * width:
             tokens = flat.reshape(len(rows), width)
@@ -211,6 +243,11 @@ class Lanes:
             tokens[np.arange(width) < counts[:, None]] = flat
         continues = np.full(len(rows), segment > 0, np.bool_)
         return Rows(tokens, valid, continues, epoch=step / self._steps)
+
+    def _lanes(self, rows: range) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Where in the stream each row's lane begins and ends."""
+        bounds = self._n * np.arange(rows.start, rows.stop + 1, dtype=np.int64) // self._batch_size
+        return bounds[:-1], bounds[1:]
 
 
 ORDERS: dict[str, Callable[[TokenStore, int, int, int], Windows | Lanes]] = {"windows": Windows, "lanes": Lanes}

@@ -55,7 +55,7 @@ def test_data_show_says_which_source_each_row_is_of(done: Path, capsys: pytest.C
     assert code == 0
     assert out.count(" of first: ") + out.count(" of second: ") == 4
     code, _, err = call(capsys, "data", "show", run, "--step", 5)  # its checkpoint is gone
-    assert code == 1
+    assert code == 2
     assert "step 5 drew follows from weights that were learned on the way" in err
     assert "tell those of steps 1 to 3" in err
     assert err.count("\n") == 1
