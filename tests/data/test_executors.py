@@ -139,6 +139,7 @@ def test_ray_gives_the_same_bytes_and_survives_the_loss_of_a_worker(
 ) -> None:
     monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # which lets Ray keep to the loopback
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("paralm_data.progress.Meter.EVERY", 0.0)
     import ray
 
     ray.init(
@@ -159,6 +160,7 @@ def test_ray_gives_the_same_bytes_and_survives_the_loss_of_a_worker(
             out = tmp_path / str(workers)
             progress = kill_one if workers == 2 else None
             assert tree(run(big, out, "ray", workers, progress=progress).path) == expected
+        assert killed
     finally:
         ray.shutdown()
 

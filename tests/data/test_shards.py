@@ -1,0 +1,108 @@
+"""A source cut into shards is the source: each record once, in order, with its place, wherever the cuts fall."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from paralm_data import DataError, SourceSpec, documents, shards
+from paralm_data.readers import lines_before
+from paralm_data.sources import Shard
+
+relaxed = settings(
+    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
+
+
+def told(parts: list[Shard], max_bytes: int | None = None) -> list[tuple[str, str | None, str]]:
+    """Text, problem and place of every record of the shards."""
+    return [(r.text, r.problem, shard.place(r)) for shard in parts for r in shard.records(max_bytes)]
+
+
+LINE = st.one_of(
+    st.text(alphabet="aé\U0001f642 \n", max_size=30).map(lambda text: json.dumps({"text": text}).encode()),
+    st.sampled_from([b"", b"  ", b"\r", b"no json", b'{"text": 1}', b'{"text": "na\xefve"}']),
+)
+
+
+@relaxed
+@given(st.lists(LINE, min_size=1, max_size=25), st.booleans(), st.integers(1, 400), st.sampled_from([None, 20]))
+def test_ranges_of_bytes_hold_each_line_once(
+    tmp_path: Path, lines: list[bytes], ends: bool, shard_bytes: int, max_bytes: int | None
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join(lines) + b"\n" * ends)
+    spec = SourceSpec("jsonl", paths=(str(path),))
+    whole = told(shards(spec), max_bytes)
+    for _ in range(2):
+        assert told(shards(spec, shard_bytes), max_bytes) == whole
+    lines_before.cache_clear()  # the file is another one next time
+
+
+@pytest.mark.parametrize("shard_bytes", [10, 1000, 20_000, 1 << 20])
+def test_row_groups_hold_each_row_once(tmp_path: Path, shard_bytes: int) -> None:
+    texts = [f"row {i} " * (i % 7) for i in range(1, 500)]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=37, compression="none")
+    pq.write_table(pa.table({"text": ["x", "y"]}), tmp_path / "b.parquet")
+    spec = SourceSpec("parquet", paths=(str(tmp_path),))
+    parts = shards(spec, shard_bytes)
+    assert told(parts) == told(shards(spec))
+    assert [text for text, _, _ in told(parts)] == [*texts, "x", "y"]
+    assert (len(parts) > 2) == (shard_bytes < 20_000)
+
+
+def test_large_files_are_cut_and_small_ones_joined(tmp_path: Path) -> None:
+    for name, size in (("a", 10), ("b", 20), ("c", 5000), ("d", 30), ("e", 900)):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "{name * size}"}}\n')
+    (tmp_path / "f.jsonl.gz").write_bytes(gzip.compress(b'{"text": "' + b"f" * 90_000 + b'"}\n', 0))
+    parts = shards(SourceSpec("jsonl", paths=(str(tmp_path),)), 1000)
+    assert [[p.path.name[0] for p in part.parts if p.path] for part in parts] == [
+        ["a", "b"], *[["c"]] * 5, ["d", "e"], ["f"]
+    ]  # fmt: skip
+    assert len({part.key for part in parts}) == len(parts)
+    again = shards(SourceSpec("jsonl", paths=(str(tmp_path),)), 1000)
+    assert [part.key for part in again] == [part.key for part in parts]
+    (tmp_path / "a.jsonl").write_text('{"text": "b"}\n')
+    assert shards(SourceSpec("jsonl", paths=(str(tmp_path),)), 1000)[0].key != parts[0].key
+
+
+def test_the_first_so_many_documents_are_one_shard(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"text": "{name}{i}"}}\n' for i in range(100)))
+    spec = SourceSpec("jsonl", paths=(str(tmp_path),), max_documents=103)
+    (part,) = shards(spec, 50)
+    assert [record.text for record in part.records()] == [d.text for d in documents(spec)]
+    assert len(list(part.records())) == 103
+
+
+def test_the_text_that_is_not_asked_for_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n\nno json\n{"text": "b"}\n')
+    (part,) = shards(SourceSpec("jsonl", paths=(str(tmp_path),)))
+    assert [(r.text, r.problem) for r in part.records(skip=[True, True, False])] == [
+        ("", None),
+        ("", None),
+        ("b", None),
+    ]
+    with pytest.raises(DataError, match=r"a.jsonl: changed while it was prepared: it has more than the 2 records"):
+        list(part.records(skip=[True, True]))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "text", "parquet"])
+def test_a_record_that_is_too_long_is_a_bad_one(tmp_path: Path, kind: str) -> None:
+    if kind == "jsonl":
+        (tmp_path / "a.jsonl").write_bytes(b'{"text": "' + b"x" * 3_000_000 + b'"}\n{"text": "good"}\n')
+    elif kind == "text":
+        (tmp_path / "a.txt").write_bytes(b"x" * 3_000_000)
+        (tmp_path / "b.txt").write_bytes(b"good")
+    else:
+        pq.write_table(pa.table({"text": ["é" * 30, "good"]}), tmp_path / "a.parquet")
+    (first, second), limit = told(shards(SourceSpec(kind, paths=(str(tmp_path),))), 50), 50
+    assert first[0] == ""
+    assert first[1] == f"longer than {limit} bytes (data.steps.max_document_bytes)"
+    assert second[:2] == ("good", None)
