@@ -224,7 +224,7 @@ def _open_dataset(spec: SourceSpec, name: str) -> Iterable[Any]:
 def _read_stdlib(
     spec: SourceSpec, part: Part, number: int, max_bytes: int | None, wanted: Iterator[bool]
 ) -> Iterator[Record]:
-    for index, document in enumerate(stdlib.documents()):
+    for index, document in enumerate(stdlib.documents(part=spec.subset)):
         text, problem = _bounded(document.text, None, max_bytes) if next(wanted) else ("", None)
         yield Record(number, index, text, problem, origin=document.origin)
 

@@ -14,6 +14,7 @@ from typing import Any
 from paralm_data.errors import DataError
 
 SOURCE_KINDS = ("python-stdlib", "text", "jsonl", "parquet", "datasets")
+STDLIB_PARTS = ("code", "docs", "tests")
 TOKENIZER_KINDS = ("bpe", "unigram")
 
 
@@ -31,8 +32,9 @@ class SourceSpec:
 
     ``kind``: ``python-stdlib``, ``text`` (one document a file), ``jsonl`` (``.gz`` and ``.zst`` too), ``parquet`` or
     ``datasets``. ``paths``: files, folders or globs. ``text_key``: the field with the text (jsonl, parquet, datasets).
-    ``dataset``: a hub name or local path, with ``subset``, ``split``, ``streaming``. ``max_documents``: stop after so
-    many. Raises DataError for an unknown kind or a missing field.
+    ``dataset``: a hub name or local path, with ``subset``, ``split``, ``streaming``. ``subset`` of the standard
+    library: ``code``, ``docs`` or ``tests``. ``max_documents``: stop after so many. Raises DataError for an unknown
+    kind or a missing field.
     """
 
     kind: str = "python-stdlib"
@@ -53,6 +55,8 @@ class SourceSpec:
             raise DataError(f"source kind '{self.kind}' needs 'paths': files, folders or globs")
         if self.kind == "datasets" and not self.dataset:
             raise DataError("source kind 'datasets' needs 'dataset', a hub name or a local path")
+        if self.kind == "python-stdlib" and self.subset is not None:
+            known("subset", self.subset, STDLIB_PARTS)
         if self.max_documents is not None and self.max_documents < 1:
             raise DataError(f"max_documents is {self.max_documents}; it must be at least 1")
 

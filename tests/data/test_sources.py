@@ -117,6 +117,30 @@ def test_the_standard_library() -> None:
     assert all("\0" not in d.text for d in found)
 
 
+def test_the_standard_library_in_parts(tmp_path: Path) -> None:
+    """Docstrings are prose, what is left of their files is code, and no part holds text of another."""
+    module = (
+        '"""Of the\nmodule."""\nimport os\n\n\nclass A:\n    """Of A."""\n\n    def f(self):\n        """Of f."""\n'
+    )
+    module += '        return "no docstring"\n\n    async def g(self): "on the line"\n'
+    for name, text in {
+        "a.py": module, "broken.py": '"""no\n', "test/b.py": '"""Of a test."""\n', "d/e.rst": "prose", "d/f.json": "{}",
+        "g.h": "int x;\n", "empty.py": "x = 1\n",
+    }.items():  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    found = {part: {d.origin: d.text for d in stdlib.documents(tmp_path, part)} for part in ("code", "docs", "tests")}
+    assert found["docs"] == {"a.py": "Of the\nmodule.\n\nOf A.\n\nOf f.", "d/e.rst": "prose"}
+    code = 'import os\n\n\nclass A:\n\n    def f(self):\n        return "no docstring"\n\n'
+    code += '    async def g(self): "on the line"\n'
+    assert found["code"] == {"a.py": code, "broken.py": '"""no\n', "empty.py": "x = 1\n", "g.h": "int x;\n"}
+    assert found["tests"] == {"test/b.py": '"""Of a test."""\n'}
+    with pytest.raises(DataError, match="subset 'doc' is unknown; did you mean 'docs'"):
+        SourceSpec("python-stdlib", subset="doc")
+    sizes = {part: sum(len(d.text) for d in documents(SourceSpec("python-stdlib", subset=part))) for part in found}
+    assert min(sizes.values()) > 500_000
+
+
 def test_the_standard_library_leaves_out_what_is_no_text(tmp_path: Path) -> None:
     for name, data in {
         "a.py": b"x = 1\r\n", "latin.py": b"\xe9", "nul.txt": b"a\0", "site-packages/b.py": b"b",
