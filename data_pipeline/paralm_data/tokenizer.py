@@ -179,13 +179,14 @@ class Tokenizer:
 
     def _encode_segments(self, segments: list[str], threads: int) -> list[NDArray[np.int32]]:
         try:
-            pieces = self._model.encode(segments, num_threads=threads)
+            pieces = self._model.encode(segments, num_threads=threads, out_type="numpy")
         except Exception:
             _check_utf8(segments)
             raise
         if self._exact:
-            pieces = [self._marker if s == SPACE else ids for s, ids in zip(segments, pieces, strict=True)]
-        return [np.array(ids, np.int32) for ids in pieces]
+            marker = np.array(self._marker, np.int32)
+            pieces = [marker if s == SPACE else ids for s, ids in zip(segments, pieces, strict=True)]
+        return list(pieces)
 
     def _round_trip(self, text: str) -> bool:
         return self.decode(self.encode(text)) == text
