@@ -20,6 +20,7 @@ from pydantic import (
 
 from paralm.config_base import Section as Section
 from paralm.config_base import SourceConfig as SourceConfig
+from paralm.config_cluster import ClusterConfig as ClusterConfig
 from paralm.config_mixture import MixtureConfig as MixtureConfig
 
 
@@ -367,6 +368,7 @@ class Config(Section):
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     launcher: LauncherConfig = Field(default_factory=LauncherConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
+    cluster: ClusterConfig = Field(default_factory=ClusterConfig)
 
     @property
     def run_dir(self) -> Path:

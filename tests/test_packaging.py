@@ -123,10 +123,11 @@ def test_the_licence_is_the_apache_licence() -> None:
     assert "END OF TERMS AND CONDITIONS" in text
 
 
-def test_the_batch_script_is_valid_bash_and_names_real_options() -> None:
-    script = resources.find("slurm/train.sbatch")
-    assert sh("bash", "-n", script, cwd=ROOT) == ""
-    text = script.read_text()
-    assert "exec paralm train" in text
-    for variable in ("RANK=", "WORLD_SIZE=", "LOCAL_RANK=", "MASTER_ADDR=", "MASTER_PORT="):
-        assert variable in text, f"training reads {variable[:-1]}"
+def test_the_batch_scripts_are_valid_bash_and_answer_signals_alike() -> None:
+    scripts = sorted((resources.share_root() / "slurm").glob("*.sbatch"))
+    assert [script.stem for script in scripts] == ["eval", "prepare", "train", "train_ray"]
+    shared = set()
+    for script in scripts:
+        assert sh("bash", "-n", script, cwd=ROOT) == ""
+        shared.add(script.read_text().partition("# -- signals")[2].partition("# -- end of signals")[0])
+    assert len(shared) == 1

@@ -48,6 +48,7 @@ class Control:
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
                 if signal.getsignal(number) != signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._on_stop)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGUSR1,))  # one that a launcher held comes now
         self._read_stop_file()  # a request from before this rank was so far
         faulthandler.register(signal.SIGUSR2, file=self._file, all_threads=True)
         self._watcher.start()

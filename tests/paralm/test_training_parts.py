@@ -181,6 +181,16 @@ def test_signals_are_noted_and_handlers_put_back(tmp_path: Path) -> None:
     assert not (tmp_path / "ranks" / "rank_00000.json").exists()
 
 
+def test_a_held_sigusr1_is_answered_as_soon_as_there_is_an_answer(tmp_path: Path) -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1,))
+    try:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        with Control(tmp_path / "stacks", tmp_path / "ranks", 0, hang_timeout=60) as control:
+            assert control.stop_signal == signal.SIGUSR1
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGUSR1,))
+
+
 def test_stacks_are_dumped_on_request_by_file_by_signal_and_on_a_hang(tmp_path: Path) -> None:
     dump = tmp_path / "stacks" / "rank_00000.txt"
 

@@ -66,6 +66,7 @@ class Launch:
             for number in _STOPS:
                 before = signal.signal(number, self._on_stop)
                 self._previous.setdefault(number, before)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGUSR1,))  # one that was held is answered now
 
     def __exit__(self, *error: object) -> None:
         if self._grace is not None:

@@ -94,6 +94,7 @@ def _say_again(exchange: Exchange, again: int, most: int) -> None:
 
 def main() -> None:
     die_with_parent()
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1,))  # held until training answers it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal: the launcher answers
     discovery.settle()
     done = run_rank(Path(sys.argv[1]))
