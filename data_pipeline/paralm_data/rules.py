@@ -19,6 +19,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
+from importlib.metadata import version
 from typing import Any
 
 from paralm_data.errors import DataError
@@ -139,6 +140,11 @@ def _identifier() -> Any:
     except ImportError as error:
         raise DataError(f"data.steps.language needs py3langid ({error}); {EXTRA}") from None
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+
+
+def algorithm(steps: StepsSpec) -> str:
+    """What the fates depend on beside the text and the steps: another release may tell languages otherwise."""
+    return f"py3langid {version('py3langid')}" if steps.language.keep else ""
 
 
 def language(text: str) -> tuple[str, float]:

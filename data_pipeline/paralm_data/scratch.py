@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,13 @@ from paralm_data.atomic import sync_folder
 from paralm_data.errors import DataError, reason
 
 NAME = ".work"  # in the prepared folder, gone when that is whole
+VERSION = 1  # of the files that tasks leave
 BLOCK = 1 << 20  # bytes read or written at once
 
 
 def key_of(*values: Any) -> str:
-    """Stands for JSON-able values."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:20]
+    """Stands for JSON-able values, and for what tasks make of them in this release."""
+    return hashlib.sha256(json.dumps([VERSION, *values], sort_keys=True).encode()).hexdigest()[:20]
 
 
 def read_marker(path: Path) -> dict[str, Any] | None:
@@ -46,6 +48,7 @@ class Files:
     def __init__(self, marker: Path) -> None:
         self.marker = marker
         self._open: dict[str, Any] = {}
+        self._token = secrets.token_hex(8)  # the same task may run elsewhere, after all
         try:
             marker.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -100,8 +103,7 @@ class Files:
         self.abandon()
 
     def _temporary(self, ending: str) -> Path:
-        # The host too: processes of two machines may have one number.
-        return self.marker.with_name(f".{self.marker.stem}{ending}.tmp-{os.uname().nodename}-{os.getpid()}")
+        return self.marker.with_name(f".{self.marker.stem}{ending}.tmp-{self._token}")
 
 
 def read_array(path: Path, dtype: Any, start: int = 0, stop: int | None = None) -> NDArray[Any]:

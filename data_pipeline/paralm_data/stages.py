@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from paralm_data import minhash
+from paralm_data import minhash, rules
 from paralm_data.atomic import write_file
 from paralm_data.duplicates import PARTITION, Choose, Partition
 from paralm_data.errors import DataError
@@ -107,8 +107,8 @@ class Stages:
         whole = held_out is None
         steps = self._steps if not whole else StepsSpec(max_document_bytes=self._steps.max_document_bytes)
         parts = shards(source, self._shard_bytes)
-        library = minhash.algorithm() if steps.minhash.enabled else ""
-        stage = key_of("scan", steps.without_shuffle().as_dict(), library, whole, source.text_key)
+        libraries = [minhash.algorithm() if steps.minhash.enabled else "", rules.algorithm(steps)]
+        stage = key_of("scan", steps.without_shuffle().as_dict(), libraries, whole)
         scans = [Scan(shard, steps, whole, self._limit, self._scratch / f"scan-{stage}") for shard in parts]
         scanned = self._scan(f"reading {name}".rstrip(), scans)
         plan_key = key_of(stage, [shard.key for shard in parts])
@@ -143,7 +143,8 @@ class Stages:
         runs = [[str(scan.marker), found["runs"]] for scan, found in zip(scans, scanned)]
         write_file(plan, json.dumps(runs).encode())
         count = -(-keys // PARTITION)
-        tasks = [Partition(plan, i, count, self._scratch / f"partition-{plan_key}") for i in range(count)]
+        folder = self._scratch / f"partition-{key_of(plan_key, count)}"
+        tasks = [Partition(plan, i, count, folder) for i in range(count)]
         self.run("finding duplicates", tasks, quiet=count == 1)
         return tasks
 
@@ -217,14 +218,14 @@ class Stages:
 
 
 def _counts(scanned: list[dict[str, Any]], chosen: list[dict[str, Any]]) -> Counts:
-    rules: Counter[str] = Counter()
+    broken: Counter[str] = Counter()
     for found in scanned:
-        rules.update(found["rules"])
+        broken.update(found["rules"])
     return Counts(
         read=sum(found["records"] for found in scanned),
         bad=sum(found["bad"] for found in chosen),
         empty=sum(found["empty"] for found in chosen),
-        rules=dict(sorted(rules.items())),
+        rules=dict(sorted(broken.items())),
         duplicates=sum(found["duplicates"] for found in chosen),
         near_duplicates=sum(found["near_duplicates"] for found in chosen),
         kept=sum(found["train"] + found["held_out"] for found in chosen),
