@@ -133,6 +133,27 @@ def test_measuring_changes_nothing_of_training(
     assert all(reward is not None and 0 < abs(reward) <= 1 for rewards in found for reward in rewards)
 
 
+@pytest.mark.parametrize(
+    ("stage", "training", "parallel"),
+    [
+        (1, {"precision": "bf16"}, {}),
+        (3, {"precision": "bf16", "activation_checkpointing": True}, {}),
+        (3, {}, {"offload_optimizer": "cpu", "offload_parameters": "cpu"}),
+    ],
+)
+def test_rewards_are_the_same_however_the_model_is_kept(
+    make: Make, stage: int, training: dict[str, Any], parallel: dict[str, Any]
+) -> None:
+    """bf16 weights, blocks that are run again, weights on the host: the first round's draws and rewards, about."""
+    found = []
+    for name, more in (("plain", {}), ("kept", {"stage": stage, "parallel": parallel, "training": training})):
+        more.setdefault("training", {})["max_steps"] = 4  # type: ignore[index]
+        config = make(name, {"weights": "ucb1", "gradient": "all"}, **more)
+        train(config, say=quiet)
+        found.append([row["mixture"][source]["reward"] for row in rows(config)[:2] for source in SOURCES])
+    assert found[1] == pytest.approx(found[0], abs=0.02)
+
+
 def test_rewards_are_the_cosine_of_gradients(make: Make) -> None:
     """Against autograd on a model by itself, in double precision."""
     from paralm_data import IGNORE, random_windows
