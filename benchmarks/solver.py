@@ -8,7 +8,8 @@ ParaGRU and ParaLSTM in bf16 over the shapes of SHAPES: a case that forgets (|a|
 remembers (bias −6), by every method. "floor" is the time a plain copy, measured here, takes for the bytes that must
 move: forward inputs in and states out, backward inputs, states and the cotangent in, gradients out. Every row is a
 number or the error with which it failed; each group runs in a process of its own, so that a crash costs no other.
-Every shape is warmed first, inputs take turns. Writes benchmarks/results/solver_DEVICE.json (or that file under $OUT):
+Every shape is warmed first, inputs take turns. Times are the GPU's, with the host ahead of it (timing.sample); "host
+ms" is what issuing a call takes the host. Writes benchmarks/results/solver_DEVICE.json (or that file under $OUT):
 commit, device, clocks, raw samples.
 """
 
@@ -144,7 +145,7 @@ def measured(label: dict[str, Any], prepare: Callable[[int], Any], options: argp
     """The row of one measurement: its samples, or its error."""
     try:
         values = timing.samples(prepare, options.device, warm=options.warm, runs=options.runs, seconds=options.seconds)
-        return {**label, "samples": values}
+        return {**label, "samples": values, "host_seconds": timing.host_seconds(prepare(0), options.device)}
     except Exception as error:  # an error is a row
         return {**label, "error": timing.failure(error)}
 
@@ -265,7 +266,8 @@ def groups(options: argparse.Namespace) -> list[str]:
 def report(rows: list[dict[str, Any]], bandwidth: float, targets: bool) -> str:
     """The table: median, quantiles, GB/s and the fraction of copy bandwidth, or the error; and the targets."""
     lines = [f"copy bandwidth {bandwidth / 1e9:.0f} GB/s", ""]
-    head = f"{'what':<58}{'shape':<20}{'pass':<10}{'median ms':>10}{'q10':>9}{'q90':>9}{'GB/s':>8}{'of copy':>9}"
+    head = f"{'what':<58}{'shape':<20}{'pass':<10}{'median ms':>10}{'q10':>9}{'q90':>9}{'host ms':>9}{'GB/s':>8}"
+    head += f"{'of copy':>9}"
     lines.append(head)
     for row in rows:
         if row["pass"] == "info":
@@ -277,6 +279,7 @@ def report(rows: list[dict[str, Any]], bandwidth: float, targets: bool) -> str:
             continue
         numbers = timing.summary(row["samples"])
         text = start + f"{numbers['median'] * 1e3:>10.3f}{numbers['q10'] * 1e3:>9.3f}{numbers['q90'] * 1e3:>9.3f}"
+        text += f"{row['host_seconds'] * 1e3:>9.3f}"
         if "bytes" in row:
             rate = row["bytes"] / numbers["median"]
             text += f"{rate / 1e9:>8.0f}{rate / bandwidth:>9.2f}"

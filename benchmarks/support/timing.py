@@ -23,14 +23,20 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
+COVER = 4_000_000
+"""Cycles that a GPU is kept busy before a call that is timed: two milliseconds."""
+
+
 def sample(run: Callable[[], Any], device: str) -> float:
-    """Seconds of one call; on a GPU between two events, so that launching is counted only where it is the slower."""
+    """Seconds of one call; on a GPU what it takes there when the host is ahead of it, as it is in training: the call is
+    issued while the GPU still waits. What takes the host longer than that to issue counts as it is."""
     if device != "cuda":
         start = time.perf_counter()
         run()
         return time.perf_counter() - start
     before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
+    torch.cuda._sleep(COVER)
     before.record()
     run()
     after.record()
@@ -54,6 +60,18 @@ def samples(
             break
         result.append(sample(prepare(warm + i), device))
     return result
+
+
+def host_seconds(run: Callable[[], Any], device: str, calls: int = 5) -> float:
+    """What a call keeps the host busy until it returns, the device's work not waited for; median of some calls."""
+    values = []
+    for _ in range(calls):
+        synchronise(device)
+        start = time.perf_counter()
+        run()
+        values.append(time.perf_counter() - start)
+    synchronise(device)
+    return statistics.median(values)
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:

@@ -180,13 +180,13 @@ def read_metadata(text: str) -> tuple[int, int]:
 def compile_cell(name: str, target: str, dtypes: Sequence[str], record: Record | None = None) -> list[Usage]:
     """Every kernel of a cell, or of an entry of WRITTEN, in its default configurations, for inputs of these dtypes."""
     if name in WRITTEN:
-        module = importlib.import_module(f".{WRITTEN[name]}", __package__)
-        meant = (launch for launch in module.default_launches(dtypes) if not launch.targets or target in launch.targets)
-        return [checked(name, launch, target, record or {}) for launch in meant]
-    from .triton_solver import default_launches
+        launches = importlib.import_module(f".{WRITTEN[name]}", __package__).default_launches(dtypes)
+    else:
+        from .triton_solver import default_launches
 
-    launches = default_launches(checked_cells()[name], dtypes)
-    return [checked(name, launch, target, record or {}) for launch in launches]
+        launches = default_launches(checked_cells()[name], dtypes)
+    meant = (launch for launch in launches if not launch.targets or target in launch.targets)
+    return [checked(name, launch, target, record or {}) for launch in meant]
 
 
 def compile_all(

@@ -10,15 +10,14 @@ little twice. The maps join from the last piece to the first; then all pieces wa
 
 from __future__ import annotations
 
-from .triton_template import SIZES, STEPS, Names, assign, function, place, plus, returns, state_rows, times
+from .triton_template import SIZES, STEPS, Names, assign, function, group, place, plus, returns, state_rows, times
 
-_UNROLL, _UNROLL_LONG, _LONG = 4, 2, 60
-"""Steps whose values are on their way while a backward walk computes those after them; fewer where a step has more
-operations than _LONG."""
+_AHEAD = 40
+"""As for the walk forward."""
 
 
 def unroll(names: Names) -> int:
-    return _UNROLL if len(names.derived.pullback.nodes) <= _LONG else _UNROLL_LONG
+    return group(_AHEAD, len(names.inputs) + 2 * len(names.state), names.derived.pullback)
 
 
 def load_step(names: Names) -> str:
@@ -74,8 +73,7 @@ def retreat(names: Names) -> str:
     """One step of a backward walk."""
     g, carries = [f"g_{h}" for h in names.state], [f"carry_{h}" for h in names.state]
     loaded, every = [*names.inputs, *names.state, *g], [*names.state, *names.inputs, *names.params]
-    args = [*loaded, "cut", *(f"{h}_first" for h in names.state), "t", "FIRST", "HAS_RESET", "COMPUTE"]
-    lines = assign(loaded, "widen", args)
+    lines = []
     grads = [f"to_{name}" for name in every]
     arguments = [*every, *(f"{name} + {carry}" for name, carry in zip(g, carries, strict=True))]
     lines += assign(grads, "pullback", arguments)
@@ -86,8 +84,7 @@ def retreat(names: Names) -> str:
     return function(
         "retreat",
         [
-            *(*carries, *loaded, "cut", *(f"{h}_first" for h in names.state), *names.params, *rows, "at", "t", "mask"),
-            *("FIRST: tl.constexpr", "HAS_RESET: tl.constexpr", "COMPUTE: tl.constexpr"),
+            *(*carries, *loaded, "cut", *names.params, *rows, "at", "mask", "HAS_RESET: tl.constexpr"),
         ],
         "One step back: stores the gradients of the inputs; the carry before it, and what the params' get from it.",
         [*lines, *returns([*(f"to_{h}" for h in names.state), *(f"to_{a}" for a in names.params)])],
@@ -137,9 +134,15 @@ def backward_kernel(names: Names) -> str:
     own = [*names.row(names.state), *(f"g_{h}_row" for h in names.state), *to_rows]
     parts = [f"to_{a}" for a in names.params]
 
-    def step(suffix: str, at: str, t: str, first: bool, indent: int) -> list[str]:
-        args = [*carries, *_loaded(names, suffix), f"cut{suffix}", *firsts, *names.params, *to_rows, at, t, "mask"]
-        return assign([*carries, *parts], "retreat", [*args, str(first), "HAS_RESET", "COMPUTE"], indent)
+    def ready(suffix: str, t: str, first: bool) -> list[str]:
+        args = [*_loaded(names, suffix), f"cut{suffix}", *firsts, t, str(first), "HAS_RESET", "COMPUTE"]
+        now = [f"now_{name}" for name in _loaded(names, suffix)]
+        return [*assign(now, "widen", args, 8), f"        now_cut{suffix} = cut{suffix}"]
+
+    def step(suffix: str, at: str) -> list[str]:
+        now = [f"now_{name}" for name in [*_loaded(names, suffix), f"cut{suffix}"]]
+        args = [*carries, *now, *names.params, *to_rows, at, "mask", "HAS_RESET"]
+        return assign([*carries, *parts], "retreat", args, 8)
 
     def back(count: int) -> list[str]:
         lines = [f"        {row} -= {times(count, 'X_STEP')}" for row in names.row(names.inputs)]
@@ -162,14 +165,17 @@ def backward_kernel(names: Names) -> str:
     lines += ["    t = stop - 1", "    while t >= whole:"]
     lines += [f"        more = t - {steps} >= whole", "        some = mask & more"]
     for u in range(steps):
-        lines += step(f"_{u}", f"-{times(u, 'H_STEP')}" if u else "0", plus("t", -u), u == steps - 1, 8)
-        lines += [f"        part_{a} = {f'part_{a} + ' if u else ''}to_{a}" for a in names.params]
+        lines += ready(f"_{u}", plus("t", -u), u == steps - 1)
+    for u in range(steps):
         before = f"some & (t > {steps + u})" if u == steps - 1 else "some"
         lines += _call_load(names, f"_{u}", steps + u, "some", before, 8)
         lines += [f"        cut_{u} = flag_at(reset_row, t - {steps + u}, more, HAS_RESET)"]
+    for u in range(steps):
+        lines += step(f"_{u}", f"-{times(u, 'H_STEP')}" if u else "0")
+        lines += [f"        part_{a} = {f'part_{a} + ' if u else ''}to_{a}" for a in names.params]
     lines += [*add("part_"), *back(steps), "    while t >= start:"]
     lines += _call_load(names, "", 0, "mask", "mask & (t > 0)", 8)
-    lines += ["        cut = flag_at(reset_row, t, t >= start, HAS_RESET)", *step("", "0", "t", True, 8)]
+    lines += ["        cut = flag_at(reset_row, t, t >= start, HAS_RESET)", *ready("", "t", True), *step("", "0")]
     lines += [*add("to_"), *back(1)]
     lines += [f"    tl.store(to_{a}_ptr + at, sum_{a}, mask=mask)" for a in names.params]
     lines += [f"    tl.store(to_{h}_first_ptr + here, carry_{h}, mask=mask & (piece == 0))" for h in names.state]

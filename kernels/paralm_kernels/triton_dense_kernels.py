@@ -47,7 +47,7 @@ def biased(x, bias_at, d, D: tl.constexpr, COMPUTE: tl.constexpr, HAS_BIAS: tl.c
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["time", "batches", "heads"])
 def forward_kernel(
     x_ptr,
     weight_ptr,
@@ -179,7 +179,7 @@ def forward_kernel(
             kept_at += step
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["time", "batches", "heads", "whole", "start"])
 def backward_kernel(
     rows_ptr,
     before0_ptr,

@@ -3,8 +3,9 @@
 
 A device's fast exponential is off by |x| roundings, its logarithm by an absolute 2⁻²², and Triton has no tanh, log1p or
 expm1 of its own. These are within a few units in the last place over the whole range (tested against float64; but see
-sigmoid, which with tanh is most of what a step costs), do not overflow, keep the relative accuracy of small results, and propagate NaN. In float64 the device's own exp and log
-are exact enough to build on. Coefficients were fitted for this file; each comment has the error of the polynomial.
+sigmoid, which with tanh is most of what a step costs), do not overflow, keep the relative accuracy of small results,
+and propagate NaN. In float64 the device's own exp and log are exact enough to build on. Coefficients were fitted for
+this file; each comment has the error of the polynomial.
 """
 
 import triton

@@ -2,10 +2,10 @@
 are none.
 
 MEASURED maps (cell, batch, time, channels) to the fastest method; `python benchmarks/solver.py` prints the times. It is
-empty: no GPU was at hand. The model is arithmetic on figures of an H100 (the constants below). A walk costs its latency
-a step as long as its warps are fewer than the device holds, so it is bound by time × latency or by bytes, whichever is
-more. Segments make warps out of time; they walk about a tenth again, and launch a few kernels. A
-tile costs some iterations of a scan, which is slower than walking its steps unless a step is very slow.
+empty: since the kernels have this form no GPU was at hand. The model is arithmetic on figures of an H100 (the constants
+below). A walk costs its latency a step as long as its warps are fewer than the device holds, so it is bound by time ×
+latency or by bytes, whichever is more. Segments make warps out of time; they walk about a tenth again, and launch a few
+kernels. A tile costs some iterations of a scan, which is slower than walking its steps unless a step is very slow.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MEASURED: dict[tuple[str, int, int, int], str] = {}
-STEP = 80e-9
-"""Seconds a step of a walk takes from state to state: 120 to 150 cycles at 1.75 GHz."""
+STEP = 105e-9
+"""Seconds a step of a walk takes from state to state: 165 to 195 cycles of ParaGRU's compiled loop, at 1.75 GHz."""
 WARPS = 132 * 16
 """Warps that the device runs side by side before they slow each other down."""
 LANES = 32
@@ -42,9 +42,9 @@ class Choice:
 
 
 def pieces_for(batch: int, time: int, channels: int) -> int:
-    """As many pieces as fill the device, none shorter than SHORTEST."""
+    """As many pieces as the device holds at once, none shorter than SHORTEST."""
     warps = max(1, batch * -(-channels // LANES))
-    return max(1, min(-(-WARPS // warps), time // SHORTEST, LARGEST))
+    return max(1, min(WARPS // warps, time // SHORTEST, LARGEST))
 
 
 def choose(cell: str, batch: int, time: int, channels: int, bytes_per_step: int) -> Choice:

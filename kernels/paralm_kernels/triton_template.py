@@ -15,11 +15,12 @@ from functools import cached_property
 import torch
 
 from .derive import Derived, cotangent_name, jacobian_name, next_name
+from .graph import Graph
 from .triton_code import identifiers, statements
 
-_UNROLL, _UNROLL_LONG, _LONG = 8, 4, 60
-"""Steps whose inputs are on their way while a walk computes those before; fewer where a step has more operations than
-_LONG, which hide the loads by themselves."""
+_AHEAD, _LONG = 48, 60
+"""Numbers that a walk has on their way while it computes with as many before them; half of it where a step has more
+operations than _LONG, which hide the loads by themselves."""
 WIDTH = 120
 _PLAIN = ("time", "batches", "pieces", "length", "checks")
 """Arguments that Triton would compile for anew where they are one or a multiple of 16."""
@@ -36,7 +37,7 @@ class Names:
         self.params = [self.of[name] for name in self.cell.params]
         size = range(len(self.state))
         self.pairs = [(i, i) for i in size] if derived.diagonal else [(i, j) for i in size for j in size]
-        self.unroll = _UNROLL if len(derived.linearised.nodes) <= _LONG else _UNROLL_LONG
+        self.unroll = group(_AHEAD, len(self.inputs), derived.linearised)
         self.jacobian = self.matrix("j")
         self.product = self.matrix("m")
 
@@ -74,6 +75,17 @@ class Names:
             if a and b and not (sparse == first and self.zero(i, k)) and not (sparse == second and self.zero(k, j)):
                 terms.append(f"{a} * {b}")
         return " + ".join(terms) or "0.0"
+
+
+def group(ahead: int, loads: int, graph: Graph) -> int:
+    """Steps whose `loads` numbers a step are fetched together: a power of two, from 2 to 16.
+
+    A warp has six counters to wait for what is on its way, so what is waited for must have been asked for before what
+    comes next is: first all numbers of a group are taken over, then the next group's are asked for, then the group is
+    computed with.
+    """
+    fit = ahead // max(1, loads) // (2 if len(graph.nodes) > _LONG else 1)
+    return max(2, min(16, 1 << max(0, fit.bit_length() - 1)))
 
 
 def wrapped(items: Sequence[str], indent: int) -> list[str]:
@@ -244,8 +256,9 @@ def walk_piece(names: Names) -> str:
         pairs = zip(names.inputs, x_rows, strict=True)
         return [f"{pad}{x}{suffix} = tl.load({row}{offset}, mask={mask}, other=0.0)" for x, row in pairs]
 
-    def step(suffix: str, to: str) -> list[str]:
-        args = [*carried, *(f"{x}{suffix}" for x in names.inputs), *names.params, f"cut{suffix}", *rows, to, "mask"]
+    def step(suffix: str, to: str, prefix: str = "") -> list[str]:
+        inputs = [f"{prefix}{x}{suffix}" for x in names.inputs]
+        args = [*carried, *inputs, *names.params, f"{prefix}cut{suffix}", *rows, to, "mask"]
         return assign(carried, "advance", [*args, "HAS_RESET", "JACOBIAN", "COMPUTE"], 8)
 
     def further(steps: int) -> list[str]:
@@ -265,9 +278,13 @@ def walk_piece(names: Names) -> str:
     lines += ["    t = start", "    met = 0", "    while (t < whole) & (met == 0):"]
     lines += [f"        more = t + {unroll} < whole", "        some = mask & more"]
     for u in range(unroll):
-        lines += step(f"_{u}", times(u, "H_STEP"))
+        lines += [f"        now_{x}_{u} = {x}_{u}.to(COMPUTE)" for x in names.inputs]
+        lines += [f"        now_cut_{u} = cut_{u}"]
+    for u in range(unroll):
         lines += load(u, f" + {times(unroll + u, 'X_STEP')}", "some", 8, f"_{u}")
         lines += [f"        cut_{u} = flag_at(reset_row, t + {unroll + u}, more, HAS_RESET)"]
+    for u in range(unroll):
+        lines += step(f"_{u}", times(u, "H_STEP"), "now_")
     lines += further(unroll)
     lines += ["    while (t < stop) & (met == 0):", *load(0, "", "mask", 8)]
     lines += ["        cut = flag_at(reset_row, t, t < stop, HAS_RESET)", *step("", "0"), *further(1)]

@@ -39,7 +39,8 @@ def attached(*tensors: Tensor | None) -> list[Tensor]:
 
 def score(*tensors: Tensor) -> Tensor:
     """A number that depends on every element with a weight of its own."""
-    return sum((normal(*tensor.shape, seed=11, dtype=tensor.dtype) * tensor).sum() for tensor in tensors)
+    weights = (normal(*tensor.shape, seed=11, dtype=tensor.dtype).to(tensor.device) for tensor in tensors)
+    return sum((weight * tensor).sum() for weight, tensor in zip(weights, tensors, strict=True))
 
 
 def outcome(run, kind, inputs, weight, bias, state, reset=None, **options):

@@ -109,7 +109,7 @@ def test_a_peer_beside_another_is_an_error(capsys: pytest.CaptureFixture[str]) -
     options = benchmark.parse([*TINY, "--case=paralm elman", "--absent=json"])
     mixer_case.run_case(options)
     row = json.loads(capsys.readouterr().out.removeprefix("ROW "))
-    assert "json can be imported" in row["error"]
+    assert "json is imported" in row["error"]
     assert "transformers" in FOREIGN
 
 

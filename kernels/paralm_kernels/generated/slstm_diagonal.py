@@ -288,42 +288,64 @@ def walk_piece(
     while (t < whole) & (met == 0):
         more = t + 4 < whole
         some = mask & more
-        s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h = advance(
-            s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, x_i_0, x_f_0, x_z_0, x_o_0, r_i,
-            r_f, r_z, r_o, cut_0, s_row, y_row, h_row, 0, mask, HAS_RESET, JACOBIAN, COMPUTE,
-        )
+        now_x_i_0 = x_i_0.to(COMPUTE)
+        now_x_f_0 = x_f_0.to(COMPUTE)
+        now_x_z_0 = x_z_0.to(COMPUTE)
+        now_x_o_0 = x_o_0.to(COMPUTE)
+        now_cut_0 = cut_0
+        now_x_i_1 = x_i_1.to(COMPUTE)
+        now_x_f_1 = x_f_1.to(COMPUTE)
+        now_x_z_1 = x_z_1.to(COMPUTE)
+        now_x_o_1 = x_o_1.to(COMPUTE)
+        now_cut_1 = cut_1
+        now_x_i_2 = x_i_2.to(COMPUTE)
+        now_x_f_2 = x_f_2.to(COMPUTE)
+        now_x_z_2 = x_z_2.to(COMPUTE)
+        now_x_o_2 = x_o_2.to(COMPUTE)
+        now_cut_2 = cut_2
+        now_x_i_3 = x_i_3.to(COMPUTE)
+        now_x_f_3 = x_f_3.to(COMPUTE)
+        now_x_z_3 = x_z_3.to(COMPUTE)
+        now_x_o_3 = x_o_3.to(COMPUTE)
+        now_cut_3 = cut_3
         x_i_0 = tl.load(x_i_row + 4 * X_STEP, mask=some, other=0.0)
         x_f_0 = tl.load(x_f_row + 4 * X_STEP, mask=some, other=0.0)
         x_z_0 = tl.load(x_z_row + 4 * X_STEP, mask=some, other=0.0)
         x_o_0 = tl.load(x_o_row + 4 * X_STEP, mask=some, other=0.0)
         cut_0 = flag_at(reset_row, t + 4, more, HAS_RESET)
-        s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h = advance(
-            s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, x_i_1, x_f_1, x_z_1, x_o_1, r_i,
-            r_f, r_z, r_o, cut_1, s_row, y_row, h_row, H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
-        )
         x_i_1 = tl.load(x_i_row + 5 * X_STEP, mask=some, other=0.0)
         x_f_1 = tl.load(x_f_row + 5 * X_STEP, mask=some, other=0.0)
         x_z_1 = tl.load(x_z_row + 5 * X_STEP, mask=some, other=0.0)
         x_o_1 = tl.load(x_o_row + 5 * X_STEP, mask=some, other=0.0)
         cut_1 = flag_at(reset_row, t + 5, more, HAS_RESET)
-        s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h = advance(
-            s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, x_i_2, x_f_2, x_z_2, x_o_2, r_i,
-            r_f, r_z, r_o, cut_2, s_row, y_row, h_row, 2 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
-        )
         x_i_2 = tl.load(x_i_row + 6 * X_STEP, mask=some, other=0.0)
         x_f_2 = tl.load(x_f_row + 6 * X_STEP, mask=some, other=0.0)
         x_z_2 = tl.load(x_z_row + 6 * X_STEP, mask=some, other=0.0)
         x_o_2 = tl.load(x_o_row + 6 * X_STEP, mask=some, other=0.0)
         cut_2 = flag_at(reset_row, t + 6, more, HAS_RESET)
-        s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h = advance(
-            s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, x_i_3, x_f_3, x_z_3, x_o_3, r_i,
-            r_f, r_z, r_o, cut_3, s_row, y_row, h_row, 3 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
-        )
         x_i_3 = tl.load(x_i_row + 7 * X_STEP, mask=some, other=0.0)
         x_f_3 = tl.load(x_f_row + 7 * X_STEP, mask=some, other=0.0)
         x_z_3 = tl.load(x_z_row + 7 * X_STEP, mask=some, other=0.0)
         x_o_3 = tl.load(x_o_row + 7 * X_STEP, mask=some, other=0.0)
         cut_3 = flag_at(reset_row, t + 7, more, HAS_RESET)
+        s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h = advance(
+            s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, now_x_i_0, now_x_f_0, now_x_z_0,
+            now_x_o_0, r_i, r_f, r_z, r_o, now_cut_0, s_row, y_row, h_row, 0, mask, HAS_RESET, JACOBIAN, COMPUTE,
+        )
+        s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h = advance(
+            s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, now_x_i_1, now_x_f_1, now_x_z_1,
+            now_x_o_1, r_i, r_f, r_z, r_o, now_cut_1, s_row, y_row, h_row, H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+        )
+        s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h = advance(
+            s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, now_x_i_2, now_x_f_2, now_x_z_2,
+            now_x_o_2, r_i, r_f, r_z, r_o, now_cut_2, s_row, y_row, h_row, 2 * H_STEP, mask, HAS_RESET, JACOBIAN,
+            COMPUTE,
+        )
+        s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h = advance(
+            s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, now_x_i_3, now_x_f_3, now_x_z_3,
+            now_x_o_3, r_i, r_f, r_z, r_o, now_cut_3, s_row, y_row, h_row, 3 * H_STEP, mask, HAS_RESET, JACOBIAN,
+            COMPUTE,
+        )
         t += 4
         x_i_row += 4 * X_STEP
         x_f_row += 4 * X_STEP
@@ -862,14 +884,10 @@ def widen(
 
 @triton.jit
 def retreat(
-    carry_s, carry_y, carry_h, x_i, x_f, x_z, x_o, s, y, h, g_s, g_y, g_h, cut, s_first, y_first, h_first, r_i, r_f,
-    r_z, r_o, to_x_i_row, to_x_f_row, to_x_z_row, to_x_o_row, at, t, mask, FIRST: tl.constexpr, HAS_RESET: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    carry_s, carry_y, carry_h, x_i, x_f, x_z, x_o, s, y, h, g_s, g_y, g_h, cut, r_i, r_f, r_z, r_o, to_x_i_row,
+    to_x_f_row, to_x_z_row, to_x_o_row, at, mask, HAS_RESET: tl.constexpr,
 ):
     """One step back: stores the gradients of the inputs; the carry before it, and what the params' get from it."""
-    x_i, x_f, x_z, x_o, s, y, h, g_s, g_y, g_h = widen(
-        x_i, x_f, x_z, x_o, s, y, h, g_s, g_y, g_h, cut, s_first, y_first, h_first, t, FIRST, HAS_RESET, COMPUTE,
-    )
     to_s, to_y, to_h, to_x_i, to_x_f, to_x_z, to_x_o, to_r_i, to_r_f, to_r_z, to_r_o = pullback(
         s, y, h, x_i, x_f, x_z, x_o, r_i, r_f, r_z, r_o, g_s + carry_s, g_y + carry_y, g_h + carry_h,
     )
@@ -964,34 +982,48 @@ def backward_kernel(
     while t >= whole:
         more = t - 2 >= whole
         some = mask & more
-        carry_s, carry_y, carry_h, to_r_i, to_r_f, to_r_z, to_r_o = retreat(
-            carry_s, carry_y, carry_h, x_i_0, x_f_0, x_z_0, x_o_0, s_0, y_0, h_0, g_s_0, g_y_0, g_h_0, cut_0, s_first,
-            y_first, h_first, r_i, r_f, r_z, r_o, to_x_i_row, to_x_f_row, to_x_z_row, to_x_o_row, 0, t, mask, False,
+        (
+            now_x_i_0, now_x_f_0, now_x_z_0, now_x_o_0, now_s_0, now_y_0, now_h_0, now_g_s_0, now_g_y_0, now_g_h_0,
+        ) = widen(
+            x_i_0, x_f_0, x_z_0, x_o_0, s_0, y_0, h_0, g_s_0, g_y_0, g_h_0, cut_0, s_first, y_first, h_first, t, False,
             HAS_RESET, COMPUTE,
         )
-        part_r_i = to_r_i
-        part_r_f = to_r_f
-        part_r_z = to_r_z
-        part_r_o = to_r_o
+        now_cut_0 = cut_0
+        (
+            now_x_i_1, now_x_f_1, now_x_z_1, now_x_o_1, now_s_1, now_y_1, now_h_1, now_g_s_1, now_g_y_1, now_g_h_1,
+        ) = widen(
+            x_i_1, x_f_1, x_z_1, x_o_1, s_1, y_1, h_1, g_s_1, g_y_1, g_h_1, cut_1, s_first, y_first, h_first, t - 1,
+            True, HAS_RESET, COMPUTE,
+        )
+        now_cut_1 = cut_1
         x_i_0, x_f_0, x_z_0, x_o_0, s_0, y_0, h_0, g_s_0, g_y_0, g_h_0 = load_step(
             x_i_row, x_f_row, x_z_row, x_o_row, s_row, y_row, h_row, g_s_row, g_y_row, g_h_row, -2 * X_STEP,
             -2 * H_STEP, some, some, H_STEP, HAS_G_S, HAS_G_Y, HAS_G_H,
         )
         cut_0 = flag_at(reset_row, t - 2, more, HAS_RESET)
-        carry_s, carry_y, carry_h, to_r_i, to_r_f, to_r_z, to_r_o = retreat(
-            carry_s, carry_y, carry_h, x_i_1, x_f_1, x_z_1, x_o_1, s_1, y_1, h_1, g_s_1, g_y_1, g_h_1, cut_1, s_first,
-            y_first, h_first, r_i, r_f, r_z, r_o, to_x_i_row, to_x_f_row, to_x_z_row, to_x_o_row, -H_STEP, t - 1, mask,
-            True, HAS_RESET, COMPUTE,
-        )
-        part_r_i = part_r_i + to_r_i
-        part_r_f = part_r_f + to_r_f
-        part_r_z = part_r_z + to_r_z
-        part_r_o = part_r_o + to_r_o
         x_i_1, x_f_1, x_z_1, x_o_1, s_1, y_1, h_1, g_s_1, g_y_1, g_h_1 = load_step(
             x_i_row, x_f_row, x_z_row, x_o_row, s_row, y_row, h_row, g_s_row, g_y_row, g_h_row, -3 * X_STEP,
             -3 * H_STEP, some, some & (t > 3), H_STEP, HAS_G_S, HAS_G_Y, HAS_G_H,
         )
         cut_1 = flag_at(reset_row, t - 3, more, HAS_RESET)
+        carry_s, carry_y, carry_h, to_r_i, to_r_f, to_r_z, to_r_o = retreat(
+            carry_s, carry_y, carry_h, now_x_i_0, now_x_f_0, now_x_z_0, now_x_o_0, now_s_0, now_y_0, now_h_0, now_g_s_0,
+            now_g_y_0, now_g_h_0, now_cut_0, r_i, r_f, r_z, r_o, to_x_i_row, to_x_f_row, to_x_z_row, to_x_o_row, 0,
+            mask, HAS_RESET,
+        )
+        part_r_i = to_r_i
+        part_r_f = to_r_f
+        part_r_z = to_r_z
+        part_r_o = to_r_o
+        carry_s, carry_y, carry_h, to_r_i, to_r_f, to_r_z, to_r_o = retreat(
+            carry_s, carry_y, carry_h, now_x_i_1, now_x_f_1, now_x_z_1, now_x_o_1, now_s_1, now_y_1, now_h_1, now_g_s_1,
+            now_g_y_1, now_g_h_1, now_cut_1, r_i, r_f, r_z, r_o, to_x_i_row, to_x_f_row, to_x_z_row, to_x_o_row,
+            -H_STEP, mask, HAS_RESET,
+        )
+        part_r_i = part_r_i + to_r_i
+        part_r_f = part_r_f + to_r_f
+        part_r_z = part_r_z + to_r_z
+        part_r_o = part_r_o + to_r_o
         sum_r_i, lost_r_i = add_compensated(sum_r_i, lost_r_i, part_r_i)
         sum_r_f, lost_r_f = add_compensated(sum_r_f, lost_r_f, part_r_f)
         sum_r_z, lost_r_z = add_compensated(sum_r_z, lost_r_z, part_r_z)
@@ -1017,9 +1049,15 @@ def backward_kernel(
             mask & (t > 0), H_STEP, HAS_G_S, HAS_G_Y, HAS_G_H,
         )
         cut = flag_at(reset_row, t, t >= start, HAS_RESET)
+        (
+            now_x_i, now_x_f, now_x_z, now_x_o, now_s, now_y, now_h, now_g_s, now_g_y, now_g_h,
+        ) = widen(
+            x_i, x_f, x_z, x_o, s, y, h, g_s, g_y, g_h, cut, s_first, y_first, h_first, t, True, HAS_RESET, COMPUTE,
+        )
+        now_cut = cut
         carry_s, carry_y, carry_h, to_r_i, to_r_f, to_r_z, to_r_o = retreat(
-            carry_s, carry_y, carry_h, x_i, x_f, x_z, x_o, s, y, h, g_s, g_y, g_h, cut, s_first, y_first, h_first, r_i,
-            r_f, r_z, r_o, to_x_i_row, to_x_f_row, to_x_z_row, to_x_o_row, 0, t, mask, True, HAS_RESET, COMPUTE,
+            carry_s, carry_y, carry_h, now_x_i, now_x_f, now_x_z, now_x_o, now_s, now_y, now_h, now_g_s, now_g_y,
+            now_g_h, now_cut, r_i, r_f, r_z, r_o, to_x_i_row, to_x_f_row, to_x_z_row, to_x_o_row, 0, mask, HAS_RESET,
         )
         sum_r_i, lost_r_i = add_compensated(sum_r_i, lost_r_i, to_r_i)
         sum_r_f, lost_r_f = add_compensated(sum_r_f, lost_r_f, to_r_f)

@@ -96,7 +96,7 @@ def walk_piece(
 ):
     """Walks from start to stop, with MEET until the state meets the stored one. With PIECES it keeps a checkpoint
     every CHECK steps (start is a multiple of that), with JACOBIAN the product of Jacobians."""
-    whole = start + (stop - start) // 8 * 8
+    whole = start + (stop - start) // 16 * 16
     some = mask & (start < whole)
     x_row += tl.cast(start, tl.int64) * X_STEP
     h_row += tl.cast(start, tl.int64) * H_STEP
@@ -116,38 +116,110 @@ def walk_piece(
     cut_6 = flag_at(reset_row, start + 6, start < whole, HAS_RESET)
     x_7 = tl.load(x_row + 7 * X_STEP, mask=some, other=0.0)
     cut_7 = flag_at(reset_row, start + 7, start < whole, HAS_RESET)
+    x_8 = tl.load(x_row + 8 * X_STEP, mask=some, other=0.0)
+    cut_8 = flag_at(reset_row, start + 8, start < whole, HAS_RESET)
+    x_9 = tl.load(x_row + 9 * X_STEP, mask=some, other=0.0)
+    cut_9 = flag_at(reset_row, start + 9, start < whole, HAS_RESET)
+    x_10 = tl.load(x_row + 10 * X_STEP, mask=some, other=0.0)
+    cut_10 = flag_at(reset_row, start + 10, start < whole, HAS_RESET)
+    x_11 = tl.load(x_row + 11 * X_STEP, mask=some, other=0.0)
+    cut_11 = flag_at(reset_row, start + 11, start < whole, HAS_RESET)
+    x_12 = tl.load(x_row + 12 * X_STEP, mask=some, other=0.0)
+    cut_12 = flag_at(reset_row, start + 12, start < whole, HAS_RESET)
+    x_13 = tl.load(x_row + 13 * X_STEP, mask=some, other=0.0)
+    cut_13 = flag_at(reset_row, start + 13, start < whole, HAS_RESET)
+    x_14 = tl.load(x_row + 14 * X_STEP, mask=some, other=0.0)
+    cut_14 = flag_at(reset_row, start + 14, start < whole, HAS_RESET)
+    x_15 = tl.load(x_row + 15 * X_STEP, mask=some, other=0.0)
+    cut_15 = flag_at(reset_row, start + 15, start < whole, HAS_RESET)
     t = start
     met = 0
     while (t < whole) & (met == 0):
-        more = t + 8 < whole
+        more = t + 16 < whole
         some = mask & more
-        h, m_h_h = advance(h, m_h_h, x_0, a, cut_0, h_row, 0, mask, HAS_RESET, JACOBIAN, COMPUTE)
-        x_0 = tl.load(x_row + 8 * X_STEP, mask=some, other=0.0)
-        cut_0 = flag_at(reset_row, t + 8, more, HAS_RESET)
-        h, m_h_h = advance(h, m_h_h, x_1, a, cut_1, h_row, H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE)
-        x_1 = tl.load(x_row + 9 * X_STEP, mask=some, other=0.0)
-        cut_1 = flag_at(reset_row, t + 9, more, HAS_RESET)
-        h, m_h_h = advance(h, m_h_h, x_2, a, cut_2, h_row, 2 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE)
-        x_2 = tl.load(x_row + 10 * X_STEP, mask=some, other=0.0)
-        cut_2 = flag_at(reset_row, t + 10, more, HAS_RESET)
-        h, m_h_h = advance(h, m_h_h, x_3, a, cut_3, h_row, 3 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE)
-        x_3 = tl.load(x_row + 11 * X_STEP, mask=some, other=0.0)
-        cut_3 = flag_at(reset_row, t + 11, more, HAS_RESET)
-        h, m_h_h = advance(h, m_h_h, x_4, a, cut_4, h_row, 4 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE)
-        x_4 = tl.load(x_row + 12 * X_STEP, mask=some, other=0.0)
-        cut_4 = flag_at(reset_row, t + 12, more, HAS_RESET)
-        h, m_h_h = advance(h, m_h_h, x_5, a, cut_5, h_row, 5 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE)
-        x_5 = tl.load(x_row + 13 * X_STEP, mask=some, other=0.0)
-        cut_5 = flag_at(reset_row, t + 13, more, HAS_RESET)
-        h, m_h_h = advance(h, m_h_h, x_6, a, cut_6, h_row, 6 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE)
-        x_6 = tl.load(x_row + 14 * X_STEP, mask=some, other=0.0)
-        cut_6 = flag_at(reset_row, t + 14, more, HAS_RESET)
-        h, m_h_h = advance(h, m_h_h, x_7, a, cut_7, h_row, 7 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE)
-        x_7 = tl.load(x_row + 15 * X_STEP, mask=some, other=0.0)
-        cut_7 = flag_at(reset_row, t + 15, more, HAS_RESET)
-        t += 8
-        x_row += 8 * X_STEP
-        h_row += 8 * H_STEP
+        now_x_0 = x_0.to(COMPUTE)
+        now_cut_0 = cut_0
+        now_x_1 = x_1.to(COMPUTE)
+        now_cut_1 = cut_1
+        now_x_2 = x_2.to(COMPUTE)
+        now_cut_2 = cut_2
+        now_x_3 = x_3.to(COMPUTE)
+        now_cut_3 = cut_3
+        now_x_4 = x_4.to(COMPUTE)
+        now_cut_4 = cut_4
+        now_x_5 = x_5.to(COMPUTE)
+        now_cut_5 = cut_5
+        now_x_6 = x_6.to(COMPUTE)
+        now_cut_6 = cut_6
+        now_x_7 = x_7.to(COMPUTE)
+        now_cut_7 = cut_7
+        now_x_8 = x_8.to(COMPUTE)
+        now_cut_8 = cut_8
+        now_x_9 = x_9.to(COMPUTE)
+        now_cut_9 = cut_9
+        now_x_10 = x_10.to(COMPUTE)
+        now_cut_10 = cut_10
+        now_x_11 = x_11.to(COMPUTE)
+        now_cut_11 = cut_11
+        now_x_12 = x_12.to(COMPUTE)
+        now_cut_12 = cut_12
+        now_x_13 = x_13.to(COMPUTE)
+        now_cut_13 = cut_13
+        now_x_14 = x_14.to(COMPUTE)
+        now_cut_14 = cut_14
+        now_x_15 = x_15.to(COMPUTE)
+        now_cut_15 = cut_15
+        x_0 = tl.load(x_row + 16 * X_STEP, mask=some, other=0.0)
+        cut_0 = flag_at(reset_row, t + 16, more, HAS_RESET)
+        x_1 = tl.load(x_row + 17 * X_STEP, mask=some, other=0.0)
+        cut_1 = flag_at(reset_row, t + 17, more, HAS_RESET)
+        x_2 = tl.load(x_row + 18 * X_STEP, mask=some, other=0.0)
+        cut_2 = flag_at(reset_row, t + 18, more, HAS_RESET)
+        x_3 = tl.load(x_row + 19 * X_STEP, mask=some, other=0.0)
+        cut_3 = flag_at(reset_row, t + 19, more, HAS_RESET)
+        x_4 = tl.load(x_row + 20 * X_STEP, mask=some, other=0.0)
+        cut_4 = flag_at(reset_row, t + 20, more, HAS_RESET)
+        x_5 = tl.load(x_row + 21 * X_STEP, mask=some, other=0.0)
+        cut_5 = flag_at(reset_row, t + 21, more, HAS_RESET)
+        x_6 = tl.load(x_row + 22 * X_STEP, mask=some, other=0.0)
+        cut_6 = flag_at(reset_row, t + 22, more, HAS_RESET)
+        x_7 = tl.load(x_row + 23 * X_STEP, mask=some, other=0.0)
+        cut_7 = flag_at(reset_row, t + 23, more, HAS_RESET)
+        x_8 = tl.load(x_row + 24 * X_STEP, mask=some, other=0.0)
+        cut_8 = flag_at(reset_row, t + 24, more, HAS_RESET)
+        x_9 = tl.load(x_row + 25 * X_STEP, mask=some, other=0.0)
+        cut_9 = flag_at(reset_row, t + 25, more, HAS_RESET)
+        x_10 = tl.load(x_row + 26 * X_STEP, mask=some, other=0.0)
+        cut_10 = flag_at(reset_row, t + 26, more, HAS_RESET)
+        x_11 = tl.load(x_row + 27 * X_STEP, mask=some, other=0.0)
+        cut_11 = flag_at(reset_row, t + 27, more, HAS_RESET)
+        x_12 = tl.load(x_row + 28 * X_STEP, mask=some, other=0.0)
+        cut_12 = flag_at(reset_row, t + 28, more, HAS_RESET)
+        x_13 = tl.load(x_row + 29 * X_STEP, mask=some, other=0.0)
+        cut_13 = flag_at(reset_row, t + 29, more, HAS_RESET)
+        x_14 = tl.load(x_row + 30 * X_STEP, mask=some, other=0.0)
+        cut_14 = flag_at(reset_row, t + 30, more, HAS_RESET)
+        x_15 = tl.load(x_row + 31 * X_STEP, mask=some, other=0.0)
+        cut_15 = flag_at(reset_row, t + 31, more, HAS_RESET)
+        h, m_h_h = advance(h, m_h_h, now_x_0, a, now_cut_0, h_row, 0, mask, HAS_RESET, JACOBIAN, COMPUTE)
+        h, m_h_h = advance(h, m_h_h, now_x_1, a, now_cut_1, h_row, H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE)
+        h, m_h_h = advance(h, m_h_h, now_x_2, a, now_cut_2, h_row, 2 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE)
+        h, m_h_h = advance(h, m_h_h, now_x_3, a, now_cut_3, h_row, 3 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE)
+        h, m_h_h = advance(h, m_h_h, now_x_4, a, now_cut_4, h_row, 4 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE)
+        h, m_h_h = advance(h, m_h_h, now_x_5, a, now_cut_5, h_row, 5 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE)
+        h, m_h_h = advance(h, m_h_h, now_x_6, a, now_cut_6, h_row, 6 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE)
+        h, m_h_h = advance(h, m_h_h, now_x_7, a, now_cut_7, h_row, 7 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE)
+        h, m_h_h = advance(h, m_h_h, now_x_8, a, now_cut_8, h_row, 8 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE)
+        h, m_h_h = advance(h, m_h_h, now_x_9, a, now_cut_9, h_row, 9 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE)
+        h, m_h_h = advance(h, m_h_h, now_x_10, a, now_cut_10, h_row, 10 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE)
+        h, m_h_h = advance(h, m_h_h, now_x_11, a, now_cut_11, h_row, 11 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE)
+        h, m_h_h = advance(h, m_h_h, now_x_12, a, now_cut_12, h_row, 12 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE)
+        h, m_h_h = advance(h, m_h_h, now_x_13, a, now_cut_13, h_row, 13 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE)
+        h, m_h_h = advance(h, m_h_h, now_x_14, a, now_cut_14, h_row, 14 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE)
+        h, m_h_h = advance(h, m_h_h, now_x_15, a, now_cut_15, h_row, 15 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE)
+        t += 16
+        x_row += 16 * X_STEP
+        h_row += 16 * H_STEP
         if PIECES:
             edge = ((t - start) % CHECK == 0) | (t >= stop)
             if edge:
@@ -444,12 +516,8 @@ def widen(x, h, g_h, cut, h_first, t, FIRST: tl.constexpr, HAS_RESET: tl.constex
 
 
 @triton.jit
-def retreat(
-    carry_h, x, h, g_h, cut, h_first, a, to_x_row, at, t, mask, FIRST: tl.constexpr, HAS_RESET: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):
+def retreat(carry_h, x, h, g_h, cut, a, to_x_row, at, mask, HAS_RESET: tl.constexpr):
     """One step back: stores the gradients of the inputs; the carry before it, and what the params' get from it."""
-    x, h, g_h = widen(x, h, g_h, cut, h_first, t, FIRST, HAS_RESET, COMPUTE)
     to_h, to_x, to_a = pullback(h, x, a, g_h + carry_h)
     tl.store(to_x_row + at, to_x.to(to_x_row.dtype.element_ty), mask=mask)
     if HAS_RESET:
@@ -484,7 +552,7 @@ def backward_kernel(
     carry_h = tl.load(carry_h_ptr + at, mask=mask, other=0.0)
     sum_a = tl.zeros_like(carry_h)
     lost_a = tl.zeros_like(carry_h)
-    whole = stop - (stop - start) // 4 * 4
+    whole = stop - (stop - start) // 8 * 8
     some = mask & (whole < stop)
     x_row += tl.cast(stop - 1, tl.int64) * X_STEP
     h_row += tl.cast(stop - 1, tl.int64) * H_STEP
@@ -496,50 +564,96 @@ def backward_kernel(
     cut_1 = flag_at(reset_row, stop - 2, whole < stop, HAS_RESET)
     x_2, h_2, g_h_2 = load_step(x_row, h_row, g_h_row, -2 * X_STEP, -2 * H_STEP, some, some, H_STEP, HAS_G_H)
     cut_2 = flag_at(reset_row, stop - 3, whole < stop, HAS_RESET)
-    x_3, h_3, g_h_3 = load_step(
-        x_row, h_row, g_h_row, -3 * X_STEP, -3 * H_STEP, some, some & (stop > 4), H_STEP, HAS_G_H,
-    )
+    x_3, h_3, g_h_3 = load_step(x_row, h_row, g_h_row, -3 * X_STEP, -3 * H_STEP, some, some, H_STEP, HAS_G_H)
     cut_3 = flag_at(reset_row, stop - 4, whole < stop, HAS_RESET)
+    x_4, h_4, g_h_4 = load_step(x_row, h_row, g_h_row, -4 * X_STEP, -4 * H_STEP, some, some, H_STEP, HAS_G_H)
+    cut_4 = flag_at(reset_row, stop - 5, whole < stop, HAS_RESET)
+    x_5, h_5, g_h_5 = load_step(x_row, h_row, g_h_row, -5 * X_STEP, -5 * H_STEP, some, some, H_STEP, HAS_G_H)
+    cut_5 = flag_at(reset_row, stop - 6, whole < stop, HAS_RESET)
+    x_6, h_6, g_h_6 = load_step(x_row, h_row, g_h_row, -6 * X_STEP, -6 * H_STEP, some, some, H_STEP, HAS_G_H)
+    cut_6 = flag_at(reset_row, stop - 7, whole < stop, HAS_RESET)
+    x_7, h_7, g_h_7 = load_step(
+        x_row, h_row, g_h_row, -7 * X_STEP, -7 * H_STEP, some, some & (stop > 8), H_STEP, HAS_G_H,
+    )
+    cut_7 = flag_at(reset_row, stop - 8, whole < stop, HAS_RESET)
     t = stop - 1
     while t >= whole:
-        more = t - 4 >= whole
+        more = t - 8 >= whole
         some = mask & more
-        carry_h, to_a = retreat(
-            carry_h, x_0, h_0, g_h_0, cut_0, h_first, a, to_x_row, 0, t, mask, False, HAS_RESET, COMPUTE,
+        now_x_0, now_h_0, now_g_h_0 = widen(x_0, h_0, g_h_0, cut_0, h_first, t, False, HAS_RESET, COMPUTE)
+        now_cut_0 = cut_0
+        now_x_1, now_h_1, now_g_h_1 = widen(x_1, h_1, g_h_1, cut_1, h_first, t - 1, False, HAS_RESET, COMPUTE)
+        now_cut_1 = cut_1
+        now_x_2, now_h_2, now_g_h_2 = widen(x_2, h_2, g_h_2, cut_2, h_first, t - 2, False, HAS_RESET, COMPUTE)
+        now_cut_2 = cut_2
+        now_x_3, now_h_3, now_g_h_3 = widen(x_3, h_3, g_h_3, cut_3, h_first, t - 3, False, HAS_RESET, COMPUTE)
+        now_cut_3 = cut_3
+        now_x_4, now_h_4, now_g_h_4 = widen(x_4, h_4, g_h_4, cut_4, h_first, t - 4, False, HAS_RESET, COMPUTE)
+        now_cut_4 = cut_4
+        now_x_5, now_h_5, now_g_h_5 = widen(x_5, h_5, g_h_5, cut_5, h_first, t - 5, False, HAS_RESET, COMPUTE)
+        now_cut_5 = cut_5
+        now_x_6, now_h_6, now_g_h_6 = widen(x_6, h_6, g_h_6, cut_6, h_first, t - 6, False, HAS_RESET, COMPUTE)
+        now_cut_6 = cut_6
+        now_x_7, now_h_7, now_g_h_7 = widen(x_7, h_7, g_h_7, cut_7, h_first, t - 7, True, HAS_RESET, COMPUTE)
+        now_cut_7 = cut_7
+        x_0, h_0, g_h_0 = load_step(x_row, h_row, g_h_row, -8 * X_STEP, -8 * H_STEP, some, some, H_STEP, HAS_G_H)
+        cut_0 = flag_at(reset_row, t - 8, more, HAS_RESET)
+        x_1, h_1, g_h_1 = load_step(x_row, h_row, g_h_row, -9 * X_STEP, -9 * H_STEP, some, some, H_STEP, HAS_G_H)
+        cut_1 = flag_at(reset_row, t - 9, more, HAS_RESET)
+        x_2, h_2, g_h_2 = load_step(x_row, h_row, g_h_row, -10 * X_STEP, -10 * H_STEP, some, some, H_STEP, HAS_G_H)
+        cut_2 = flag_at(reset_row, t - 10, more, HAS_RESET)
+        x_3, h_3, g_h_3 = load_step(x_row, h_row, g_h_row, -11 * X_STEP, -11 * H_STEP, some, some, H_STEP, HAS_G_H)
+        cut_3 = flag_at(reset_row, t - 11, more, HAS_RESET)
+        x_4, h_4, g_h_4 = load_step(x_row, h_row, g_h_row, -12 * X_STEP, -12 * H_STEP, some, some, H_STEP, HAS_G_H)
+        cut_4 = flag_at(reset_row, t - 12, more, HAS_RESET)
+        x_5, h_5, g_h_5 = load_step(x_row, h_row, g_h_row, -13 * X_STEP, -13 * H_STEP, some, some, H_STEP, HAS_G_H)
+        cut_5 = flag_at(reset_row, t - 13, more, HAS_RESET)
+        x_6, h_6, g_h_6 = load_step(x_row, h_row, g_h_row, -14 * X_STEP, -14 * H_STEP, some, some, H_STEP, HAS_G_H)
+        cut_6 = flag_at(reset_row, t - 14, more, HAS_RESET)
+        x_7, h_7, g_h_7 = load_step(
+            x_row, h_row, g_h_row, -15 * X_STEP, -15 * H_STEP, some, some & (t > 15), H_STEP, HAS_G_H,
         )
+        cut_7 = flag_at(reset_row, t - 15, more, HAS_RESET)
+        carry_h, to_a = retreat(carry_h, now_x_0, now_h_0, now_g_h_0, now_cut_0, a, to_x_row, 0, mask, HAS_RESET)
         part_a = to_a
-        x_0, h_0, g_h_0 = load_step(x_row, h_row, g_h_row, -4 * X_STEP, -4 * H_STEP, some, some, H_STEP, HAS_G_H)
-        cut_0 = flag_at(reset_row, t - 4, more, HAS_RESET)
+        carry_h, to_a = retreat(carry_h, now_x_1, now_h_1, now_g_h_1, now_cut_1, a, to_x_row, -H_STEP, mask, HAS_RESET)
+        part_a = part_a + to_a
         carry_h, to_a = retreat(
-            carry_h, x_1, h_1, g_h_1, cut_1, h_first, a, to_x_row, -H_STEP, t - 1, mask, False, HAS_RESET, COMPUTE,
+            carry_h, now_x_2, now_h_2, now_g_h_2, now_cut_2, a, to_x_row, -2 * H_STEP, mask, HAS_RESET,
         )
         part_a = part_a + to_a
-        x_1, h_1, g_h_1 = load_step(x_row, h_row, g_h_row, -5 * X_STEP, -5 * H_STEP, some, some, H_STEP, HAS_G_H)
-        cut_1 = flag_at(reset_row, t - 5, more, HAS_RESET)
         carry_h, to_a = retreat(
-            carry_h, x_2, h_2, g_h_2, cut_2, h_first, a, to_x_row, -2 * H_STEP, t - 2, mask, False, HAS_RESET, COMPUTE,
+            carry_h, now_x_3, now_h_3, now_g_h_3, now_cut_3, a, to_x_row, -3 * H_STEP, mask, HAS_RESET,
         )
         part_a = part_a + to_a
-        x_2, h_2, g_h_2 = load_step(x_row, h_row, g_h_row, -6 * X_STEP, -6 * H_STEP, some, some, H_STEP, HAS_G_H)
-        cut_2 = flag_at(reset_row, t - 6, more, HAS_RESET)
         carry_h, to_a = retreat(
-            carry_h, x_3, h_3, g_h_3, cut_3, h_first, a, to_x_row, -3 * H_STEP, t - 3, mask, True, HAS_RESET, COMPUTE,
+            carry_h, now_x_4, now_h_4, now_g_h_4, now_cut_4, a, to_x_row, -4 * H_STEP, mask, HAS_RESET,
         )
         part_a = part_a + to_a
-        x_3, h_3, g_h_3 = load_step(
-            x_row, h_row, g_h_row, -7 * X_STEP, -7 * H_STEP, some, some & (t > 7), H_STEP, HAS_G_H,
+        carry_h, to_a = retreat(
+            carry_h, now_x_5, now_h_5, now_g_h_5, now_cut_5, a, to_x_row, -5 * H_STEP, mask, HAS_RESET,
         )
-        cut_3 = flag_at(reset_row, t - 7, more, HAS_RESET)
+        part_a = part_a + to_a
+        carry_h, to_a = retreat(
+            carry_h, now_x_6, now_h_6, now_g_h_6, now_cut_6, a, to_x_row, -6 * H_STEP, mask, HAS_RESET,
+        )
+        part_a = part_a + to_a
+        carry_h, to_a = retreat(
+            carry_h, now_x_7, now_h_7, now_g_h_7, now_cut_7, a, to_x_row, -7 * H_STEP, mask, HAS_RESET,
+        )
+        part_a = part_a + to_a
         sum_a, lost_a = add_compensated(sum_a, lost_a, part_a)
-        x_row -= 4 * X_STEP
-        h_row -= 4 * H_STEP
-        g_h_row -= 4 * H_STEP
-        to_x_row -= 4 * H_STEP
-        t -= 4
+        x_row -= 8 * X_STEP
+        h_row -= 8 * H_STEP
+        g_h_row -= 8 * H_STEP
+        to_x_row -= 8 * H_STEP
+        t -= 8
     while t >= start:
         x, h, g_h = load_step(x_row, h_row, g_h_row, 0, 0, mask, mask & (t > 0), H_STEP, HAS_G_H)
         cut = flag_at(reset_row, t, t >= start, HAS_RESET)
-        carry_h, to_a = retreat(carry_h, x, h, g_h, cut, h_first, a, to_x_row, 0, t, mask, True, HAS_RESET, COMPUTE)
+        now_x, now_h, now_g_h = widen(x, h, g_h, cut, h_first, t, True, HAS_RESET, COMPUTE)
+        now_cut = cut
+        carry_h, to_a = retreat(carry_h, now_x, now_h, now_g_h, now_cut, a, to_x_row, 0, mask, HAS_RESET)
         sum_a, lost_a = add_compensated(sum_a, lost_a, to_a)
         x_row -= X_STEP
         h_row -= H_STEP
@@ -593,12 +707,32 @@ def backward_maps_kernel(
         HAS_G_H,
     )
     cut_3 = flag_at(reset_row, start + 3, start + 3 < stop, HAS_RESET)
+    x_4, h_4, g_h_4 = load_step(
+        x_row, h_row, g_h_row, 4 * X_STEP, 4 * H_STEP, mask & (start + 4 < stop), mask & (start + 4 < stop), H_STEP,
+        HAS_G_H,
+    )
+    cut_4 = flag_at(reset_row, start + 4, start + 4 < stop, HAS_RESET)
+    x_5, h_5, g_h_5 = load_step(
+        x_row, h_row, g_h_row, 5 * X_STEP, 5 * H_STEP, mask & (start + 5 < stop), mask & (start + 5 < stop), H_STEP,
+        HAS_G_H,
+    )
+    cut_5 = flag_at(reset_row, start + 5, start + 5 < stop, HAS_RESET)
+    x_6, h_6, g_h_6 = load_step(
+        x_row, h_row, g_h_row, 6 * X_STEP, 6 * H_STEP, mask & (start + 6 < stop), mask & (start + 6 < stop), H_STEP,
+        HAS_G_H,
+    )
+    cut_6 = flag_at(reset_row, start + 6, start + 6 < stop, HAS_RESET)
+    x_7, h_7, g_h_7 = load_step(
+        x_row, h_row, g_h_row, 7 * X_STEP, 7 * H_STEP, mask & (start + 7 < stop), mask & (start + 7 < stop), H_STEP,
+        HAS_G_H,
+    )
+    cut_7 = flag_at(reset_row, start + 7, start + 7 < stop, HAS_RESET)
     t = start
     inside = 1.0
     while (t < stop) & (inside > TINY):
         x, h, g_h = widen(x_0, h_0, g_h_0, cut_0, h_first, t, True, HAS_RESET, COMPUTE)
         x_0, h_0, g_h_0 = load_step(
-            x_row, h_row, g_h_row, 4 * X_STEP, 4 * H_STEP, mask & (t + 4 < stop), mask & (t + 4 < stop), H_STEP,
+            x_row, h_row, g_h_row, 8 * X_STEP, 8 * H_STEP, mask & (t + 8 < stop), mask & (t + 8 < stop), H_STEP,
             HAS_G_H,
         )
         _next_h, j_h_h = linearised(h, x, a)
@@ -607,10 +741,10 @@ def backward_maps_kernel(
             new_m_h_h = tl.where(cut_0, 0.0, new_m_h_h)
         m_h_h = tl.where(t < stop, new_m_h_h, m_h_h)
         d_h += m_h_h * g_h
-        cut_0 = flag_at(reset_row, t + 4, t + 4 < stop, HAS_RESET)
+        cut_0 = flag_at(reset_row, t + 8, t + 8 < stop, HAS_RESET)
         x, h, g_h = widen(x_1, h_1, g_h_1, cut_1, h_first, t + 1, False, HAS_RESET, COMPUTE)
         x_1, h_1, g_h_1 = load_step(
-            x_row, h_row, g_h_row, 5 * X_STEP, 5 * H_STEP, mask & (t + 5 < stop), mask & (t + 5 < stop), H_STEP,
+            x_row, h_row, g_h_row, 9 * X_STEP, 9 * H_STEP, mask & (t + 9 < stop), mask & (t + 9 < stop), H_STEP,
             HAS_G_H,
         )
         _next_h, j_h_h = linearised(h, x, a)
@@ -619,10 +753,10 @@ def backward_maps_kernel(
             new_m_h_h = tl.where(cut_1, 0.0, new_m_h_h)
         m_h_h = tl.where(t + 1 < stop, new_m_h_h, m_h_h)
         d_h += m_h_h * g_h
-        cut_1 = flag_at(reset_row, t + 5, t + 5 < stop, HAS_RESET)
+        cut_1 = flag_at(reset_row, t + 9, t + 9 < stop, HAS_RESET)
         x, h, g_h = widen(x_2, h_2, g_h_2, cut_2, h_first, t + 2, False, HAS_RESET, COMPUTE)
         x_2, h_2, g_h_2 = load_step(
-            x_row, h_row, g_h_row, 6 * X_STEP, 6 * H_STEP, mask & (t + 6 < stop), mask & (t + 6 < stop), H_STEP,
+            x_row, h_row, g_h_row, 10 * X_STEP, 10 * H_STEP, mask & (t + 10 < stop), mask & (t + 10 < stop), H_STEP,
             HAS_G_H,
         )
         _next_h, j_h_h = linearised(h, x, a)
@@ -631,10 +765,10 @@ def backward_maps_kernel(
             new_m_h_h = tl.where(cut_2, 0.0, new_m_h_h)
         m_h_h = tl.where(t + 2 < stop, new_m_h_h, m_h_h)
         d_h += m_h_h * g_h
-        cut_2 = flag_at(reset_row, t + 6, t + 6 < stop, HAS_RESET)
+        cut_2 = flag_at(reset_row, t + 10, t + 10 < stop, HAS_RESET)
         x, h, g_h = widen(x_3, h_3, g_h_3, cut_3, h_first, t + 3, False, HAS_RESET, COMPUTE)
         x_3, h_3, g_h_3 = load_step(
-            x_row, h_row, g_h_row, 7 * X_STEP, 7 * H_STEP, mask & (t + 7 < stop), mask & (t + 7 < stop), H_STEP,
+            x_row, h_row, g_h_row, 11 * X_STEP, 11 * H_STEP, mask & (t + 11 < stop), mask & (t + 11 < stop), H_STEP,
             HAS_G_H,
         )
         _next_h, j_h_h = linearised(h, x, a)
@@ -643,13 +777,61 @@ def backward_maps_kernel(
             new_m_h_h = tl.where(cut_3, 0.0, new_m_h_h)
         m_h_h = tl.where(t + 3 < stop, new_m_h_h, m_h_h)
         d_h += m_h_h * g_h
-        cut_3 = flag_at(reset_row, t + 7, t + 7 < stop, HAS_RESET)
+        cut_3 = flag_at(reset_row, t + 11, t + 11 < stop, HAS_RESET)
+        x, h, g_h = widen(x_4, h_4, g_h_4, cut_4, h_first, t + 4, False, HAS_RESET, COMPUTE)
+        x_4, h_4, g_h_4 = load_step(
+            x_row, h_row, g_h_row, 12 * X_STEP, 12 * H_STEP, mask & (t + 12 < stop), mask & (t + 12 < stop), H_STEP,
+            HAS_G_H,
+        )
+        _next_h, j_h_h = linearised(h, x, a)
+        new_m_h_h = m_h_h * j_h_h
+        if HAS_RESET:
+            new_m_h_h = tl.where(cut_4, 0.0, new_m_h_h)
+        m_h_h = tl.where(t + 4 < stop, new_m_h_h, m_h_h)
+        d_h += m_h_h * g_h
+        cut_4 = flag_at(reset_row, t + 12, t + 12 < stop, HAS_RESET)
+        x, h, g_h = widen(x_5, h_5, g_h_5, cut_5, h_first, t + 5, False, HAS_RESET, COMPUTE)
+        x_5, h_5, g_h_5 = load_step(
+            x_row, h_row, g_h_row, 13 * X_STEP, 13 * H_STEP, mask & (t + 13 < stop), mask & (t + 13 < stop), H_STEP,
+            HAS_G_H,
+        )
+        _next_h, j_h_h = linearised(h, x, a)
+        new_m_h_h = m_h_h * j_h_h
+        if HAS_RESET:
+            new_m_h_h = tl.where(cut_5, 0.0, new_m_h_h)
+        m_h_h = tl.where(t + 5 < stop, new_m_h_h, m_h_h)
+        d_h += m_h_h * g_h
+        cut_5 = flag_at(reset_row, t + 13, t + 13 < stop, HAS_RESET)
+        x, h, g_h = widen(x_6, h_6, g_h_6, cut_6, h_first, t + 6, False, HAS_RESET, COMPUTE)
+        x_6, h_6, g_h_6 = load_step(
+            x_row, h_row, g_h_row, 14 * X_STEP, 14 * H_STEP, mask & (t + 14 < stop), mask & (t + 14 < stop), H_STEP,
+            HAS_G_H,
+        )
+        _next_h, j_h_h = linearised(h, x, a)
+        new_m_h_h = m_h_h * j_h_h
+        if HAS_RESET:
+            new_m_h_h = tl.where(cut_6, 0.0, new_m_h_h)
+        m_h_h = tl.where(t + 6 < stop, new_m_h_h, m_h_h)
+        d_h += m_h_h * g_h
+        cut_6 = flag_at(reset_row, t + 14, t + 14 < stop, HAS_RESET)
+        x, h, g_h = widen(x_7, h_7, g_h_7, cut_7, h_first, t + 7, False, HAS_RESET, COMPUTE)
+        x_7, h_7, g_h_7 = load_step(
+            x_row, h_row, g_h_row, 15 * X_STEP, 15 * H_STEP, mask & (t + 15 < stop), mask & (t + 15 < stop), H_STEP,
+            HAS_G_H,
+        )
+        _next_h, j_h_h = linearised(h, x, a)
+        new_m_h_h = m_h_h * j_h_h
+        if HAS_RESET:
+            new_m_h_h = tl.where(cut_7, 0.0, new_m_h_h)
+        m_h_h = tl.where(t + 7 < stop, new_m_h_h, m_h_h)
+        d_h += m_h_h * g_h
+        cut_7 = flag_at(reset_row, t + 15, t + 15 < stop, HAS_RESET)
         inside = 0.0
         inside = tl.maximum(inside, largest_size(m_h_h, mask))
-        x_row += 4 * X_STEP
-        h_row += 4 * H_STEP
-        g_h_row += 4 * H_STEP
-        t += 4
+        x_row += 8 * X_STEP
+        h_row += 8 * H_STEP
+        g_h_row += 8 * H_STEP
+        t += 8
     at = piece.to(tl.int64) * batches * channels + here
     tl.store(m_h_h_ptr + at, m_h_h, mask=mask)
     tl.store(d_h_ptr + at, d_h, mask=mask)
