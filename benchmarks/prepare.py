@@ -32,7 +32,12 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+if TYPE_CHECKING:
+    from paralm_data import Progress
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,10 +105,17 @@ def prepared(corpus: Path, out: Path, workers: int, shard_bytes: int, model: Pat
     spec = TokenizerSpec(model=model) if model else TokenizerSpec(vocab_size=1024, sample_bytes=1_000_000)
     steps = StepsSpec() if model else StepsSpec(normalize="nfc", minhash=MinHashRule(enabled=True))
     stages: dict[str, float] = {}
+    workers_peak = [0]
+
+    def look(progress: Progress) -> None:
+        # VmHWM, not ru_maxrss: that counts what the process was before it became this program.
+        stages[progress.stage] = progress.seconds
+        workers_peak.extend(high_water(process.pid) for process in psutil.Process().children())
+
     began = time.perf_counter()
     made = prepare(
         SourceSpec("jsonl", paths=(str(corpus),)), spec, out, 0.01, steps=steps,
-        progress=lambda p: stages.__setitem__(p.stage, p.seconds),
+        progress=look,
         execution=Execution("local", workers, shard_bytes=shard_bytes, threads=1),
     )  # fmt: skip
     seconds = time.perf_counter() - began
@@ -118,9 +130,18 @@ def prepared(corpus: Path, out: Path, workers: int, shard_bytes: int, model: Pat
         "seconds": seconds,
         "cpu_seconds": own.ru_utime + own.ru_stime + others.ru_utime + others.ru_stime,
         "stages": stages,
-        "driver_peak_rss": 1024 * own.ru_maxrss,
-        "worker_peak_rss": 1024 * others.ru_maxrss,
+        "driver_peak_rss": high_water(os.getpid()),
+        "worker_peak_rss": max(workers_peak),
     }
+
+
+def high_water(process: int) -> int:
+    """The peak RSS of a process in bytes; 0 if it is gone."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
 
 
 def alone(*arguments: Any) -> dict[str, Any]:

@@ -307,3 +307,24 @@ def test_an_unknown_executor_and_no_workers_are_one_line(big: Path, tmp_path: Pa
         run(big, tmp_path / "out", "local", 0)
     with pytest.raises(DataError, match="ray needs a cluster"):
         run(big, tmp_path / "out", "ray", 1)
+
+
+def test_damaged_work_in_progress_is_found(big: Path, expected: dict[str, str], tmp_path: Path) -> None:
+    class AtTheEnd(Counting):
+        def run(self, tasks: Sequence[Task]) -> Iterator[Event]:
+            yield from super().run(tasks)
+            if any(type(task).__name__ == "Tokenize" for task in tasks):
+                raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        run(big, out, AtTheEnd(), 1)
+    victim = max(out.glob(".work/tokenize-*/*.train.tokens"), key=lambda path: path.stat().st_size)
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    with pytest.raises(DataError, match=r"\.train\.tokens: damaged: not the \d+ tokens that were written; remove"):
+        run(big, out, "local", 1)
+    for path in victim.parent.iterdir():
+        path.unlink()
+    assert tree(run(big, out, "local", 1).path) == expected
