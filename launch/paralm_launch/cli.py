@@ -15,7 +15,7 @@ import typer
 
 import paralm
 from paralm_launch import errors
-from paralm_launch.commands import config, data, export, plan, results, runs, serve, tools
+from paralm_launch.commands import cluster, config, data, export, plan, results, runs, serve, tools
 
 app = typer.Typer(
     name="paralm",
@@ -29,6 +29,7 @@ app = typer.Typer(
     "75 stopped on request after saving (the same command continues).",
 )
 runs.add_to(app)
+cluster.add_to(app)
 data.add_to(app)
 results.add_to(app)
 export.add_to(app)

@@ -32,6 +32,7 @@ PACKAGES = "slurmctld slurmd slurm-client munge"
 _PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "squeue", "scontrol", "scancel", "srun", "unshare", "nsenter")
 _DAEMONS = ("slurm", "munged")  # how the names of its own processes begin
 _NAMESPACES = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--net", "--uts")
+_GUARD = (sys.executable, "-m", "paralm_launch.launchers.guard")  # it ends when the tests do, however they end
 _SEARCH = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin"))
 
 _CONF = """\
@@ -114,7 +115,7 @@ class SlurmCluster:
         (self.folder / "hosts").write_text("".join(f"{address} {name}\n" for name, address in hosts.items()))
         with (self.folder / "log" / "keeper").open("wb") as log:
             self._outer = subprocess.Popen(
-                [*_NAMESPACES, sys.executable, __file__, str(self.folder)],
+                [*_GUARD, *_NAMESPACES, sys.executable, __file__, str(self.folder)],
                 env={**self.environment, "PATH": _SEARCH},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -162,7 +163,13 @@ class SlurmCluster:
         self, *command: str | Path, check: bool = True, cwd: Path | None = None
     ) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            self.inside(*command), env=self.environment, capture_output=True, text=True, timeout=120, cwd=cwd
+            self.inside(*command),
+            check=False,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            cwd=cwd,
         )
         assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done
@@ -232,19 +239,9 @@ def keep(folder: Path) -> None:
     _open_loopback()
     subprocess.run(["mount", "--bind", str(folder / "hosts"), "/etc/hosts"], check=True)
     munge = folder / "munge"
-    daemons = [
-        subprocess.Popen(
-            [
-                "munged",
-                "--foreground",
-                "--force",
-                "--num-threads=2",
-                f"--socket={munge}/sock",
-                f"--key-file={munge}/key",
-            ]
-            + [f"--seed-file={munge}/seed", f"--pid-file={munge}/pid", f"--log-file={folder}/log/munged"]
-        )
-    ]
+    files = {"socket": "sock", "key-file": "key", "seed-file": "seed", "pid-file": "pid", "log-file": "log"}
+    options = [f"--{option}={munge / name}" for option, name in files.items()]
+    daemons = [subprocess.Popen(["munged", "--foreground", "--force", "--num-threads=2", *options])]
     while not (munge / "sock").exists():
         time.sleep(0.02)
     daemons.append(subprocess.Popen(["slurmctld", "-D"]))
