@@ -1,0 +1,327 @@
+"""Jobs of a configuration: their scripts, what is refused before anything is submitted, and what SLURM prints."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from paralm_launch import cli
+from paralm_launch.cluster import records, slurm
+from paralm_launch.cluster.records import Job
+from paralm_launch.cluster.slurm import Status
+
+from paralm.config_cluster import seconds_of
+from tests.conftest import settings
+
+SITE: dict[str, Any] = {
+    "cluster": {
+        "partition": "gpu",
+        "account": "lab7",
+        "qos": "long",
+        "constraint": "a100|h100",
+        "memory": "200G",
+        "time": "12:00:00",
+        "sbatch": ["--exclusive", "--mail-type=END"],
+        "setup": ["module load python", "source '/opt/my env/bin/activate'"],
+    }
+}
+Paralm = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def paralm(
+    corpus: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Paralm:
+    """``paralm(*arguments)``: (exit code, stdout, stderr) in a folder with run.yaml and site.yaml."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PARALM_SITE", raising=False)
+    Path("run.yaml").write_text(yaml.safe_dump(settings(corpus, prepared, Path("runs"))))
+    Path("site.yaml").write_text(yaml.safe_dump(SITE))
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        code = cli.run(arguments)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """SLURM's programs as scripts: sbatch notes its arguments and the script, squeue prints a file of the folder."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    said = tmp_path / "said"
+    invalid = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
+    programs = {
+        "sbatch": f'echo "$*" >>{said}/sbatch; cat "${{@: -1}}" >{said}/script\n'
+        f"cat {said}/refusal >&2 2>/dev/null && exit 1\n"
+        f"echo $((100 + $(wc -l <{said}/sbatch)))",
+        "squeue": f"cat {said}/squeue 2>/dev/null || {{ {invalid}; }}",
+        "sacct": "echo 'Slurm accounting storage is disabled' >&2; exit 1",
+        "scancel": f'echo "$*" >>{said}/scancel',
+    }
+    said.mkdir()
+    for name, text in programs.items():
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return said
+
+
+def options_of(script: str) -> list[str]:
+    return [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH ")]
+
+
+def test_what_is_submitted_is_what_the_dry_run_shows(paralm: Paralm, sbatch: Path, tmp_path: Path) -> None:
+    code, shown, _ = paralm("submit", "slurm", "run.yaml", "--dry-run")
+    assert code == 0
+    assert not Path("runs").exists(), "a dry run writes nothing"
+    code, out, err = paralm("submit", "slurm", "run.yaml")
+    assert code == 0, err
+    assert (sbatch / "script").read_text() == shown == Path("runs/tiny/jobs/000001-train.sbatch").read_text()
+    assert "submitted: train, job 101" in out
+    assert "paralm logs runs/tiny -f" in out
+    (job,) = records.jobs_of(Path("runs/tiny"))
+    assert (job.id, job.backend, job.name, job.folder) == ("101", "slurm", "train", str(tmp_path))
+    assert subprocess.run(["bash", "-n"], input=shown, text=True, check=False).returncode == 0
+
+
+def test_the_job_has_the_configuration_as_it_was(paralm: Paralm, sbatch: Path) -> None:
+    """What is edited after the submission does not reach the job."""
+    from paralm.config_files import load_config
+
+    before = load_config("run.yaml", ["training.max_steps=9"]).config
+    assert paralm("submit", "slurm", "run.yaml", "training.max_steps=9")[0] == 0
+    Path("run.yaml").write_text("run: {name: other}\n")
+    argument = next(
+        line for line in (sbatch / "script").read_text().splitlines() if line.startswith("set -- /")
+    ).removeprefix("set -- ")
+    assert load_config(argument).config == before
+
+
+def test_a_site_writes_its_settings_once_and_the_run_goes_over_them(
+    paralm: Paralm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = ["cluster.nodes=4", "cluster.gpus_per_node=8", "cluster.cpus_per_rank=6", "cluster.qos=short"]
+    code, by_option, err = paralm("submit", "slurm", "run.yaml", "--site", "site.yaml", "--dry-run", *more)
+    assert code == 0, err
+    options = options_of(by_option)
+    for wanted in (
+        "--partition=gpu",
+        "--account=lab7",
+        "--qos=short",
+        "--constraint=a100|h100",
+        "--mem=200G",
+        "--time=12:00:00",
+        "--exclusive",
+        "--mail-type=END",
+        "--nodes=4",
+        "--gpus-per-node=8",
+        "--cpus-per-task=48",
+        "--signal=B:USR1@300",
+        "--requeue",
+    ):
+        assert wanted in options
+    assert "\nmodule load python\nsource '/opt/my env/bin/activate'\nset -- " in by_option
+    assert "\nranks_per_node=8\n" in by_option
+    monkeypatch.setenv("PARALM_SITE", "site.yaml")
+    assert paralm("submit", "slurm", "run.yaml", "--dry-run", *more)[1] == by_option
+    assert (
+        "--gres=gpu:a100:2"
+        in paralm("submit", "slurm", "run.yaml", "--dry-run", "cluster.gres=gpu:a100:2", "cluster.ranks_per_node=2")[1]
+    )
+
+
+def test_a_pipeline_is_prepare_train_evaluate_one_after_the_other(paralm: Paralm, sbatch: Path) -> None:
+    given = [
+        "cluster.evaluate.what=[report,'perplexity max_tokens=900']",
+        "cluster.evaluate.tasks=4",
+        "cluster.evaluate.at_once=2",
+        "cluster.evaluate.time='30'",
+        "cluster.prepare.partition=cpu",
+        "cluster.signal_seconds=60",
+    ]
+    code, out, err = paralm("submit", "slurm", "run.yaml", "--site", "site.yaml", "--pipeline", *given)
+    assert code == 0, err
+    jobs = {job.name: job for job in records.jobs_of(Path("runs/tiny"))}
+    assert list(jobs) == ["prepare", "train", "evaluate-report", "evaluate-perplexity"]
+    calls = (sbatch / "sbatch").read_text().splitlines()
+    assert [" ".join(call.split()[1:-1]) for call in calls] == [
+        "",
+        "--dependency=afterok:101 --kill-on-invalid-dep=yes",
+        "--dependency=afterok:102 --kill-on-invalid-dep=yes",
+        "--dependency=afterok:102 --kill-on-invalid-dep=yes",
+    ]
+    assert "evaluate-perplexity, job 104, 4 tasks, after 102" in out
+    assert "--partition=cpu" in options_of(jobs["prepare"].file(".sbatch").read_text())
+    array = options_of(jobs["evaluate-perplexity"].file(".sbatch").read_text())
+    assert {"--array=0-3%2", "--time=30", "--partition=gpu"} <= set(array)
+    assert f"--output={jobs['evaluate-perplexity'].file('-%a.log').absolute()}" in array
+    assert not any("array" in line for line in options_of(jobs["evaluate-report"].file(".sbatch").read_text()))
+    assert "perplexity" in jobs["evaluate-perplexity"].file(".sbatch").read_text()
+
+
+def test_of_a_pipeline_that_is_refused_midway_nothing_is_left(paralm: Paralm, sbatch: Path, tmp_path: Path) -> None:
+    program = tmp_path / "bin" / "sbatch"
+    program.write_text(
+        program.read_text().replace(
+            "#!/bin/bash\n", "#!/bin/bash\n[[ $* = *dependency* ]] && { echo no >&2; exit 1; }\n"
+        )
+    )
+    code, _, err = paralm("submit", "slurm", "run.yaml", "--pipeline")
+    assert (code, err) == (2, "error: SLURM: no\n")
+    assert (sbatch / "scancel").read_text().split() == ["101"]
+    assert not Path("runs").exists() or not list(Path("runs").rglob("*.*"))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (("nowhere.yaml",), "nowhere.yaml: no such file or preset"),
+        (("run.yaml", "model.d_modle=3"), "model.d_modle: unknown key; nearest: model.d_model"),
+        (("run.yaml", "cluster.partitoin=x"), "cluster.partitoin: unknown key; nearest: cluster.partition"),
+        (("run.yaml", "cluster.time='soon'"), "'soon' is no time; give 24:00:00"),
+        (("run.yaml", "cluster.time='5'"), "time '5' leaves nothing before signal_seconds 300"),
+        (("run.yaml", "cluster.gres=gpu:2"), "gres 'gpu:2' needs ranks_per_node"),
+        (("run.yaml", "cluster.sbatch=[exclusive]"), "'exclusive' is no option of sbatch"),
+        (("run.yaml", "data.dir=nowhere"), "nowhere"),
+        (("run.yaml", "--stage", "score"), "--stage score: there is prepare, train, evaluate"),
+        (("run.yaml", "--pipeline", "--stage", "train"), "leave --stage out"),
+        (("run.yaml", "--stage", "evaluate"), "runs/tiny: no run to evaluate"),
+        (("run.yaml", "--pipeline", "cluster.evaluate.what=[perplxity]"), "perplxity"),
+        (("run.yaml", "--pipeline", "cluster.evaluate.what=['perplexity max_toknes=3']"), "max_toknes"),
+        (("run.yaml", "--site", "none.yaml"), "none.yaml: no such file"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_submitted(
+    paralm: Paralm, sbatch: Path, given: tuple[str, ...], words: str
+) -> None:
+    code, _, err = paralm("submit", "slurm", *given)
+    assert code == 2
+    assert words in err
+    assert err.count("\n") == 1, "one line"
+    assert not (sbatch / "sbatch").exists()
+    assert not Path("runs").exists()
+
+
+def test_without_slurm_or_refused_by_it_is_one_line(
+    paralm: Paralm, sbatch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (sbatch / "refusal").write_text(
+        "sbatch: error: invalid partition specified: nope\n"
+        "sbatch: error: Batch job submission failed: Invalid partition name specified\n"
+    )
+    code, _, err = paralm("submit", "slurm", "run.yaml", "cluster.partition=nope")
+    assert code == 2
+    assert err == (
+        "error: SLURM: invalid partition specified: nope; Batch job submission failed: Invalid partition name "
+        "specified (cluster.partition)\n"
+    )
+    assert not Path("runs/tiny").exists(), "a submission that was refused leaves nothing"
+    monkeypatch.setenv("PATH", "/nowhere")
+    code, _, err = paralm("submit", "slurm", "run.yaml")
+    assert (code, err) == (
+        2,
+        "error: sbatch: not found; this needs SLURM's commands on the PATH, as on a login node\n",
+    )
+
+
+def test_a_run_with_a_job_under_way_is_not_submitted_again(paralm: Paralm, sbatch: Path) -> None:
+    assert paralm("submit", "slurm", "run.yaml")[0] == 0
+    (sbatch / "squeue").write_text("101|N/A|PENDING|0:00|10:00||Resources\n")
+    code, _, err = paralm("submit", "slurm", "run.yaml")
+    assert code == 2
+    assert "runs/tiny: job 101 (train) is PENDING; cancel it" in err
+    (sbatch / "squeue").write_text("101|N/A|FAILED|0:10|10:00|n1|NonZeroExitCode\n")
+    assert paralm("submit", "slurm", "run.yaml")[0] == 0
+    assert [job.number for job in records.jobs_of(Path("runs/tiny"))] == [1, 2]
+
+
+def test_status_and_cancel_by_run_and_by_id(paralm: Paralm, sbatch: Path) -> None:
+    assert paralm("submit", "slurm", "run.yaml")[0] == 0
+    (sbatch / "squeue").write_text("101|N/A|RUNNING|1:05|10:00|node[1-2]|None\n")
+    for name in ("runs/tiny", "tiny", "101"):
+        code, out, _ = paralm("status", name)
+        assert code == 0
+        assert "runs/tiny: no step yet" in out
+        assert out.splitlines()[-1].split() == ["train", "101", "RUNNING", "1:05", "10:00", "node[1-2]"]
+    assert paralm("status")[1] == out, "without a name: all"
+    assert paralm("cancel", "tiny")[1] == "cancelled: 101 (train of runs/tiny)\n"
+    assert (sbatch / "scancel").read_text() == "101\n"
+    code, _, err = paralm("status", "999")
+    assert code == 2
+    assert "999: no run, and no job of the runs in runs/ has that id" in err
+    (sbatch / "squeue").unlink()
+    Path("runs/tiny/jobs/000001-train.events").write_text(
+        "t job=101 restarts=0 requeue code=75\nt job=101 end code=0\n"
+    )
+    out = paralm("status", "tiny")[1]
+    assert "COMPLETED" in out, "when SLURM has forgotten a job, its own notes tell"
+    assert "requeued 1×" in out
+    assert "nothing to cancel: 101 is COMPLETED" in paralm("cancel", "tiny")[1]
+
+
+def test_logs_are_the_last_lines_and_of_an_array_say_whose(paralm: Paralm, sbatch: Path) -> None:
+    assert paralm("submit", "slurm", "run.yaml")[0] == 0
+    code, _, err = paralm("logs", "tiny")
+    assert code == 2
+    assert "has said nothing yet" in err
+    (job,) = records.jobs_of(Path("runs/tiny"))
+    job.file(".log").write_text("one\ntwo\nthree\n")
+    assert paralm("logs", "101", "-n", "2")[1] == "two\nthree\n"
+    array = Job(job.run, 2, "evaluate-x", "slurm", "7", 12, (), job.folder, job.submitted)
+    records.write(array)
+    for task in (0, 2, 10):
+        array.file(f"-{task}.log").write_text(f"of {task}\n")
+    assert paralm("logs", "tiny")[1] == "0: of 0\n2: of 2\n10: of 10\n"
+
+
+def test_what_squeue_and_sacct_print() -> None:
+    assert slurm.parse_squeue("12|N/A|RUNNING|1:05|1-00:00:00|n[1-2]|None\n9|3|PENDING|0:00|10:00||(Dep|x)\n") == {
+        "12": [Status("RUNNING", "1:05", "1-00:00:00", "n[1-2]")],
+        "9": [Status("PENDING", "0:00", "10:00", "", "(Dep|x)", 3)],
+    }
+    printed = (
+        "12|COMPLETED|00:10:00|01:00:00|n1|0:0\n"
+        "13|CANCELLED by 0|00:00:00|01:00:00|None assigned|0:0\n"
+        "14_2|FAILED|00:00:09|01:00:00|n2|75:0\n"
+        "14_[3-9]|PENDING|00:00:00|01:00:00|None assigned|0:0\n"
+    )
+    assert slurm.parse_sacct(printed) == {
+        "12": [Status("COMPLETED", "00:10:00", "01:00:00", "n1")],
+        "13": [Status("CANCELLED", "00:00:00", "01:00:00", "")],
+        "14": [
+            Status("FAILED", "00:00:09", "01:00:00", "n2", "exit code 75", 2),
+            Status("PENDING", "00:00:00", "01:00:00", ""),
+        ],
+    }
+    assert not Status("CANCELLED").active
+    assert Status("COMPLETING").active
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 5400), ("90:30", 5430), ("24:00:00", 86400), ("2-12", 216000), ("1-2:03", 93780), ("1-2:03:04", 93784)],
+)
+def test_times_as_slurm_reads_them(text: str, seconds: int) -> None:
+    assert seconds_of(text) == seconds
+
+
+def test_a_ray_job_is_one_script(paralm: Paralm) -> None:
+    code, shown, err = paralm("submit", "ray", "run.yaml", "--dry-run", "--pipeline", "cluster.nodes=2")
+    assert code == 0, err
+    work = [line for line in shown.splitlines() if line.startswith("paralm ")]
+    assert [line.split()[1] for line in work] == ["data", "train", "eval"]
+    assert 'launcher.kind=ray launcher.address="$RAY_ADDRESS" launcher.ranks=2' in work[1]
+    assert not Path("runs").exists()
+    assert paralm("submit", "ray", "run.yaml")[2].startswith("error: which Ray cluster?")
+    assert "such as http://HOST:8265" in paralm("submit", "ray", "run.yaml", "--address", "127.0.0.1:6379")[2]
+    code, _, err = paralm("submit", "ray", "run.yaml", "--address", "http://127.0.0.1:9")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "http://127.0.0.1:9: no Ray cluster answers there" in err
+    assert not Path("runs/tiny").exists()
