@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
+
 from paralm.config import Config
 from paralm.config_files import dump_yaml
 from paralm.errors import RunError
 from paralm_launch import discovery
 from paralm_launch.console import ProgressLine, duration, quantity
+
+_GRACE = 10.0  # seconds that mpirun has to end its ranks
 
 if TYPE_CHECKING:
     from paralm_data import Execution, Progress, StepsSpec
@@ -69,8 +74,14 @@ def under_mpirun(config: Config) -> None:
 
     folder = config.data_dir
     folder.mkdir(parents=True, exist_ok=True)
-    settings = folder / f".prepare-{os.getpid()}.yaml"
-    worker = [sys.executable, "-m", "paralm_launch", "data", "prepare", str(settings)]
+    mine = f".prepare-{socket.gethostname()}-"
+    for left in folder.glob(f"{mine}*.yaml"):
+        number = left.stem.removeprefix(mine)
+        if number.isdigit() and not psutil.pid_exists(int(number)):
+            left.unlink(missing_ok=True)  # of one that was killed
+    settings = folder / f"{mine}{os.getpid()}.yaml"
+    # A rank ends with its mpirun, and that with this process, however it ends.
+    worker = [*launcher_guard(), sys.executable, "-m", "paralm_launch", "data", "prepare", str(settings)]
     ranks = config.model_copy(update={"launcher": config.launcher.model_copy(update={"ranks": _ranks(config)})})
     try:
         settings.write_text(dump_yaml(config), encoding="utf-8")
@@ -84,8 +95,12 @@ def under_mpirun(config: Config) -> None:
         )
         try:
             _, complaint = process.communicate()
-        finally:
+        except BaseException:
+            process.terminate()  # mpirun ends ranks on other machines, too
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_GRACE)
             process.kill()
+            raise
     finally:
         with contextlib.suppress(OSError):
             settings.unlink()

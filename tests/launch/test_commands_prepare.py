@@ -7,9 +7,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from paralm_launch import cli, preparing
@@ -102,6 +104,24 @@ def test_mpirun_from_outside_and_ranks_of_ones_own(folder: Path, expected: dict[
     assert output.count("data: prepared") == 1, "one rank speaks"
     output, _ = run([*mpirun, *command(folder, tmp_path / "two", "data.executor=mpi")])
     assert output.count("data: already prepared") == 1
+
+
+@pytest.mark.slow
+def test_a_killed_mpirun_leaves_no_rank_and_the_next_one_goes_on(
+    folder: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
+    whole = command(folder, tmp_path / "out", "data.executor=mpi", "data.workers=2")
+    process = subprocess.Popen(whole, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    limit = time.monotonic() + 120
+    while not (tmp_path / "out" / ".work").exists() and time.monotonic() < limit:
+        time.sleep(0.005)
+    below = psutil.Process(process.pid).children(recursive=True)
+    assert len(below) == 3
+    process.kill()
+    process.wait()
+    assert psutil.wait_procs(below, timeout=30)[1] == []
+    run(whole)
+    assert tree(tmp_path / "out") == expected
 
 
 @pytest.mark.slow
