@@ -3,7 +3,8 @@
 `Cell` defines a recurrence; `solve` runs it over time (sequential loop with an analytic adjoint, or Newton's method),
 `step` advances it by one for decoding; `causal_conv` and the linear scans (`diagonal_scan`, `matrix_scan`) are the
 recurrences that need no cell. `dense_rnn` runs those that are dense within a head (LSTM, GRU, sLSTM, Elman),
-`chunkwise` those whose state is a matrix with a scalar decay (Mamba2's SSD, mLSTM).
+`chunkwise` those whose state is a matrix with a scalar decay (Mamba2's SSD, mLSTM). `TimeShards` has them for a
+sequence whose time lies on several ranks.
 """
 
 from .affine import AffineMap
@@ -19,6 +20,7 @@ from .positions import positions
 from .problem import SolveInfo
 from .scan import Scan, diagonal_scan, matrix_scan
 from .solve import Trajectory, solve, step
+from .time_shards import TimeShards
 
 __all__ = [
     "MGU",
@@ -34,6 +36,7 @@ __all__ = [
     "Scan",
     "SolveInfo",
     "Tanh",
+    "TimeShards",
     "Trajectory",
     "causal_conv",
     "cells",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .adjoint import gradients
+from .adjoint import Gradients, gradients
 from .cell import Cell, Tensors
 from .derive import derive
 from .errors import ArgumentError, NotConverged
@@ -35,7 +35,7 @@ class Trajectory:
 
 
 @dataclass
-class _Call:
+class Call:
     """What passes through autograd besides tensors, and the info that comes back."""
 
     cell: Cell
@@ -101,13 +101,19 @@ def solve(
     if method.startswith("triton"):
         _triton().check_device(given_inputs[0].device)
         _triton().check_tile(method, tile)
-    if method == "auto":
-        method, max_iter, on_failure = choose_method(given_inputs[0]), max_iter or _AUTO_ITERATIONS, "sequential"
-    call = _Call(cell, method, NewtonOptions(tile, tol, max_iter), on_failure, dtype)
+    call = call_of(cell, method, NewtonOptions(tile, tol, max_iter), on_failure, dtype, given_inputs[0])
     results = _Solve.apply(call, reset, *given_inputs, *given_params, *given_state)
     count = len(cell.state)
     assert call.info is not None
     return Trajectory(results[:count], results[count:], call.info)
+
+
+def call_of(cell: Cell, method: str, options: NewtonOptions, on_failure: str, dtype: torch.dtype, x: Tensor) -> Call:
+    """What is to be done, "auto" made into a method; x: one input, (batch, time, channel)."""
+    if method == "auto":
+        options = replace(options, max_iter=options.max_iter or _AUTO_ITERATIONS)
+        method, on_failure = choose_method(x), "sequential"
+    return Call(cell, method, options, on_failure, dtype)
 
 
 _AUTO_ITERATIONS = 32
@@ -160,7 +166,7 @@ def _triton_is_there() -> bool:
     return find_spec("triton") is not None
 
 
-def _run(call: _Call, problem: Problem) -> tuple[Tensors, Tensors, SolveInfo]:
+def run(call: Call, problem: Problem) -> tuple[Tensors, Tensors, SolveInfo]:
     """States, final state in the compute dtype, and how it went. Triton's states are in the dtype of the inputs."""
     if call.method.startswith("triton"):
         solved: tuple[Tensors, Tensors, SolveInfo] = _triton().solve_triton(problem, call.method, call.options)
@@ -169,7 +175,7 @@ def _run(call: _Call, problem: Problem) -> tuple[Tensors, Tensors, SolveInfo]:
     return states, tuple(h[:, -1].clone() for h in states), info
 
 
-def _run_torch(call: _Call, problem: Problem) -> tuple[Tensors, SolveInfo]:
+def _run_torch(call: Call, problem: Problem) -> tuple[Tensors, SolveInfo]:
     if call.method == "sequential":
         return solve_sequential(problem)
     try:
@@ -180,13 +186,29 @@ def _run_torch(call: _Call, problem: Problem) -> tuple[Tensors, SolveInfo]:
         return solve_sequential(problem)
 
 
+def gradients_of(
+    call: Call,
+    problem: Problem,
+    states: Tensors,
+    grad_states: tuple[Tensor | None, ...],
+    grad_final: tuple[Tensor | None, ...],
+) -> Gradients:
+    """The adjoint that goes with the method: `adjoint.gradients`, or the fused kernels'."""
+    if call.method.startswith("triton"):
+        result: Gradients = _triton().gradients_triton(
+            problem, states, grad_states, grad_final, call.method, call.options
+        )
+        return result
+    return gradients(problem, states, grad_states, grad_final)
+
+
 class _Solve(torch.autograd.Function):
     """Any forward method with the one analytic adjoint; saves inputs and states, recomputes Jacobians."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, reset: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
-        problem = _problem(call, reset, tensors)
-        states, final, call.info = _run(call, problem)
+    def forward(ctx: Any, call: Call, reset: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+        problem = problem_of(call, reset, tensors)
+        states, final, call.info = run(call, problem)
         given = tensors[0].dtype
         outputs = tuple(h.to(given) for h in states)
         ctx.call, ctx.given = call, [tensor.dtype for tensor in tensors]
@@ -199,17 +221,14 @@ class _Solve(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         reset, *saved = ctx.saved_tensors
         count = len(ctx.given)
-        problem = _problem(ctx.call, reset, saved[:count])
+        problem = problem_of(ctx.call, reset, saved[:count])
         size = len(problem.state)
-        by_triton = ctx.call.method.startswith("triton")
-        pull_back = _triton().gradients_triton if by_triton else gradients
-        options = (ctx.call.method, ctx.call.options) if by_triton else ()
-        result = pull_back(problem, tuple(saved[count:]), grads[:size], grads[size:], *options)
+        result = gradients_of(ctx.call, problem, tuple(saved[count:]), grads[:size], grads[size:])
         every = (*result.inputs, *result.params, *result.state)
         return (None, None, *(grad.to(dtype) for grad, dtype in zip(every, ctx.given, strict=True)))
 
 
-def _problem(call: _Call, reset: Tensor | None, tensors: Sequence[Tensor]) -> Problem:
+def problem_of(call: Call, reset: Tensor | None, tensors: Sequence[Tensor]) -> Problem:
     cell = call.cell
     n_inputs, n_params = len(cell.inputs), len(cell.params)
     rest = [tensor.to(call.dtype) for tensor in tensors[n_inputs:]]

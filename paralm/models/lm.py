@@ -60,7 +60,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, state: State | None, reset: Tensor | None) -> tuple[Tensor, State]:
         """(batch, time, d_model) → the same, and the mixer's state."""
-        y, state = self.mixer(self.mixer_norm(x), state, reset)
+        y, state = self.mixer.over_time(self.mixer_norm(x), state, reset)
         x = x + self._drop(y)
         if self.mlp is not None and self.mlp_norm is not None:
             x = x + self._drop(self.mlp(self.mlp_norm(x)))

@@ -8,17 +8,22 @@ feeding it whole, in outputs, final state and gradients; and a reset at position
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+import paralm_kernels
 import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from paralm.errors import ConfigError
+
 if TYPE_CHECKING:
+    from paralm_kernels import TimeShards
+
     from paralm.models.mitigations import Mitigation
 
 State = Any
@@ -80,6 +85,9 @@ class Mixer(nn.Module):
     refuses: ClassVar[str] = "it declares no linear recurrence of known decay"
     """Why it admits no others, in a few words."""
 
+    time_shards: TimeShards | None = None
+    """Set where the time of sequences lies on several ranks (:func:`shard_time`); x is then this rank's part."""
+
     mitigation: Mitigation | None = None
     """In force (:func:`paralm.models.mitigations.mitigated`)."""
 
@@ -93,6 +101,23 @@ class Mixer(nn.Module):
         """``x``: (batch, time, d_model), time ≥ 1. ``state``: from a former call or :meth:`initial_state`; None
         means the initial one. ``reset``: bool (batch, time), true where a new sequence starts."""
         raise TypeError(f"{type(self).__name__} does not define forward(x, state, reset)")
+
+    @property
+    def joins_shards(self) -> bool:
+        """Whether its forward itself joins the parts of time shards, by :attr:`kernels`; else ranks take turns."""
+        return False
+
+    @property
+    def kernels(self) -> Any:
+        """The functions that run over time: of `paralm_kernels`, or those of the same names over time shards."""
+        return self.time_shards or paralm_kernels
+
+    def over_time(self, x: Tensor, state: State | None, reset: Tensor | None) -> tuple[Tensor, State]:
+        """:meth:`forward`, of a part of the sequence where its time lies on several ranks."""
+        if self.time_shards is None or self.joins_shards:
+            result: tuple[Tensor, State] = self(x, state, reset)
+            return result
+        return self.time_shards.relay(self, lambda batch: self.initial_state(batch, x.device, x.dtype), x, state, reset)
 
     def initial_state(
         self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -125,6 +150,29 @@ class Mixer(nn.Module):
     def extra_flops_per_token(self, seq_len: int) -> float:
         """Forward matrix-product FLOPs a token beyond two for each matrix element; see ``flops_per_token``."""
         return 0.0
+
+
+def shard_time(model: nn.Module, shards: TimeShards | None) -> None:
+    """Tells every mixer of a model that its sequences' time lies on several ranks; None: no longer. Raises ConfigError,
+    one line, where a state grows with what was read."""
+    mixers = list(_outermost(model))
+    for mixer in mixers:
+        if shards is not None and not mixer.bounded_state:
+            raise ConfigError(
+                f"{type(mixer).__name__}'s state grows with the sequence, so it cannot be handed from rank to rank; "
+                "time shards need mixers of bounded state"
+            )
+    for mixer in mixers:
+        mixer.time_shards = shards
+
+
+def _outermost(module: nn.Module) -> Iterator[Mixer]:
+    """The mixers that no other mixer contains."""
+    if isinstance(module, Mixer):
+        yield module
+        return
+    for child in module.children():
+        yield from _outermost(child)
 
 
 def map_leaves(function: Any, state: State) -> State:

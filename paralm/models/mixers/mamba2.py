@@ -133,13 +133,18 @@ class Mamba2(Mixer):
         declare(self, "A_log", partial(_log_uniform_values, low=config.A_range[0], high=config.A_range[1]), decay=False)
         declare(self, "D", constant(1.0), decay=False)
 
+    @property
+    def joins_shards(self) -> bool:
+        """See :class:`Mixer`."""
+        return self.mitigation is None or self.mitigation.window is None
+
     def forward(self, x: Tensor, state: State | None = None, reset: Tensor | None = None) -> tuple[Tensor, State]:
         """See :class:`Mixer`. State: ``{"ssm": (batch, head, N, P), "conv": (batch, d_conv − 1, d_inner + 2 G N)}``,
         the first in at least float32; under a window also ``"window"``, see `paralm_kernels.windowed_chunkwise`."""
         config = self.config
         ssm_state, conv_state = (None, None) if state is None else (state["ssm"], state["conv"])
         z, xbc, dt = self.in_proj(x).split(self.sizes, dim=-1)
-        xbc, conv_state = paralm_kernels.causal_conv(xbc, self.conv_weight, self.conv_bias, conv_state, reset)
+        xbc, conv_state = self.kernels.causal_conv(xbc, self.conv_weight, self.conv_bias, conv_state, reset)
         v, b, c = F.silu(xbc).split(self.conv_sizes, dim=-1)
         v = v.unflatten(-1, (self.n_heads, self.head_dim))
         b, c = (part.unflatten(-1, (config.n_groups, config.d_state)) for part in (b, c))
@@ -153,7 +158,7 @@ class Mamba2(Mixer):
             log_decay, gain = self.mitigation.scaled(log_decay, gain)
         after: dict[str, Any] = {"ssm": ssm_state, "conv": conv_state}
         if self.mitigation is None or self.mitigation.window is None:
-            y, after["ssm"] = paralm_kernels.chunkwise(
+            y, after["ssm"] = self.kernels.chunkwise(
                 c, b, v, log_decay, gain, ssm_state, reset, chunk_size=config.chunk_size
             )
         else:

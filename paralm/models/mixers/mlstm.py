@@ -94,6 +94,11 @@ class MLSTM(Mixer):
         start = partial(_zero_last_rows, std=linear_std(d_model), rows=self.v_dim)
         declare(self.in_proj, "weight", start, decay=True)
 
+    @property
+    def joins_shards(self) -> bool:
+        """See :class:`Mixer`."""
+        return self.mitigation is None or self.mitigation.window is None
+
     def forward(self, x: Tensor, state: State | None = None, reset: Tensor | None = None) -> tuple[Tensor, State]:
         """See :class:`Mixer`. State: (C (batch, head, d_k, d_v), n (batch, head, d_k)), in at least float32; under a
         window a third part, ``{"window": …}``, see `paralm_kernels.windowed_chunkwise`."""
@@ -106,7 +111,7 @@ class MLSTM(Mixer):
             if self.mitigation.window is not None:
                 h, after = self._windowed(q, k, v, log_decay, i.exp(), self.mitigation.window, state, reset)
                 return self.out_proj(self.norm(h) * torch.sigmoid(o)), after
-        h, scaled = paralm_kernels.chunkwise(
+        h, scaled = self.kernels.chunkwise(
             q,
             k,
             v,

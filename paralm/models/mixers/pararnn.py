@@ -134,11 +134,16 @@ class CellMixer(Mixer):
             return self.config.clamp
         return 0.5 if self.config.clamp == "default" and init == "language_model" else None
 
+    @property
+    def joins_shards(self) -> bool:
+        """See :class:`Mixer`."""
+        return True
+
     def forward(self, x: Tensor, state: State | None = None, reset: Tensor | None = None) -> tuple[Tensor, State]:
         """See :class:`Mixer`. State: ``{"cell": (…, one (batch, channel) for each component), "conv": …}``."""
         cell_state, conv_state = (None, None) if state is None else (state["cell"], state["conv"])
         u, gate = self.in_proj(x).chunk(2, dim=-1)
-        u, conv_state = paralm_kernels.causal_conv(u, self.conv_weight, self.conv_bias, conv_state, reset)
+        u, conv_state = self.kernels.causal_conv(u, self.conv_weight, self.conv_bias, conv_state, reset)
         inputs = self.inputs(F.silu(u))
         params = tuple(self.recurrent[name] for name in self.cell.params)
         hidden, cell_state = self._recur(inputs, params, cell_state, reset)
@@ -153,11 +158,12 @@ class CellMixer(Mixer):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Output (batch, time, channel) and final state."""
         config = self.config
-        if inputs[0].shape[1] == 1 and state is not None and reset is None and not torch.is_grad_enabled():
+        alone = self.time_shards is None and inputs[0].shape[1] == 1
+        if alone and state is not None and reset is None and not torch.is_grad_enabled():
             self.stats = {}
             state = paralm_kernels.step(self.cell, state, tuple(i.squeeze(1) for i in inputs), params)
             return state[-1].unsqueeze(1), state
-        trajectory = paralm_kernels.solve(
+        trajectory = self.kernels.solve(
             self.cell,
             inputs,
             params,

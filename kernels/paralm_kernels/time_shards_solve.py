@@ -1,0 +1,200 @@
+"""A nonlinear recurrence whose time lies on several ranks, solved exactly: Newton's method on the states at the cuts.
+
+Each rank walks its part from a guessed entry s_r (multiple shooting); y_r is the state at its end, M_r the product of
+its Jacobians. All ranks learn (s, y, M) of all, (batch, channel) × (S² + 2S) numbers a rank, and join them,
+
+    s'_0 = s_0        s'_{r+1} = y_r + M_r (s'_r − s_r)
+
+which is Newton's step on the entries; a rank whose entry moved walks its part again. After k walks the first k parts
+are exact whatever M is, so it ends after as many rounds as there are ranks. The first round takes M = 0: a cell that
+forgets is done with one further walk, which ends where it meets the trajectory that is there.
+
+Backward the recurrence is linear: one exchange of (M, d), where d is what a part's own cotangents give to its entry,
+and then one pass over the part with the carry that the later ranks send.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .cell import Cell, Tensors
+from .derive import derive
+from .newton import NewtonOptions
+from .problem import Problem, SolveInfo
+from .solve import Trajectory, call_of, gradients_of, problem_of, run
+
+if TYPE_CHECKING:
+    from .time_shards import TimeShards
+
+_FIRST = 256
+"""Steps of a second walk before it looks whether it has met the first; then twice as many, and so on."""
+_STRIDE = 64
+"""Steps whose Jacobians are taken at once."""
+_TINY = {torch.float32: 2.0**-64, torch.float64: 2.0**-100}
+"""A product of Jacobians this small is taken for zero, as in the fused kernels."""
+
+
+def solve_sharded(
+    shards: TimeShards,
+    cell: Cell,
+    inputs: Sequence[Tensor],
+    params: Sequence[Tensor],
+    state: Sequence[Tensor] | None = None,
+    reset: Tensor | None = None,
+    method: str = "auto",
+    *,
+    tol: float | None = None,
+    max_iter: int | None = None,
+    tile: int | None = None,
+    on_failure: Any = "raise",
+) -> Trajectory:
+    """`paralm_kernels.solve` of a sequence of which every rank holds a part; arguments as there, `state` on the first
+    rank. `info.iterations` counts the rounds of walks over the ranks, `info.rewalked` this rank's steps walked again
+    over its own, `info.last_update` what the last join moved an entry. Raises as `solve`."""
+    derive(cell)
+    given_inputs, given_params, given_state, dtype = checks.sequence_arguments(cell, inputs, params, state, reset)
+    if given_state is None or not shards.first:
+        batch, _, channel = given_inputs[0].shape
+        zeros = torch.zeros((batch, channel), dtype=dtype, device=given_inputs[0].device)
+        given_state = tuple(zeros for _ in cell.state)
+    call = call_of(cell, method, NewtonOptions(tile, tol, max_iter), on_failure, dtype, given_inputs[0])
+    results = _Sharded.apply(shards, call, reset, *given_inputs, *given_params, *given_state)
+    count = len(cell.state)
+    assert call.info is not None
+    return Trajectory(results[:count], results[count:], call.info)
+
+
+class _Sharded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, shards: TimeShards, call: Any, reset: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+        problem, states, final = _walks(shards, call, problem_of(call, reset, tensors))
+        given = tensors[0].dtype
+        ctx.shards, ctx.call, ctx.given = shards, call, [tensor.dtype for tensor in tensors]
+        n_state = len(states)
+        ctx.save_for_backward(reset, *tensors[:-n_state], *problem.state, *states)
+        ctx.set_materialize_grads(False)
+        return (*(h.to(given) for h in states), *final)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        reset, *saved = ctx.saved_tensors
+        count, shards = len(ctx.given), ctx.shards
+        problem = problem_of(ctx.call, reset, saved[:count])
+        states, size = tuple(saved[count:]), len(problem.state)
+        product, entry = part_map(problem, states, grads[:size])
+        own = [torch.zeros_like(s) if g is None else g.to(problem.dtype) for s, g in zip(problem.state, grads[size:])]
+        cotangent = torch.stack(own)
+        products, entries, finals = shards.gathered("cotangents", product, entry, cotangent)
+        carry = torch.zeros_like(cotangent)  # of the state at the end of a part, from the last rank back to this one
+        for later in range(shards.size - 1, shards.rank, -1):
+            carry = entries[later] + _transposed(products[later], carry + finals[later])
+        result = gradients_of(ctx.call, problem, states, grads[:size], tuple(cotangent + carry))
+        to_state = result.state if shards.first else tuple(torch.zeros_like(s) for s in result.state)
+        every = (*result.inputs, *result.params, *to_state)
+        return (None, None, None, *(grad.to(dtype) for grad, dtype in zip(every, ctx.given, strict=True)))
+
+
+def _walks(shards: TimeShards, call: Any, problem: Problem) -> tuple[Problem, Tensors, Tensors]:
+    """The part solved from its true entry, that entry in the problem; how it went is in `call.info`."""
+    time = problem.shape[1]
+    states, final, info = run(call, problem)
+    meet = 2 * torch.finfo(problem.dtype).eps
+    size = len(problem.state)
+    product = torch.zeros((size, size, *problem.state[0].shape), dtype=problem.dtype, device=problem.device)
+    walked, rounds = 0, 1
+    while True:
+        ends, entries, products = shards.gathered("states", torch.stack(final), torch.stack(problem.state), product)
+        entry = entries[0]
+        for before in range(shards.rank):
+            moved = _applied(products[before], entry - entries[before])
+            entry = ends[before] + torch.where(moved.isfinite(), moved, torch.zeros_like(moved))
+        change = _change(entry, entries[shards.rank])
+        update = shards.largest(change, problem.device)
+        if update <= meet:
+            break
+        rounds += 1
+        if change > meet:
+            problem = replace(problem, state=tuple(entry))
+            states, final, steps = _again(call, problem, states, final)
+            walked += steps
+            product, _ = part_map(problem, states, (None,) * size)
+    call.info = SolveInfo(rounds, update, f"shards of {info.method}", walked / time)
+    return problem, states, final
+
+
+def _change(new: Tensor, old: Tensor) -> float:
+    """The largest |new − old| / (1 + |new|); 0 where both are the same, not finite ones too."""
+    change = (new - old).abs() / (1 + new.abs())
+    change = torch.where((new == old) | (new.isnan() & old.isnan()), torch.zeros_like(change), change)
+    return float(torch.where(change.isnan(), torch.full_like(change, torch.inf), change).max())
+
+
+def _again(call: Any, problem: Problem, states: Tensors, final: Tensors) -> tuple[Tensors, Tensors, int]:
+    """The part walked from another entry until it meets the trajectory that is there, and how many steps that took."""
+    time = problem.shape[1]
+    if states[0].dtype != problem.dtype:  # rounded: meeting them says little
+        new, final, _ = run(call, problem)
+        return new, final, time
+    meet = 2 * torch.finfo(problem.dtype).eps
+    states, entry, start, length = tuple(h.clone() for h in states), problem.state, 0, _FIRST
+    while start < time:
+        stop = min(start + length, time)
+        reset = None if problem.reset is None else problem.reset[:, start:stop]
+        piece = replace(problem, inputs=tuple(x[:, start:stop] for x in problem.inputs), state=entry, reset=reset)
+        new, entry, _ = run(call, piece)
+        met = _change(torch.stack(entry), torch.stack([h[:, stop - 1] for h in states])) <= meet
+        for h, values in zip(states, new, strict=True):
+            h[:, start:stop] = values
+        if met:
+            return states, final, stop
+        start, length = stop, 2 * length
+    return states, entry, time
+
+
+def part_map(problem: Problem, states: Tensors, grads: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+    """Of a solved part: M = J_{T−1} ⋯ J_0, (S, S, batch, channel), and d = Σ_t (J_t ⋯ J_0)ᵀ g_t, (S, batch, channel),
+    the cotangent that the part's own cotangents g (batch, time, channel) give to the state before it.
+
+    Goes through the part from its first step and ends where the product has become too small to be seen.
+    """
+    batch, time, channel = problem.shape
+    size, diagonal, dtype = problem.derived.n_state, problem.derived.diagonal, problem.dtype
+    eye = torch.eye(size, dtype=dtype, device=problem.device)
+    product = eye[:, :, None, None].expand(size, size, batch, channel).clone()
+    entry = torch.zeros((size, batch, channel), dtype=dtype, device=problem.device)
+    states = tuple(h.to(dtype) for h in states)
+    for start in range(0, time, _STRIDE):
+        stop = min(start + _STRIDE, time)
+        arguments = (*problem.previous(states, start, stop), *problem.inputs_at(start, stop), *problem.params)
+        scratch = problem.code.jacobian.scratch((batch, stop - start, channel), dtype, problem.device)
+        jacobian = problem.empty(*((size,) if diagonal else (size, size)), batch, stop - start, channel)
+        problem.code.jacobian(*arguments, *(jacobian if diagonal else jacobian.flatten(0, 1)).unbind(0), *scratch)
+        mask = problem.mask(start, stop)
+        if mask is not None:
+            jacobian.masked_fill_(mask, 0.0)
+        for t in range(stop - start):
+            j = jacobian[..., t, :]
+            product = j.unsqueeze(1) * product if diagonal else (j.unsqueeze(2) * product.unsqueeze(0)).sum(1)
+            for i, grad in enumerate(grads):
+                if grad is not None:
+                    entry += product[i] * grad[:, start + t].to(dtype)
+        if float(product.abs().max()) < _TINY[dtype]:
+            return torch.zeros_like(product), entry
+    return product, entry
+
+
+def _applied(matrix: Tensor, x: Tensor) -> Tensor:
+    """M x of (S, S, …) and (S, …)."""
+    return (matrix * x.unsqueeze(0)).sum(1)
+
+
+def _transposed(matrix: Tensor, x: Tensor) -> Tensor:
+    """Mᵀ x."""
+    return (matrix * x.unsqueeze(1)).sum(0)
