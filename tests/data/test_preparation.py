@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import paralm_data.preparation
 import pytest
 from paralm_data import (
     DataError,
+    Execution,
     Prepared,
     Progress,
     SourceSpec,
@@ -58,6 +62,36 @@ def test_every_document_is_in_one_split_with_its_text_and_bytes(prepared: Prepar
     assert prepared.counts is not None
     assert prepared.counts.kept == len(texts)
     assert not prepared.skipped
+
+
+@pytest.mark.parametrize("shard_bytes", [64 << 20, 10_000])
+def test_the_defaults_are_what_they_were(
+    tmp_path: Path, texts: list[str], shard_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which documents, in which order, and what the tokenizer is trained on: as release 0.1 had it, which read a source
+    as one stream. The hashes were made by that code, on this corpus."""
+    samples: list[str] = []
+
+    def train_model(pieces: Iterator[str], vocab_size: int, kind: str) -> bytes:
+        samples.extend(pieces)
+        return prepared_model(iter(samples), vocab_size, kind)
+
+    prepared_model = paralm_data.preparation.train_model
+    monkeypatch.setattr("paralm_data.preparation.train_model", train_model)
+    source = jsonl(tmp_path / "a.jsonl", [*texts, "", *texts[:9]])
+    spec = TokenizerSpec(vocab_size=400, sample_bytes=20_000)
+    result = prepare(source, spec, tmp_path / "out", 0.2, execution=Execution("local", 1, shard_bytes))
+    found = [hashlib.sha256((store.path / "doc_bytes.bin").read_bytes()).hexdigest()
+             for store in (result.train, result.held_out)]  # fmt: skip
+    assert found == [
+        "eb404f4b07272707964cc56088e56063aa63bc8725aa7b4386e6d2101d3b16bb",
+        "736ef1a54383f5d445a017efdc94ec79a2589638ee3ec5484ac5403f01d8d22e",
+    ]
+    sample = hashlib.sha256("\0".join(samples).encode()).hexdigest()
+    assert sample == "71966d8e5acc7ced59952f6fec5e880619f51ee9481506496a09936010286862"
+    assert result.train.manifest.source == {
+        "source": source.as_dict(), "held_out_fraction": 0.2, "split": "train"
+    }  # fmt: skip
 
 
 def test_duplicates_and_empty_documents_are_left_out(tmp_path: Path, texts: list[str]) -> None:
