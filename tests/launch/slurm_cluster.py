@@ -37,6 +37,7 @@ _SEARCH = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin"))
 
 _CONF = """\
 ClusterName=test
+FirstJobId={first_job}
 SlurmctldHost=controller(127.0.0.1)
 SlurmctldPort=6817
 SlurmUser=root
@@ -109,8 +110,9 @@ class SlurmCluster:
         key = self.folder / "munge" / "key"
         key.touch(0o600)
         key.write_bytes(secrets.token_bytes(128))
+        first_job = 1 + secrets.randbelow(50_000)  # the folders of jobs lie in /tmp, beside those of other clusters
         nodes = "\n".join(_NODE.format(*node, 6818 + index) for index, node in enumerate(NODES.items()))
-        (self.folder / "slurm.conf").write_text(_CONF.format(folder=self.folder, nodes=nodes))
+        (self.folder / "slurm.conf").write_text(_CONF.format(folder=self.folder, nodes=nodes, first_job=first_job))
         hosts = {"localhost": "127.0.0.1", "controller": "127.0.0.1", **NODES}
         (self.folder / "hosts").write_text("".join(f"{address} {name}\n" for name, address in hosts.items()))
         with (self.folder / "log" / "keeper").open("wb") as log:
@@ -168,7 +170,7 @@ class SlurmCluster:
             env=self.environment,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,
             cwd=cwd,
         )
         assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
@@ -206,17 +208,18 @@ class SlurmCluster:
                 raise AssertionError(f"job {job} is {found}, not {state}:\n{said}")
             time.sleep(0.2)
 
-    def left_over(self) -> list[str]:
-        """Command lines of processes in the cluster that are neither SLURM's nor the keeper."""
+    def left_over(self, job: str = "") -> list[str]:
+        """Command lines of processes in the cluster (of one job) that are neither SLURM's nor the keeper."""
         mine = os.readlink(f"/proc/{self._keeper}/ns/pid")
         found = []
-        for process in psutil.process_iter(["pid", "name", "cmdline", "status"]):
+        for process in psutil.process_iter(["name", "cmdline", "status"]):
             try:
                 inside = os.readlink(f"/proc/{process.pid}/ns/pid") == mine
-            except OSError:
+                of_job = not job or process.environ().get("SLURM_JOB_ID") == job
+            except (OSError, psutil.Error):
                 continue
-            zombie = process.info["status"] == psutil.STATUS_ZOMBIE
-            if inside and not zombie and process.pid != self._keeper and not process.info["name"].startswith(_DAEMONS):
+            alive = process.info["status"] != psutil.STATUS_ZOMBIE and process.pid != self._keeper
+            if inside and of_job and alive and not process.info["name"].startswith(_DAEMONS):
                 found.append(" ".join(process.info["cmdline"] or [process.info["name"]]))
         return found
 

@@ -137,6 +137,16 @@ def test_a_site_writes_its_settings_once_and_the_run_goes_over_them(
     )
 
 
+def test_folders_on_local_disks_are_the_jobs_own(paralm: Paralm) -> None:
+    offload = ("parallel.zero_stage=3", "parallel.offload_optimizer=nvme", "parallel.nvme_path=/local/nvme")
+    for start in ("torchrun", "ray"):
+        shown = paralm("submit", "slurm", "run.yaml", "--dry-run", f"cluster.start={start}", "cluster.scratch=/s")[1]
+        assert "\nscratch=/s\n" in shown
+        assert "\nnvme= " in shown
+        shown = paralm("submit", "slurm", "run.yaml", "--dry-run", f"cluster.start={start}", *offload)[1]
+        assert "\nnvme=/local/nvme\n" in shown
+
+
 def test_a_pipeline_is_prepare_train_evaluate_one_after_the_other(paralm: Paralm, sbatch: Path) -> None:
     given = [
         "cluster.evaluate.what=[report,'perplexity max_tokens=900']",

@@ -149,6 +149,8 @@ def _train(config: Config, draft: Planned) -> Planned:
         "cpus-per-task": ranks * cluster.cpus_per_rank,
     }
     settings = {**_common(config, draft), "ranks_per_node": str(ranks), "scratch": cluster.scratch}
+    if "nvme" in (config.parallel.offload_optimizer, config.parallel.offload_parameters):
+        settings["nvme"] = shlex.quote(str(config.parallel.nvme_path))
     template = "train_ray" if cluster.start == "ray" else "train"
     return _made(config, draft, cluster, template, sizes, settings, [str(draft.file(".yaml"))])
 

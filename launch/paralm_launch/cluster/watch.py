@@ -12,6 +12,7 @@ from paralm_launch.cluster.records import Job
 from paralm_launch.cluster.slurm import Status
 
 _POLL_SECONDS = 1.0
+_LOOK_SECONDS = 5  # between two questions to SLURM, which every user of the cluster asks
 
 
 def look(jobs: Sequence[Job]) -> list[tuple[Job, list[Status]]]:
@@ -58,7 +59,9 @@ def follow(job: Job, say: Callable[[str], None], lines: int) -> list[Status]:
         if pending and pending != waited:
             say(f"job {job.id} is pending: {pending}")
         waited = pending
-        time.sleep(_POLL_SECONDS)
+        for _ in range(_LOOK_SECONDS):  # the cluster is asked seldom, the files often
+            time.sleep(_POLL_SECONDS)
+            tail.show(say)
 
 
 def follow_ray(job: Job, say: Callable[[str], None], patience: float) -> Status | None:
