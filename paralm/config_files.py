@@ -330,11 +330,14 @@ def _complete_model(config: Config, layer: _Layer) -> None:
     from paralm.registry import validate_mixer
     from paralm.synthetic import checked as checked_task
     from paralm.training.engine import deepspeed_config
+    from paralm.training.grid import check_grid
     from paralm.training.initial_states import check_states
     from paralm.training.optimizers import OPTIMIZERS
 
     where: tuple[str, ...] = ()
+    mixture = config.data.mixture
     given = config.data.tokenizer.model is not None  # then its size is known when it has been read
+    given = given or (mixture is not None and any(source.store is not None for source in mixture.sources.values()))
     vocab_size = 1 if given else config.data.tokenizer.vocab_size
 
     def complete(spec: dict[str, Any]) -> dict[str, Any]:
@@ -355,7 +358,9 @@ def _complete_model(config: Config, layer: _Layer) -> None:
         if config.model.mixers is not None:
             where = ("model", "mixers")
             config.model.mixers = [{**complete(spec), "count": count} for spec, count in pattern]
-        check_states(config, build_model(config.model, vocab_size, config.run.seed, device="meta"))
+        blueprint = build_model(config.model, vocab_size, config.run.seed, device="meta")
+        check_states(config, blueprint)
+        check_grid(config, blueprint)
         if config.optimizer.name not in OPTIMIZERS:
             near = difflib.get_close_matches(config.optimizer.name, OPTIMIZERS, n=1, cutoff=0.0)
             raise ConfigError(f"optimizer.name: no optimizer '{config.optimizer.name}'; nearest: {near[0]}")

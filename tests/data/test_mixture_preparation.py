@@ -40,6 +40,12 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SourceSpec]:
     return found
 
 
+@pytest.fixture
+def given(prepared: Prepared) -> TokenizerSpec:
+    """A tokenizer that is there, which takes no time."""
+    return TokenizerSpec(model=prepared.path / "tokenizer.model")
+
+
 def make(sources: dict[str, Any], out: Path, spec: TokenizerSpec = SPEC, **more: Any) -> PreparedMixture:
     return prepare_mixture(sources, spec, out, 0.2, **more)
 
@@ -80,13 +86,13 @@ def test_the_tokenizer_is_of_the_sample_of_all_text(two: dict[str, SourceSpec], 
 
 
 def test_twice_is_once_and_an_end_in_between_is_made_good(
-    two: dict[str, SourceSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    two: dict[str, SourceSpec], given: TokenizerSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from paralm_data import mixture_preparation
 
-    make(two, tmp_path / "whole")
+    make(two, tmp_path / "whole", given)
     before = snapshot(tmp_path / "whole")
-    again = make(two, tmp_path / "whole")
+    again = make(two, tmp_path / "whole", given)
     assert again.skipped
     assert snapshot(tmp_path / "whole") == before
 
@@ -100,9 +106,9 @@ def test_twice_is_once_and_an_end_in_between_is_made_good(
 
     monkeypatch.setattr(mixture_preparation, "prepare", fails)
     with pytest.raises(KeyboardInterrupt):
-        make(two, tmp_path / "cut")
+        make(two, tmp_path / "cut", given)
     monkeypatch.setattr(mixture_preparation, "prepare", original)
-    assert not make(two, tmp_path / "cut").skipped
+    assert not make(two, tmp_path / "cut", given).skipped
     assert [v for k, v in sorted(snapshot(tmp_path / "cut").items())] == [v for k, v in sorted(before.items())]
 
 
@@ -119,17 +125,21 @@ def test_a_source_prepared_before_is_used_where_it_is(
     assert bare.held_out.n_documents == found.held_out.n_documents - prepared.held_out.n_documents
 
 
-def test_validation_sets_lie_beside_the_first_text(two: dict[str, SourceSpec], tmp_path: Path) -> None:
-    make(two, tmp_path / "data", validation={"more": two["two"]})
+def test_validation_sets_lie_beside_the_first_text(
+    two: dict[str, SourceSpec], given: TokenizerSpec, tmp_path: Path
+) -> None:
+    make(two, tmp_path / "data", given, validation={"more": two["two"]})
     store = TokenStore.open(tmp_path / "data" / "mixture" / "one" / "validation" / "more")
     assert store.n_documents == 50
     assert store.tokenizer_sha256 == Tokenizer.load(tmp_path / "data" / "tokenizer.model").sha256
 
 
-def test_steps_and_workers_are_those_of_every_source(two: dict[str, SourceSpec], tmp_path: Path) -> None:
+def test_steps_and_workers_are_those_of_every_source(
+    two: dict[str, SourceSpec], given: TokenizerSpec, tmp_path: Path
+) -> None:
     steps = StepsSpec.of({"length": {"min_characters": 200}})
-    one = make(two, tmp_path / "one", steps=steps, execution=Execution(workers=1))
-    many = make(two, tmp_path / "many", steps=steps, execution=Execution(workers=2, shard_bytes=4096))
+    one = make(two, tmp_path / "one", given, steps=steps, execution=Execution(workers=1))
+    many = make(two, tmp_path / "many", given, steps=steps, execution=Execution(workers=2, shard_bytes=4096))
     assert one.train["two"].n_documents < 50
     for name in two:
         assert one.train[name].manifest.fingerprint == many.train[name].manifest.fingerprint

@@ -61,3 +61,13 @@ def test_carried_states_need_one_store(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump({"data": {"mixture": {"sources": TWO}}, "training": {"carry_state": True}}))
     with pytest.raises(ConfigError, match=r"carry_state needs data\.order: lanes"):
         load_config(path)
+
+
+def test_the_vocabulary_of_a_store_is_known_when_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"data": {"mixture": {"sources": TWO}}, "model": {"vocab_size": 512}}))
+    assert load_config(path).config.model.vocab_size == 512
+    text = {"a": {"kind": "python-stdlib"}}
+    path.write_text(yaml.safe_dump({"data": {"mixture": {"sources": text}}, "model": {"vocab_size": 512}}))
+    with pytest.raises(ConfigError, match="less than the tokenizer's 4096"):
+        load_config(path)
