@@ -278,6 +278,10 @@ class ParallelConfig(Section):
     zero_stage: int = Field(
         default=1, ge=0, le=3, description="DeepSpeed ZeRO: 0 nothing is cut, 1 optimizer, 2 gradients, 3 weights too"
     )
+    time: PositiveInt = Field(
+        default=1,
+        description="ranks that share each sequence, every one its own part of the time; ranks / time read other rows",
+    )
     offload_optimizer: Literal["none", "cpu", "nvme"] = Field(default="none", description="stages 1 to 3; nvme: 3 only")
     offload_parameters: Literal["none", "cpu", "nvme"] = Field(default="none", description="stage 3 only")
     nvme_path: Path | None = Field(default=None, description="a folder on a local disk of every node")

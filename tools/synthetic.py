@@ -12,6 +12,7 @@ from paralm.models import build_model
 from paralm.models.parameters import initial_value, specs
 from paralm.training.engine import build_engine
 from paralm.training.fragments import EngineFragments
+from paralm.training.grid import Grid
 from paralm.training.rendezvous import device, start_distributed
 from paralm.training.step import Stepper
 
@@ -45,4 +46,4 @@ def stepper(config: Config, vocabulary: int) -> Stepper:
 
     fragments.load(read, lambda name: (), {})
     optimizer.bind(fragments, {name: shape for name, (shape, _) in known.items()}, device())
-    return Stepper(engine, optimizer, config, device(), rank, world)
+    return Stepper(engine, optimizer, config, device(), Grid(rank, world))

@@ -45,7 +45,7 @@ _OWNED = (
 
 def grad_accum_steps(config: Config, world_size: int) -> int:
     """Micro-batches a step: what the rank with the most rows of the global batch needs."""
-    rows = -(-config.training.global_batch_size // world_size)
+    rows = -(-config.training.global_batch_size // max(1, world_size // config.parallel.time))
     return -(-rows // config.training.micro_batch_size)
 
 
@@ -151,6 +151,9 @@ def build_engine(config: Config, vocab_size: int, world_size: int) -> tuple[Any,
     deepspeed = _deepspeed()
     blueprint = build_model(config.model, vocab_size, seed=0, device="meta")
     generated = deepspeed_config(config, world_size, sum(p.numel() for p in blueprint.parameters()))
+    if config.parallel.time > 1 and not all(mixer.joins_shards for mixer in blueprint.mixers):
+        # Ranks that take turns within a backward pass must not wait for each other in it: one bucket, reduced after it.
+        generated["zero_optimization"]["reduce_bucket_size"] = 1 + sum(p.numel() for p in blueprint.parameters())
     _check_nvme(config)
     stage = config.parallel.zero_stage
     bf16 = config.training.precision == "bf16"

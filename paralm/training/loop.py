@@ -82,7 +82,8 @@ def _run(session: Session, control: Control, profiler: Profiler, on_progress: Pr
         )
         last = session.step + 1 == training.max_steps
         logged = last or (session.step + 1) % training.log_every == 0
-        result = session.stepper.run(batch, session.step, lr, lambda: _stop_request(session, control), timed=logged)
+        with session.over_time():
+            result = session.stepper.run(batch, session.step, lr, lambda: _stop_request(session, control), timed=logged)
         session.step += 1
         session.loader.step = session.step
         if session.learner is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from paralm.data_sets import check_prepared, open_loader, validation_paths
 from paralm.errors import CheckpointError, ConfigError, RunError, UserError
 from paralm.export import Exported, is_export
 from paralm.models import build_model
+from paralm.models.mixers.base import shard_time
 from paralm.models.parameters import initial_value, specs
 from paralm.synthetic import task_of
 from paralm.training import checkpoint as ckpt
@@ -25,6 +26,7 @@ from paralm.training import rng
 from paralm.training.alignment import Alignment, Learner
 from paralm.training.engine import build_engine
 from paralm.training.fragments import EngineFragments
+from paralm.training.grid import Grid, check_ranks
 from paralm.training.initial_states import check_states
 from paralm.training.metrics import MetricsWriter
 from paralm.training.rendezvous import device, rank_and_world, start_distributed
@@ -58,6 +60,7 @@ class Session:
         self.config, self.say = config, say
         self.folder = RunFolder(config.run_dir)
         self.rank, self.world_size = rank_and_world()
+        self.grid = Grid(self.rank, self.world_size, config.parallel.time)
         self.device = device()
         self.step = 0
         self.bad_steps = 0
@@ -114,6 +117,7 @@ class Session:
 
     def _check_before_anything(self) -> None:
         """What can be refused without writing a byte."""
+        check_ranks(self.config, self.world_size)
         self.folder.check_same_run(self.config, frozen_differences)
         for key in ("init_from", "fork_from"):
             source = getattr(self.config.training, key)
@@ -191,12 +195,12 @@ class Session:
         self.validation: dict[str, TokenStore]
         if self.task is not None:
             self.vocab_size, self.tokenizer_sha256, self.validation = self.task.vocab_size, self.task.fingerprint, {}
-            self.loader = SyntheticLoader(self.task, *rows, rank=self.rank, world_size=self.world_size)
+            self.loader = SyntheticLoader(self.task, *rows, rank=self.grid.data_rank, world_size=self.grid.data_size)
             return
         folder = self.config.data_dir
         tokenizer = Tokenizer.load(folder / "tokenizer.model")
         self.vocab_size, self.tokenizer_sha256 = tokenizer.vocab_size, tokenizer.sha256
-        self.loader = open_loader(self.config, folder, self.rank, self.world_size)
+        self.loader = open_loader(self.config, folder, self.grid.data_rank, self.grid.data_size)
         found = validation_paths(data, folder)
         self.validation = {name: TokenStore.open(path, verify=data.verify) for name, path in found.items()}
         read = [s.store for s in self.loader.sources] if isinstance(self.loader, MixtureLoader) else [self.loader.store]
@@ -233,7 +237,8 @@ class Session:
         self.model = self.engine.module
         self.fragments = EngineFragments(self.engine, self.rank, self.world_size)
         self.optimizer.bind(self.fragments, self.shapes, self.device)
-        self.stepper = Stepper(self.engine, self.optimizer, config, self.device, self.rank, self.world_size)
+        self.shards = self.grid.shards(config.parallel.collective_timeout)
+        self.stepper = Stepper(self.engine, self.optimizer, config, self.device, self.grid)
         self.learner: Learner | None = None
         if isinstance(self.loader, MixtureLoader) and config.data.mixture is not None and config.data.mixture.target:
             target = self.validation[config.data.mixture.target]
@@ -316,6 +321,15 @@ class Session:
             return value.view(-1)[offset : offset + numel]
 
         self.fragments.load(read, lambda name: (), {})
+
+    @contextlib.contextmanager
+    def over_time(self) -> Iterator[None]:
+        """Within it the model takes this rank's part of its sequences' time; outside, whole sequences."""
+        shard_time(self.model, self.shards)
+        try:
+            yield
+        finally:
+            shard_time(self.model, None)
 
     def rows(self, rank: int, world_size: int) -> range:
         rows = self.config.training.global_batch_size

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from paralm.config import Config
 from paralm.training.engine import grad_accum_steps
+from paralm.training.grid import Grid
 from paralm.training.initial_states import StateNoise
 from paralm.training.optimizers import Partitioned
 
@@ -74,13 +75,12 @@ class SpikeGuard:
 class Stepper:
     """Takes optimizer steps with a DeepSpeed engine."""
 
-    def __init__(
-        self, engine: Any, optimizer: Partitioned, config: Config, device: torch.device, rank: int, world_size: int
-    ) -> None:
-        self.engine, self.optimizer, self.device, self.world_size = engine, optimizer, device, world_size
+    def __init__(self, engine: Any, optimizer: Partitioned, config: Config, device: torch.device, grid: Grid) -> None:
+        self.engine, self.optimizer, self.device, self.grid = engine, optimizer, device, grid
+        self.world_size = grid.world_size
         self.spikes = SpikeGuard(config.optimizer.skip_spikes.sigmas, config.optimizer.skip_spikes.window)
         self.micro = config.training.micro_batch_size
-        self.micros = grad_accum_steps(config, world_size)
+        self.micros = grad_accum_steps(config, grid.world_size)
         self.consecutive = config.training.carry_state  # rows go on where the same rows of the step before ended
         self.carry = self.consecutive or config.training.initial_state == "passed"
         self.noise: StateNoise | None = None
@@ -113,13 +113,13 @@ class Stepper:
         return vector
 
     def run(self, batch: Batch, step: int, lr: float, stop_signal: Callable[[], int], timed: bool) -> StepResult:
-        """Forward, backward and update for this rank's part of a global batch; ``step`` steps were finished before.
+        """Forward, backward and update for this rank's rows of a global batch; ``step`` steps were finished before.
 
         ``stop_signal`` is asked last of all; the ranks agree on the largest answer. ``timed`` waits for the device
         between the phases, so that their times mean something.
         """
         start = time.perf_counter()
-        pieces = self._micro_batches(batch)
+        pieces = self._micro_batches(self.grid.part(batch))
         tokens = self._sum([sum(((labels != IGNORE).sum() for _, labels, _ in pieces), torch.tensor(0))])[0]
         scale = self.world_size * self.micros / tokens.clamp(min=1)
         for group in self.engine.optimizer.param_groups:
