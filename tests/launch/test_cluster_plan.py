@@ -335,3 +335,41 @@ def test_a_ray_job_is_one_script(paralm: Paralm) -> None:
     assert (code, err.count("\n")) == (2, 1)
     assert "http://127.0.0.1:9: no Ray cluster answers there" in err
     assert not Path("runs/tiny").exists()
+
+
+@pytest.mark.parametrize(
+    ("ends", "jobs", "words"),
+    [
+        ([Status("SUCCEEDED")], 1, ""),
+        ([Status("FAILED", reason="exit code 75"), None, Status("SUCCEEDED")], 3, ""),
+        ([Status("FAILED", reason="exit code 2")], 1, "is FAILED, exit code 2"),
+        ([Status("STOPPED")], 1, "was stopped; the same command continues"),
+        ([None] * 9, 3, "its cluster is gone; 2 jobs have saved nothing new"),
+    ],
+)
+def test_a_job_that_is_kept_is_submitted_again_where_that_can_help(
+    paralm: Paralm, monkeypatch: pytest.MonkeyPatch, ends: list[Status | None], jobs: int, words: str
+) -> None:
+    """Preempted or with its cluster lost: again, while that saves something. Ended for good: not."""
+    from paralm_launch.cluster import ray_jobs
+
+    submitted: list[str] = []
+
+    def submit(address: str, job: str, entrypoint: str, grace: float, run: str) -> str:
+        submitted.append(job)
+        record = f"runs/tiny/jobs/{len(submitted):06d}-train"
+        end = ends[len(submitted) - 1]
+        if end is not None:
+            code = end.reason.rpartition(" ")[2] or "0"
+            Path(f"{record}.events").write_text(f"t start\nt end code={code}\n")
+            Path(f"{record}.log").write_text(f"said by {len(submitted)}\n")
+        return job
+
+    monkeypatch.setattr(ray_jobs, "submit", submit)
+    monkeypatch.setattr(ray_jobs, "status", lambda address, job: ends[submitted.index(job)])
+    given = ("--address", "http://127.0.0.1:9", "--keep", "launcher.max_failures=1")
+    code, out, err = paralm("submit", "ray", "run.yaml", *given)
+    assert (code, len(submitted)) == (2 if words else 0, jobs)
+    assert words in err
+    assert len(set(submitted)) == jobs
+    assert ("said by 1" in out) == (ends[0] is not None)
