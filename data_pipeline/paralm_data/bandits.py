@@ -73,7 +73,8 @@ class Exp3(Bandit):
         π_t(a) = (1 − K E_t) exp(E_{t−1} R̂_{t−1}(a)) / Σ_b exp(E_{t−1} R̂_{t−1}(b)) + E_t
         R̂_t(a) = R̂_{t−1}(a) + R_{a,t} / π_t(a)                                  importance-weighted reward
 
-    with R̂_0 = 0 and E_0 = 1/K. The arm that is rewarded is drawn from π_t. When arms retire, K and the sums are of
+    with R̂_0 = 0 and E_0 = 1/K. The arm that is rewarded is drawn from π_t (the authors reward every source that a
+    batch happens to hold, and let t run ten times as fast as the batches). When arms retire, K and the sums are of
     those left.
     """
 
@@ -116,7 +117,8 @@ class Ucb1(Bandit):
         R̂(a) + √(2 ln t / n_a)          n_a times it was measured, t = Σ_b n_b
 
     is all that is drawn, and its reward enters a moving average, R̂(a) ← (1 − β) R̂(a) + β R_a. Every arm is measured
-    once before the first round, so n_a starts at 1 and R̂ with that reward. Ties go to the first arm.
+    once before the first round, so n_a starts at 1 and R̂ with that reward. β is 0.1 in the authors' runs. Ties go to
+    the first arm.
     """
 
     initial = True

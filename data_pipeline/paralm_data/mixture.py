@@ -143,7 +143,8 @@ class MixtureLoader(StepLoader):
     def report(self, step: int) -> dict[str, dict[str, float]]:
         """For each source by name: what was drawn of it in the first ``step`` steps, its weight, and what is learned.
 
-        ``tokens``, ``epochs`` and ``weight``; with a bandit ``probability`` and, once measured, ``reward``.
+        ``tokens``, ``epochs``, and ``weight`` in the step that comes; with a bandit ``probability`` and, once measured,
+        the last ``reward``.
         """
         found: dict[str, dict[str, float]] = {}
         chances = self.bandit.probabilities() if self.bandit is not None else None
