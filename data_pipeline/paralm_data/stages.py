@@ -13,6 +13,7 @@ then the leading process joins the shards' tokens, in order, to stores.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -89,14 +90,15 @@ class Stages:
         total = sum(task.weight for task in tasks)
         before = total - sum(tasks[i].weight for i in left)
         meter = Meter(title, None if quiet else self._report, total, before)
-        worked: Counter[int] = Counter()
-        for event in self._executor.run([tasks[i] for i in left]):
-            index = left[event.task]
-            work = event.delta.work if event.result is None else tasks[index].weight - worked[index]
-            worked[index] += work  # type: ignore[assignment]
-            meter.add(event.delta.documents, event.delta.bytes, event.delta.tokens, work)
-            if event.result is not None:
-                results[index] = event.result
+        worked = [0.0] * len(tasks)
+        with contextlib.closing(self._executor.run([tasks[i] for i in left])) as events:
+            for event in events:
+                index = left[event.task]
+                work = event.delta.work if event.result is None else tasks[index].weight - worked[index]
+                worked[index] += work
+                meter.add(event.delta.documents, event.delta.bytes, event.delta.tokens, work)
+                if event.result is not None:
+                    results[index] = event.result
         meter.done()
         return [result for result in results if result is not None]
 

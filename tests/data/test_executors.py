@@ -328,3 +328,22 @@ def test_damaged_work_in_progress_is_found(big: Path, expected: dict[str, str], 
     for path in victim.parent.iterdir():
         path.unlink()
     assert tree(run(big, out, "local", 1).path) == expected
+
+
+def test_srun_without_mpi_is_one_line_and_not_as_many_preparations() -> None:
+    code = "from paralm_data.executors import make_executor\nmake_executor('mpi')"
+    started = {**environment(), "SLURM_STEP_NUM_TASKS": "4"}
+    started = {key: value for key, value in started.items() if not key.startswith(("OMPI_", "PMIX_", "PRTE_"))}
+    done = subprocess.run([sys.executable, "-c", code], env=started, capture_output=True, text=True, check=False)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("paralm_data.errors.DataError: srun started 4 tasks, and MPI sees one: srun needs --mpi=")
+
+
+@pytest.mark.parametrize(("name", "module"), [("mpi", "mpi4py"), ("ray", "ray")])
+def test_an_executor_that_is_not_installed_is_one_line(
+    big: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, module: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(DataError, match=rf"data\.executor: {name} needs .*; install paralm\[{name}\]"):
+        run(big, tmp_path / "out", name, 1)
+    assert not (tmp_path / "out").exists()

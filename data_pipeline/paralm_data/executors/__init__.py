@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
@@ -50,8 +50,8 @@ class Executor(ABC):
     leads = True  # of several processes that make the same preparation, the one that gives the tasks
 
     @abstractmethod
-    def run(self, tasks: Sequence[Task]) -> Iterator[Event]:
-        """Run every task, in any order; exactly one event of each has a result. Closing the iterator ends it."""
+    def run(self, tasks: Sequence[Task]) -> Generator[Event, None, None]:
+        """Run every task, in any order; exactly one event of each has a result. Closing the generator ends it."""
 
     def follow(self) -> None:  # noqa: B027 - nothing to do where one process leads
         """Where this process does not lead: run what it is given, to the end. DataError if the leader fails."""
@@ -72,7 +72,7 @@ class Executor(ABC):
         """End the workers. ``error``: why, if it is one."""
 
 
-def in_this_process(tasks: Sequence[Task]) -> Iterator[Event]:
+def in_this_process(tasks: Sequence[Task]) -> Generator[Event, None, None]:
     """Run tasks one after another here."""
     for index, task in enumerate(tasks):
         running = task.run()

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from paralm_data.errors import DataError
 from paralm_data.executors import ATTEMPTS, Event, Executor, Task, in_this_process, lost
 from paralm_data.progress import Delta
 
+# Where this package is; -P, below: not the working folder, which may hold modules of any name.
 _SOURCES = str(Path(__file__).resolve().parent.parent.parent)
 
 
@@ -32,7 +33,7 @@ class _Worker:
         environment["PYTHONPATH"] = os.pathsep.join([_SOURCES, *filter(None, [environment.get("PYTHONPATH")])])
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "paralm_data.executors.worker", str(theirs.fileno()), str(alive)],
+                [sys.executable, "-P", "-m", "paralm_data.executors.worker", str(theirs.fileno()), str(alive)],
                 pass_fds=(theirs.fileno(), alive),
                 env=environment,
                 stdin=subprocess.DEVNULL,
@@ -68,7 +69,7 @@ class LocalExecutor(Executor):
         self.workers = workers
         self._workers: list[_Worker] = []
 
-    def run(self, tasks: Sequence[Task]) -> Iterator[Event]:
+    def run(self, tasks: Sequence[Task]) -> Generator[Event, None, None]:
         if min(self.workers, len(tasks)) < 2:
             yield from in_this_process(tasks)
             return

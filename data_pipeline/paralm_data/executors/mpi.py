@@ -10,7 +10,7 @@ import os
 import time
 import traceback
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 from paralm_data.errors import DataError
@@ -43,7 +43,7 @@ class MPIExecutor(Executor):
         self.leads = self._world.Get_rank() == 0
         self._closed = False
 
-    def run(self, tasks: Sequence[Task]) -> Iterator[Event]:
+    def run(self, tasks: Sequence[Task]) -> Generator[Event, None, None]:
         waiting = deque(range(len(tasks)))
         free = list(range(self.workers - 1, 0, -1))
         given: dict[int, int] = {}  # rank → index

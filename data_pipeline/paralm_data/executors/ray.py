@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 from paralm_data.errors import DataError, reason
@@ -59,7 +59,7 @@ class RayExecutor(Executor):
             self._ray = ray
         return self._workers or max(1, int(self._ray.cluster_resources().get("CPU", 1)))
 
-    def run(self, tasks: Sequence[Task]) -> Iterator[Event]:
+    def run(self, tasks: Sequence[Task]) -> Generator[Event, None, None]:
         if not tasks:
             return
         workers = self._start()
