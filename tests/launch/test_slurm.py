@@ -23,38 +23,34 @@ from tests.conftest import settings
 from tests.launch.launching import STEPS, losses
 from tests.launch.slurm_cluster import SlurmCluster, missing
 
-# Steps as the module's `held` says: a step of a start before the last waits for a signal, so that it is there in time.
+# In the first two starts of a job, every rank waits in its step after the first FREE until it is asked to stop.
 HELD = """
 import os, time
 from pathlib import Path
 from paralm.training import control
 from paralm.training.step import Stepper
 
-HERE = Path(__file__).parent
-run, on_stop, enter = Stepper.run, control.Control._on_stop, control.Control.__enter__
-current = []
+HERE, START, RANK = Path(__file__).parent, int(os.environ.get("SLURM_RESTART_COUNT", "0")), os.environ.get("RANK")
+run, enter = Stepper.run, control.Control.__enter__
+current, steps = [], []
 
 def held(self, *args, **kwargs):
-    steps = HERE / f"steps-{os.environ.get('SLURM_RESTART_COUNT', '0')}-{os.environ['RANK']}"
-    steps.open("a").write("x")
-    if int(os.environ.get("SLURM_RESTART_COUNT", "0")) < STARTS and len(steps.read_text()) >= 3:
-        deadline = time.monotonic() + 100
+    steps.append(1)
+    if START < 2 and len(steps) > FREE:
+        (HERE / f"waits-{START}-{RANK}").touch()
+        deadline = time.monotonic() + 150
         while current[-1].stop_signal is None and time.monotonic() < deadline:
             time.sleep(0.05)
+        (HERE / f"asked-{START}-{RANK}-{current[-1].stop_signal}").touch()
     return run(self, *args, **kwargs)
-
-def noted(self, number, frame):
-    (HERE / "signals").open("a").write(f"{os.environ['RANK']}:{number} ")
-    on_stop(self, number, frame)
 
 def entered(self):
     current.append(self)
     return enter(self)
 
-Stepper.run, control.Control._on_stop, control.Control.__enter__ = held, noted, entered
+Stepper.run, control.Control.__enter__ = held, entered
 """
 
-Paralm = Callable[..., str]
 pytestmark = pytest.mark.slow
 
 
@@ -93,15 +89,11 @@ def submitted(folder: Path) -> dict[str, records.Job]:
 def limited(
     cluster: SlurmCluster, corpus: Path, prepared: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, str]:
-    """A job of two ranks and one minute, which is not done before the third start; others go on beside it."""
-    folder = write_run(
-        tmp_path_factory.mktemp("limited"),
-        corpus,
-        prepared,
-        imports=[],
-        cluster={"time": "1", "signal_seconds": 40, "ranks_per_node": 2, "sbatch": ["--nodelist=node1"]},
-    )
-    (folder / "held.py").write_text(HELD.replace("STARTS", "2"))
+    """A job of two ranks and one minute, which its third start makes thirty; the other tests go on beside it."""
+    longer = '[ "${SLURM_RESTART_COUNT:-0}" -lt 2 ] || scontrol update "JobId=$SLURM_JOB_ID" TimeLimit=30'
+    asked = {"time": "1", "signal_seconds": 40, "ranks_per_node": 2, "sbatch": ["--nodelist=node1"], "setup": [longer]}
+    folder = write_run(tmp_path_factory.mktemp("limited"), corpus, prepared, cluster=asked)
+    (folder / "held.py").write_text(HELD.replace("FREE", "0"))
     paralm(cluster, folder, "submit", "slurm", "run.yaml", "imports=[held.py]")
     return folder, submitted(folder)["train"].id
 
@@ -194,13 +186,13 @@ def test_preempted_it_goes_on_and_cancelled_it_stays_so(
 ) -> None:
     """Both save first. Another submission of the cancelled run goes on to the end."""
     write_run(tmp_path, corpus, prepared, cluster={"sbatch": ["--nodelist=node2"]})
-    (tmp_path / "held.py").write_text(HELD.replace("STARTS", "2"))
+    (tmp_path / "held.py").write_text(HELD.replace("FREE", "2"))
     paralm(cluster, tmp_path, "submit", "slurm", "run.yaml", "imports=[held.py]")
     first = submitted(tmp_path)["train"]
-    wait_for(lambda: (tmp_path / "steps-0-0").exists() and len((tmp_path / "steps-0-0").read_text()) >= 3)
+    wait_for((tmp_path / "waits-0-0").exists)
     urgent = ("sbatch", "--parsable", "--partition=urgent", "--nodelist=node2", "--exclusive", "--wrap=sleep 1")
     cluster.run(*urgent, cwd=tmp_path)
-    wait_for(lambda: (tmp_path / "steps-1-0").exists() and len((tmp_path / "steps-1-0").read_text()) >= 3)
+    wait_for((tmp_path / "waits-1-0").exists)
     assert cluster.restarts(first.id) == 1
     seen = len(losses(tmp_path / "tiny"))
     assert f"cancelled: {first.id} (train of tiny)" in paralm(cluster, tmp_path, "cancel", "tiny", "--root", ".")
@@ -228,7 +220,8 @@ def test_a_job_that_meets_its_time_limit_twice_has_the_losses_of_an_undisturbed_
     events = submitted(folder)["train"].events()
     kinds = [line.split()[3] for line in events]
     assert kinds == ["start", "requeue", "start", "requeue", "start", "end"]
-    assert sorted((folder / "signals").read_text().split()) == ["0:10", "0:10", "1:10", "1:10"], "USR1, at every rank"
+    asked = sorted(path.name for path in folder.glob("asked-*"))
+    assert asked == ["asked-0-0-10", "asked-0-1-10", "asked-1-0-10", "asked-1-1-10"], "USR1, at every rank, twice"
     assert losses(folder / "tiny") == pytest.approx(reference, rel=1e-5)
     assert "requeued 2×" in paralm(cluster, folder, "status", "tiny", "--root", ".")
 
