@@ -25,7 +25,7 @@ from paralm_data.progress import Delta
 from paralm_data.scanning import BAD, DUPLICATE, EMPTY, HELD_OUT, KEPT, KEY, NEAR_DUPLICATE, ROW, RULE, first_of_each
 from paralm_data.scratch import Files, blocks, map_array, read_array
 
-PARTITION = 1 << 19  # keys decided at once
+PARTITION = 1 << 18  # keys decided at once: about 12 MB
 _SHARD = 32  # bits of a record's number in its shard, with the bit that says which kind of key
 
 
@@ -63,23 +63,33 @@ class Partition:
         """Result: how many."""
         found = []
         for shard, (marker, runs) in enumerate(_scans(self.plan)):
-            keys = map_array(marker.with_suffix(".keys"), KEY)
+            mapped = map_array(marker.with_suffix(".keys"), KEY)
             for start, stop in itertools.pairwise(runs):
-                high = keys["high"][start:stop]
+                high = mapped["high"][start:stop]
                 first, last = (int(np.searchsorted(high, np.uint64(b))) if b < 1 << 64 else stop - start
                                for b in (self._bound(self.number), self._bound(self.number + 1)))  # fmt: skip
-                part = np.array(keys[start + first : start + last])
+                part = np.array(mapped[start + first : start + last])
                 part["record"] |= np.uint64(shard << _SHARD)
                 found.append(part)
             yield Delta()
-        _, later = first_of_each(np.concatenate(found) if found else np.empty(0, KEY))
-        later = np.unique(later)
+        keys = np.concatenate(found) if found else np.empty(0, KEY)
+        found.clear()
+        later = np.unique(_later(keys))
         with Files(self.marker) as files:
             files.write(".later", later.astype("<u8").tobytes())
             return files.finish({"later": len(later)})
 
     def _bound(self, number: int) -> int:
         return (number << 64) // self.count
+
+
+def _later(keys: NDArray[Any]) -> NDArray[np.uint64]:
+    """Records that are not their key's first. Most keys are alone in their first half, and need no further look."""
+    order = np.argsort(keys["high"])
+    high = keys["high"][order]
+    same = np.zeros(len(keys) + 1, np.bool_)
+    same[1:-1] = high[1:] == high[:-1]
+    return first_of_each(keys[order[same[1:] | same[:-1]]])[1]
 
 
 @dataclass(frozen=True)
@@ -117,7 +127,7 @@ class Choose:
         counts, sizes, at = np.zeros(7, np.int64), np.zeros(7, np.int64), 0
         least, told = 1.0, hashlib.sha256()
         with Files(self.marker) as files:
-            for rows in blocks(self.scan.with_suffix(".rows"), ROW):
+            for rows in blocks(self.scan.with_suffix(".rows"), ROW, 1 << 18):
                 fates = rows["fate"].copy()
                 for kind, instead_of in ((DUPLICATE, (KEPT, NEAR_DUPLICATE)), (NEAR_DUPLICATE, (KEPT,))):
                     records = dropped[kind]
