@@ -16,6 +16,7 @@ import zstandard
 from paralm_data.errors import DataError, reason
 
 CHUNK = 1 << 20
+COMPRESSED = (".gz", ".zst")
 
 
 def find_files(entries: tuple[str, ...], suffixes: tuple[str, ...] | None) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,7 +13,7 @@ from typing import IO, Any, NamedTuple
 
 from paralm_data import stdlib
 from paralm_data.errors import DataError, reason
-from paralm_data.files import CHUNK, open_input
+from paralm_data.files import CHUNK, COMPRESSED, open_input
 from paralm_data.specs import SourceSpec
 
 
@@ -95,7 +96,8 @@ def _read_jsonl(
         if part.start:
             stream.seek(part.start - 1)
             at += _skip_line(stream) - 1
-        weight = max(1, part.weight)
+        # Of a compressed file, the bytes that are read say nothing about the share of it.
+        weight = math.inf if part.path.suffix in COMPRESSED else max(1, part.weight)
         end, begin = part.end, part.start
         for line_number in itertools.count(1):
             if end is not None and at >= end:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from paralm_data import readers, stdlib
 from paralm_data.errors import DataError, reason
-from paralm_data.files import find_files
+from paralm_data.files import COMPRESSED, find_files
 from paralm_data.readers import Part, Record
 from paralm_data.specs import Document, SourceSpec
 
@@ -27,7 +27,6 @@ SUFFIXES: dict[str, tuple[str, ...] | None] = {
     "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst"),
     "parquet": (".parquet",),
 }
-COMPRESSED = (".gz", ".zst")
 
 
 @dataclass(frozen=True)
