@@ -64,7 +64,11 @@ class Usage:
         return not self.error and self.spills == 0
 
 
-WRITTEN: dict[str, str] = {"chunkwise": "triton_chunkwise", "dense_rnn": "triton_dense"}
+WRITTEN: dict[str, str] = {
+    "chunkwise": "triton_chunkwise",
+    "conv": "triton_conv",
+    "dense_rnn": "triton_dense",
+}
 """Kernels that are written, not generated: a name → the module of this package whose `default_launches(dtypes)` lists
 their default configurations as `triton_launch.Launch`."""
 

@@ -4,12 +4,14 @@
 
 Positions before the sequence come from `state`; positions before a reset do not reach positions at or after it. K
 shifted multiply–adds on pieces of time that fit the cache: no transpose to (batch, channel, time), and measured
-faster than a grouped torch.nn.functional.conv1d on a CPU.
+faster than a grouped torch.nn.functional.conv1d on a CPU. On a GPU the fused kernels of triton_conv.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -22,24 +24,41 @@ _CHUNK = 65536
 """Numbers per piece on a CPU; on a device everything is one piece."""
 
 
+METHODS = ("auto", "torch", "triton")
+
+
 def causal_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, state: Tensor | None = None, reset: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    state: Tensor | None = None,
+    reset: Tensor | None = None,
+    *,
+    method: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The convolution of a sequence, and the state that continues it; differentiable in x, weight, bias and state.
 
     x: (batch, time, channel), float16, bfloat16, float32 or float64; weight: (channel, K), the last tap on the current
     step; bias: (channel,), zero if None; state: (batch, K−1, channel), the inputs before the sequence, zero if None;
     reset: bool (batch, time), true where a new sequence starts. Returns y like x and the new state, (batch, K−1,
-    channel), in the dtype of x, with what a reset has cut off set to zero. Sums are in at least float32. Raises
-    ArgumentError for mismatched shapes, dtypes or devices.
+    channel), in the dtype of x, with what a reset has cut off set to zero. Sums are in at least float32. method:
+    "torch", "triton" (needs a GPU or Triton's interpreter) or "auto": triton on a GPU. Raises ArgumentError for
+    mismatched shapes, dtypes or devices.
     """
+    if method not in METHODS:
+        raise ArgumentError(f"causal_conv: method is {method!r}; expected one of {', '.join(METHODS)}")
     dtype = _check(x, weight, bias, state, reset)
+    if method == "triton" or (method == "auto" and x.device.type == "cuda" and _triton_is_there()):
+        _triton_solver().check_device(x.device)
+        fused = True
+    else:
+        fused = False
     taps = weight.shape[1]
     if state is None:
         state = x.new_zeros((x.shape[0], taps - 1, x.shape[2]))
     if bias is None:
         bias = weight.new_zeros(x.shape[2])
-    result: tuple[Tensor, Tensor] = _CausalConv.apply(x, weight, bias, state, reset, dtype)
+    result: tuple[Tensor, Tensor] = _CausalConv.apply(x, weight, bias, state, reset, dtype, fused)
     return result
 
 
@@ -80,6 +99,7 @@ class _Geometry:
         on_cpu = x.device.type == "cpu"
         self.length = max(1, _CHUNK // (self.batch * self.channel)) if on_cpu else self.time
         self.sequence: Tensor | None = None
+        self.reset = reset
         if reset is not None and not (on_cpu and not bool(reset.any())):
             ids = reset.cumsum(1)  # which sequence a position belongs to; the state belongs to sequence 0
             self.sequence = torch.cat((ids.new_zeros((self.batch, self.reach)), ids), 1)
@@ -112,10 +132,23 @@ class _Geometry:
 class _CausalConv(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, reset: Tensor | None, dtype: torch.dtype
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        state: Tensor,
+        reset: Tensor | None,
+        dtype: torch.dtype,
+        fused: bool,
     ) -> tuple[Tensor, Tensor]:
         taps = weight.shape[1]
         geometry = _Geometry(x, taps, reset)
+        ctx.save_for_backward(x, weight, bias, state, reset)
+        ctx.dtype, ctx.fused = dtype, fused
+        ctx.set_materialize_grads(False)
+        if fused:
+            y = _kernels(x, weight, state, geometry, dtype).forward(bias)
+            return y, _tail(x, state, geometry)
         rows, shift = weight.to(dtype).t().contiguous(), bias.to(dtype)
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         for start, stop in geometry.pieces():
@@ -128,9 +161,6 @@ class _CausalConv(torch.autograd.Function):
                 target.addcmul_(source if cut is None else source.masked_fill(cut, 0.0), rows[taps - 1 - back])
             if y.dtype != dtype:
                 y[:, start:stop] = target
-        ctx.save_for_backward(x, weight, bias, state, reset)
-        ctx.dtype = dtype
-        ctx.set_materialize_grads(False)
         return y, _tail(x, state, geometry)
 
     @staticmethod
@@ -139,6 +169,8 @@ class _CausalConv(torch.autograd.Function):
         x, weight, bias, state, reset = ctx.saved_tensors
         dtype, taps = ctx.dtype, weight.shape[1]
         geometry = _Geometry(x, taps, reset)
+        if ctx.fused:
+            return _backward_fused(x, weight, bias, state, geometry, grad_y, grad_tail, dtype)
         rows = weight.to(dtype).t().contiguous()
         grad_x = torch.zeros(x.shape, dtype=dtype, device=x.device)
         grad_state = torch.zeros(state.shape, dtype=dtype, device=x.device)
@@ -167,7 +199,65 @@ class _CausalConv(torch.autograd.Function):
             grad_state.to(state.dtype),
             None,
             None,
+            None,
         )
+
+
+def _backward_fused(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    state: Tensor,
+    geometry: _Geometry,
+    grad_y: Tensor | None,
+    grad_tail: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor | None, ...]:
+    """By the kernels; what the first steps give to the state, and the new state to the last inputs, in torch."""
+    rows, taps = weight.to(dtype).t(), weight.shape[1]
+    grad_state = torch.zeros(state.shape, dtype=dtype, device=x.device)
+    if grad_y is None:
+        grad_x = torch.zeros(x.shape, dtype=dtype, device=x.device)
+        grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(bias)
+    else:
+        found = _kernels(x, weight, state, geometry, dtype).backward(grad_y, wide=grad_tail is not None)
+        grad_x, grad_weight, grad_bias = found
+        first = min(geometry.reach, geometry.time)
+        scratch = grad_x.new_zeros((geometry.batch, first, geometry.channel), dtype=dtype)
+        for back in range(1, taps):  # a step before the sequence reaches the first steps only
+            cut = geometry.cut(back, 0, first)
+            passed = grad_y[:, :first].to(dtype)
+            passed = passed if cut is None else passed.masked_fill(cut, 0.0)
+            _add_back(scratch, grad_state, passed, rows[taps - 1 - back], taps - 1 - back)
+    if grad_tail is not None:
+        dropped = geometry.dropped()
+        tail = grad_tail.to(dtype)
+        tail = tail if dropped is None else tail.masked_fill(dropped, 0.0)
+        _add_back(grad_x, grad_state, tail, torch.ones_like(rows[0]), x.shape[1])
+    every = (grad_x.to(x.dtype), grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), grad_state.to(state.dtype))
+    return (*every, None, None, None)
+
+
+def _kernels(x: Tensor, weight: Tensor, state: Tensor, geometry: _Geometry, dtype: torch.dtype) -> Any:
+    from .triton_conv import ConvKernels
+
+    return ConvKernels(x, weight, state, geometry.reset, dtype)
+
+
+def _triton_solver() -> Any:
+    """Imported where it is used, as Triton is not on every platform."""
+    try:
+        from . import triton_solver
+    except ImportError as error:
+        raise ArgumentError(
+            f"causal_conv: method 'triton' needs the package triton ({error}); use method='auto'"
+        ) from None
+    return triton_solver
+
+
+@cache
+def _triton_is_there() -> bool:
+    return find_spec("triton") is not None
 
 
 def _tail(x: Tensor, state: Tensor, geometry: _Geometry) -> Tensor:

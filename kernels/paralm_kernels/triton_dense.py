@@ -10,7 +10,6 @@ to that, as any such matmul does, and sum in float32; states are float32. Produc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 from .dense_cells import KINDS, DenseKind, Tensors
 from .dense_torch import DensePlan, pull_back
 from .triton_dense_kernels import backward_kernel, forward_kernel
-from .triton_launch import COMPUTE, Launch
+from .triton_launch import COMPUTE, Launch, on_device
 from .triton_solver import check_device, interpreted
 
 BLOCK_BATCH = 16
@@ -78,10 +77,6 @@ def _grid(batch: int, heads: int) -> tuple[int, int]:
     return triton.cdiv(batch, BLOCK_BATCH), heads
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
 class _Dense(torch.autograd.Function):
     """As dense_torch's, by the kernels."""
 
@@ -100,7 +95,7 @@ class _Dense(torch.autograd.Function):
         y = torch.empty((batch, time, heads, d_head), dtype=inputs.dtype, device=inputs.device)
         steps = time if plan.keep else 1
         kept = torch.empty((len(state), heads, steps, batch, d_head), dtype=plan.dtype, device=inputs.device)
-        with _on(inputs.device):
+        with on_device(inputs.device):
             forward_kernel[_grid(batch, heads)](
                 inputs.contiguous(),
                 weight.contiguous(),
@@ -150,7 +145,7 @@ class _Walk:
         to = torch.empty_like(after)
         needed = before if self.kind.name == "gru" else before[1:]
         given = [part.contiguous() for part in needed] + [rows] * (3 - len(needed))
-        with _on(rows.device):
+        with on_device(rows.device):
             backward_kernel[_grid(batch, heads)](
                 rows,
                 *given,

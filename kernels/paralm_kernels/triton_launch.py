@@ -111,7 +111,7 @@ class Kernels:
         kernel = getattr(self._module, name)
         every = {**self.given, **options, "BLOCK": block}
         arguments = {argument: every[argument] for argument in kernel.arg_names}
-        with _on(self.problem.device):
+        with on_device(self.problem.device):
             kernel[(self.programs(block, pieces),)](**arguments, num_warps=warps, num_stages=1)
 
     def bounds(self) -> None:
@@ -128,7 +128,8 @@ class Kernels:
             self.given[f"{h}_bound_ptr"] = wide
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Where Triton launches: a GPU's context; nothing under the interpreter."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 

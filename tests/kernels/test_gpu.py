@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from paralm_kernels import cells, diagonal_scan, matrix_scan, solve, step
+from paralm_kernels import causal_conv, cells, diagonal_scan, matrix_scan, solve, step
 from paralm_kernels.laws import (
     FLOAT32_GRADIENTS,
     TOLERANCE,
@@ -141,6 +141,25 @@ def test_the_reference_itself_agrees():
     """What the others are compared with is the plain loop."""
     case = random_case(CELLS[0], time=31)
     assert deviation(outcome(case, by("sequential")), outcome(case, reference), TOLERANCE)[0] <= 1
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("resets", [0.0, 0.02])
+@pytest.mark.parametrize("taps", [1, 4])
+def test_the_convolution(taps, resets, dtype, close):
+    """A slice of a projection, a state and resets, beside the same in torch on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    wide, weight = (torch.randn(s, generator=generator).to(dtype) for s in ((3, 301, 200), (130, taps)))
+    bias, state = (torch.randn(s, generator=generator).to(dtype) for s in ((130,), (3, taps - 1, 130)))
+    reset = torch.rand((3, 301), generator=generator) < resets if resets else None
+    results = []
+    for device in ("cpu", "cuda"):
+        leaves = [x.to(device).requires_grad_() for x in (wide, weight, bias, state)]
+        y, end = causal_conv(leaves[0][..., 40:170], *leaves[1:], None if reset is None else reset.to(device))
+        gradients = torch.autograd.grad(y.sin().sum() + end.cos().sum(), leaves, allow_unused=True)
+        results.append([y, end, *(g for g in gradients if g is not None)])
+    for a, b in zip(*results, strict=True):
+        assert (a.double() - b.cpu().double()).abs().max() <= close * a.double().abs().max().clamp(min=1)
 
 
 @pytest.mark.parametrize("normalized", [False, True], ids=["ssd", "mlstm"])

@@ -96,8 +96,17 @@ for normalized in (False, True):
         back(y)
 """
 
+CONV = """
+for batch, time, taps in ((1, 1, 4), (2, 40, 4), (1, 33, 1)):
+    x, weight = random(batch, time, 48), random(48, taps)
+    reset = torch.zeros(batch, time, dtype=torch.bool) if time > 1 else None
+    y, end = paralm_kernels.causal_conv(x, weight, None, None, reset, method="triton")
+    back(y, end)
+"""
+
 CASES = {
     "solve": (SOLVE, {"walk_kernel", "segments_kernel", "segments_finish_kernel", "tile_kernel", "decode_kernel"}),
+    "conv": (CONV, {"conv_kernel", "conv_backward_kernel"}),
     "dense": (DENSE, {"forward_kernel", "backward_kernel"}),
     "chunkwise": (CHUNKWISE, {"states_kernel", "outputs_kernel", "grad_states_kernel", "grad_q_kernel"}),
 }
