@@ -247,9 +247,12 @@ def test_a_run_with_a_job_under_way_is_not_submitted_again(paralm: Paralm, sbatc
     code, _, err = paralm("submit", "slurm", "run.yaml")
     assert code == 2
     assert "runs/tiny: job 101 (train) is PENDING; cancel it" in err
+    Path("runs/tiny/config.yaml").write_text("{}")
+    code, out, err = paralm("submit", "slurm", "run.yaml", "--stage", "evaluate")
+    assert "submitted: evaluate-report, job 102" in out, "beside the training, checkpoints can be evaluated"
     (sbatch / "squeue").write_text("101|N/A|FAILED|0:10|10:00|n1|NonZeroExitCode\n")
     assert paralm("submit", "slurm", "run.yaml")[0] == 0
-    assert [job.number for job in records.jobs_of(Path("runs/tiny"))] == [1, 2]
+    assert [job.number for job in records.jobs_of(Path("runs/tiny"))] == [1, 2, 3]
 
 
 def test_status_and_cancel_by_run_and_by_id(paralm: Paralm, sbatch: Path) -> None:

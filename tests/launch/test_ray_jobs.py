@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -49,6 +51,7 @@ class Head:
 
     def __init__(self, home: Path, ports: tuple[int, int]) -> None:
         self.home, (self.port, self.dashboard) = home, ports
+        self.folder = tempfile.mkdtemp(prefix="paralm-", dir="/tmp")  # short, for its sockets
         self.address = f"http://127.0.0.1:{self.dashboard}"
         self.environment = {
             **os.environ,
@@ -62,6 +65,7 @@ class Head:
 
     def start(self) -> None:
         options = {
+            "temp-dir": self.folder,
             "node-ip-address": "127.0.0.1",
             "port": self.port,
             "dashboard-host": "127.0.0.1",
@@ -117,6 +121,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     made.start()
     yield made
     made.kill()
+    shutil.rmtree(made.folder, ignore_errors=True)
 
 
 @pytest.mark.slow

@@ -169,6 +169,33 @@ def test_prepare_train_and_an_evaluation_array_one_after_the_other(
     assert (tmp_path / "tiny" / "eval" / "perplexity.json").is_file()
 
 
+def test_preparation_and_evaluation_begin_again_after_the_limit(cluster: SlurmCluster, tmp_path: Path) -> None:
+    """With a command in place of paralm that the first start never ends."""
+    start = "${SLURM_RESTART_COUNT:-0}"
+    lines = ("#!/bin/bash", f'echo "{start} $*" >>calls', f"[ {start} -gt 0 ] || exec sleep 100", "")
+    (tmp_path / "paralm").write_text("\n".join(lines))
+    (tmp_path / "paralm").chmod(0o755)
+    first = ("--parsable", f"--export=ALL,PATH={tmp_path}:{cluster.environment['PATH']}", "--cpus-per-task=1")
+    jobs = []
+    for more, name, arguments in (((), "prepare", ("x.yaml",)), (("--array=0-1",), "eval", ("capacity", "runs/x"))):
+        text = resources.find(f"slurm/{name}.sbatch").read_text()
+        (tmp_path / name).write_text(text.replace("#SBATCH --gpus-per-node", "##SBATCH --gpus-per-node"))
+        jobs.append(cluster.run("sbatch", *first, *more, name, *arguments, cwd=tmp_path).stdout.strip())
+    calls = tmp_path / "calls"
+    wait_for(lambda: calls.exists() and len(calls.read_text().splitlines()) == 3)
+    for job in jobs:
+        cluster.run("scancel", "--signal=USR1", "--batch", job)
+    for job in jobs:
+        wait_for(lambda job=job: cluster.restarts(job) == 1)
+        cluster.wait(job)
+    assert sorted(calls.read_text().splitlines()) == [
+        *["0 data prepare x.yaml data.executor=local data.workers=1"],
+        *["0 eval capacity runs/x --part array"] * 2,
+        *["1 data prepare x.yaml data.executor=local data.workers=1"],
+        *["1 eval capacity runs/x --part array"] * 2,
+    ]
+
+
 def test_ray_in_an_allocation_begins_and_ends_with_the_job(
     cluster: SlurmCluster, corpus: Path, prepared: Path, reference: list[float], tmp_path: Path
 ) -> None:

@@ -16,11 +16,16 @@ from paralm_launch.cluster import ray_jobs, records, slurm, watch
 from paralm_launch.cluster.plan import Planned
 from paralm_launch.cluster.records import Job
 
+_WRITERS = {"prepare", "train", "pipeline"}  # jobs that write what the others read
 
-def refuse_second(run: Path) -> None:
-    """Refuse to submit a run that has a job which is not over: two would write to one folder. Raises RunError."""
+
+def refuse_second(planned: Sequence[Planned]) -> None:
+    """Refuse what a job of the run that is not over does already: two would write the same. Raises RunError."""
+    names = {plan.name for plan in planned}
+    run = planned[0].run
     for job, found in watch.look(records.jobs_of(run)):
-        if any(watch.is_active(job, status) for status in found):
+        same = job.name in names or (job.name in _WRITERS and names & _WRITERS)
+        if same and any(watch.is_active(job, status) for status in found):
             raise RunError(
                 f"{run}: job {job.id} ({job.name}) is {found[0].state}; cancel it ('paralm cancel {run}') or wait"
             )

@@ -72,7 +72,9 @@ def submit_slurm(
     if dry_run:
         _print_scripts(planned)
         return
-    submit.refuse_second(settings.run_dir)
+    if not planned:
+        raise RunError("data.synthetic computes its tokens: there is nothing to prepare")
+    submit.refuse_second(planned)
     made = submit.to_slurm(planned)
     _say_submitted(made, settings.run_dir)
     if follow:
@@ -111,7 +113,7 @@ def submit_ray(
         _print_scripts([planned])
         return
     where = ray_jobs.address_of(settings, address)
-    submit.refuse_second(settings.run_dir)
+    submit.refuse_second([planned])
     if keep:
         submit.keep_on_ray(lambda: plan.plan_ray(settings, stages), settings, where, say, patience)
         return
