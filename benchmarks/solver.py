@@ -145,7 +145,7 @@ def measured(label: dict[str, Any], prepare: Callable[[int], Any], options: argp
     """The row of one measurement: its samples, or its error."""
     try:
         values = timing.samples(prepare, options.device, warm=options.warm, runs=options.runs, seconds=options.seconds)
-        return {**label, "samples": values, "host_seconds": timing.host_seconds(prepare(0), options.device)}
+        return {**label, "samples": values, "host_seconds": timing.host_seconds(prepare, options.device)}
     except Exception as error:  # an error is a row
         return {**label, "error": timing.failure(error)}
 

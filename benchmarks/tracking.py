@@ -40,10 +40,10 @@ DOCS = ROOT / "docs"
 TASKS = ("parity", "cycle", "arithmetic", "brackets", "s3", "a5", "s5", "mqar")
 # What differs between the published cells and ours; the settings that were tried stand under "tried" in the result.
 WHY = {
-    "cycle": "Inside the trained lengths ours are higher because an MLP reads the state: the mixer adds up the steps, "
-    "a linear one too, and the MLP takes the sum modulo 5. Without it (_nomlp) the order is the published one, at fewer "
-    "steps than published. Past 40 the sum leaves the range that was trained: all but dense recurrences fall. Which "
-    "lengths were published we do not know; the paper's first version trains and tests at 100 only.",
+    "cycle": "Inside the trained lengths ours are higher because an MLP reads the state: the mixer, a linear one too, "
+    "adds up the steps, and the MLP takes the sum modulo 5. Without it (_nomlp) the order is the published one, at "
+    "fewer steps than published. Past 40 the sum leaves the range that was trained: all but dense recurrences fall. "
+    "Which lengths were published we do not know; the paper's first version trains and tests at 100 only.",
     "arithmetic": "Products bind closer than sums here (arXiv 2207.02098): the sum so far depends on an unfinished "
     "product, which another channel holds, and no channel of a diagonal cell sees another. Products longer than the "
     "convolution are lost, and the later answers with them. Neither steps, rate, width, a wider convolution nor "
@@ -249,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "published_percent": PUBLISHED,
         "published_protocol": PUBLISHED_PROTOCOL,
         "compared": compared(rows),
-        "tried": before.get("tried", []),  # short runs that settled the configurations, written by hand
+        "tried": before.get("tried", {}),  # short runs that settled the configurations, written by hand
         "rows": rows,
     }
     options.out.write_text(json.dumps(content, indent=1) + "\n")

@@ -62,10 +62,11 @@ def samples(
     return result
 
 
-def host_seconds(run: Callable[[], Any], device: str, calls: int = 5) -> float:
+def host_seconds(prepare: Callable[[int], Callable[[], Any]], device: str, calls: int = 5) -> float:
     """What a call keeps the host busy until it returns, the device's work not waited for; median of some calls."""
     values = []
-    for _ in range(calls):
+    for i in range(calls):
+        run = prepare(i)
         synchronise(device)
         start = time.perf_counter()
         run()
