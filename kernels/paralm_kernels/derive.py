@@ -8,6 +8,7 @@ here runs while a recurrence is solved (torch.func inside torch.utils.checkpoint
 from __future__ import annotations
 
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -93,7 +94,10 @@ def derive(cell: Cell) -> Derived:
         key = id(cell)  # kept alive by Derived.cell, so the id is not used again
     known = _cache.setdefault(type(cell), {})
     if key not in known:
-        known[key] = _derive(validate(cell))
+        # In a thread of its own, away from what the caller is in: hooks for saved tensors (activation checkpointing),
+        # modes, a default device. All of these belong to a thread, and a trace would see them.
+        with ThreadPoolExecutor(1, thread_name_prefix="derive") as alone:
+            known[key] = alone.submit(lambda: _derive(validate(cell))).result()
     return known[key]
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from paralm_kernels import Cell, CellError
+from paralm_kernels import Cell, CellError, solve
 from paralm_kernels.derive import derive, jacobian_name
 from paralm_kernels.laws import by, deviation, outcome, random_case, reference
 from paralm_kernels.lowering import lowerable
 from paralm_kernels.torch_code import torch_code
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 
 def one_component(function):
@@ -182,6 +184,21 @@ def test_a_cell_is_traced_once_per_definition():
     once = Scaled.calls
     derive(Scaled(0.5))
     assert Scaled.calls == once
+
+
+def test_a_cell_is_traced_wherever_it_is_first_met():
+    """Within activation checkpointing, whose hooks torch.func does not allow, and within a mode."""
+
+    met = one_component(lambda h, x, a: torch.tanh(a * h + x))
+
+    def run(x):
+        return solve(met, (x,), (torch.ones(3),)).states[0]
+
+    x = torch.randn(1, 4, 3, requires_grad=True)
+    with FlopCounterMode(display=False):
+        y = checkpoint(run, x, use_reentrant=False)
+    y.sum().backward()
+    assert torch.equal(y, run(x))
 
 
 def test_the_list_of_operations_is_for_people():
