@@ -14,6 +14,7 @@ from .chunkwise import chunkwise, reference_chunkwise
 from .chunkwise_window import window_state, windowed_chunkwise
 from .conv import causal_conv
 from .dense_rnn import dense_rnn, dense_state, reference_dense_rnn
+from .dry import dry_run
 from .errors import ArgumentError, CellError, NotConverged
 from .neural_memory import memory_state, neural_memory, read_memory
 from .positions import positions
@@ -44,6 +45,7 @@ __all__ = [
     "dense_rnn",
     "dense_state",
     "diagonal_scan",
+    "dry_run",
     "get_cell",
     "matrix_scan",
     "memory_state",

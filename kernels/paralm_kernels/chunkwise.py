@@ -26,6 +26,7 @@ from torch import Tensor
 from .checks import DTYPES, compute_dtype, same_device, shape
 from .chunkwise_reference import loop
 from .chunkwise_torch import ChunkState, Plan, chunkwise_torch
+from .dry import on_gpu
 from .errors import ArgumentError
 
 METHODS = ("auto", "torch", "triton")
@@ -73,7 +74,7 @@ def chunkwise(
     every = (q, k, v, log_decay, gain, *begin)
     if q.shape[1] == 1 and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in every)):
         y, end = loop(q, k, v, log_decay, gain, begin, reset, normalized, eps, dtype)
-    elif method == "triton" or (method == "auto" and q.device.type == "cuda" and _triton_is_there()):
+    elif method == "triton" or (method == "auto" and on_gpu(q) and _triton_is_there()):
         y, end = _triton().chunkwise_triton(q, k, v, log_decay, gain, begin, reset, plan, strict=method == "triton")
     else:
         y, end = chunkwise_torch(q, k, v, log_decay, gain, begin, reset, plan)

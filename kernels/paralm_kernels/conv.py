@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .checks import DTYPES, compute_dtype, same_device, shape
+from .dry import on_gpu
 from .errors import ArgumentError
 
 _CHUNK = 65536
@@ -48,7 +49,7 @@ def causal_conv(
     if method not in METHODS:
         raise ArgumentError(f"causal_conv: method is {method!r}; expected one of {', '.join(METHODS)}")
     dtype = _check(x, weight, bias, state, reset)
-    if method == "triton" or (method == "auto" and x.device.type == "cuda" and _triton_is_there()):
+    if method == "triton" or (method == "auto" and on_gpu(x) and _triton_is_there()):
         _triton_solver().check_device(x.device)
         fused = True
     else:

@@ -24,6 +24,7 @@ from .checks import DTYPES, compute_dtype, same_device, shape
 from .dense_cells import KINDS, DenseKind, Tensors
 from .dense_newton import newton_run
 from .dense_torch import DensePlan, decode, dense_torch
+from .dry import on_gpu
 from .errors import ArgumentError
 from .newton import NewtonOptions
 
@@ -78,7 +79,7 @@ def dense_rnn(
     plan = DensePlan(cell, dtype, keep)
     if method == "newton":
         plan = replace(plan, solve=newton_run(NewtonOptions(tile, tol, max_iter), on_failure))
-    if method == "triton" or (method == "auto" and inputs.device.type == "cuda" and _triton_is_there()):
+    if method == "triton" or (method == "auto" and on_gpu(inputs) and _triton_is_there()):
         kernels = _triton()
         largest = kernels.largest(inputs, weight)
         if weight.shape[-1] <= largest:

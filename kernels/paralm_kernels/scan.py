@@ -18,6 +18,7 @@ from torch import Tensor
 from .affine import TIME, AffineMap, trajectory
 from .cell_library.linear import DiagonalScan, matrix_scan_cell
 from .checks import DTYPES
+from .dry import on_gpu
 from .errors import ArgumentError
 from .solve import solve
 
@@ -96,7 +97,7 @@ def _scan(
         a, b = a.flip(TIME), b.flip(TIME)
         reset = None if reset is None else reset.flip(1)
     if method == "auto":
-        method = "triton" if b.is_cuda else "torch"
+        method = "triton" if on_gpu(b) else "torch"
     if method == "triton":
         cell = DiagonalScan() if a.ndim == b.ndim else matrix_scan_cell(len(b))
         inputs = (*(a if a.ndim == b.ndim else a.flatten(0, 1)).unbind(0), *b.unbind(0))

@@ -15,6 +15,7 @@ from . import checks
 from .adjoint import Gradients, gradients
 from .cell import Cell, Tensors
 from .derive import derive
+from .dry import on_gpu
 from .errors import ArgumentError, NotConverged
 from .newton import NewtonOptions, solve_newton
 from .problem import Problem, SolveInfo
@@ -128,7 +129,7 @@ def choose_method(x: Tensor) -> str:
     from 256 on and for short sequences.
     """
     batch, time, channel = x.shape
-    if x.device.type == "cuda" and _triton_is_there():
+    if on_gpu(x) and _triton_is_there():
         return "triton"
     return "newton" if x.device.type == "cpu" and batch * channel <= 16 and time >= 1024 else "sequential"
 

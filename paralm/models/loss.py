@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from paralm_kernels.dry import on_gpu
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -37,7 +38,7 @@ def cross_entropy(
     """
     options = _Options(chunk, z_loss, logit_cap)
     keep = labels != IGNORE
-    if hidden.device.type == "cpu" and int(keep.sum()) < 0.9 * keep.numel():
+    if hidden.device.type == "cpu" and bool((~keep).sum() > 0.1 * keep.numel()):
         # Masked tokens are left out before the products; a device would have to be waited for to learn how many.
         hidden, labels = hidden[keep], labels[keep]
     loss, aux = _ChunkedCrossEntropy.apply(hidden, weight, labels, options)
@@ -75,7 +76,7 @@ def _matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     wide = _wide(a.dtype)
     if a.dtype == wide:
         return torch.mm(a, b, out=out) if out is not None else torch.mm(a, b)
-    if a.device.type == "cuda":
+    if on_gpu(a):
         return torch.mm(a, b, out_dtype=wide)
     return torch.mm(a.to(wide), b.to(wide))
 
@@ -184,6 +185,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
     """Whether two scales are equal; the gradient of ``loss + aux`` is one tensor twice, known without waiting."""
-    if a is None or b is None:
+    if a is None or b is None or a is b:
         return a is b
     return a.data_ptr() == b.data_ptr() or bool(a == b)

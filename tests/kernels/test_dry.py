@@ -1,0 +1,100 @@
+"""A dry run gives tensors of the shapes and dtypes that computing gives, by the fused kernels, and launches nothing."""
+
+from __future__ import annotations
+
+import contextlib
+
+import paralm_kernels
+import pytest
+import torch
+from paralm_kernels import dry_run
+from torch.utils import _pytree as pytree
+
+BATCH, TIME, WIDTH = 2, 20, 16
+
+
+def made(device, dtype, *shape, grad=True):
+    x = torch.zeros(*shape, device=device, dtype=dtype)
+    return x.requires_grad_() if grad else x
+
+
+def paragru(device, dtype, reset):
+    inputs = [made(device, dtype, BATCH, TIME, WIDTH) for _ in range(3)]
+    params = [made(device, dtype, WIDTH) for _ in range(3)]
+    return [*inputs, *params], paralm_kernels.solve(paralm_kernels.ParaGRU(), inputs, params, reset=reset)
+
+
+def solved(device, dtype, reset):
+    leaves, trajectory = paragru(device, dtype, reset)
+    return leaves, (trajectory.states, trajectory.final)
+
+
+def ssd(device, dtype, reset):
+    q, k, v = (made(device, dtype, BATCH, TIME, heads, 16) for heads in (1, 1, 2))
+    decay, gain = (made(device, torch.float32, BATCH, TIME, 2) for _ in range(2))
+    return [q, k, v, decay, gain], paralm_kernels.chunkwise(q, k, v, decay, gain, reset=reset)
+
+
+def mlstm(device, dtype, reset):
+    q, k, v = (made(device, dtype, BATCH, TIME, 2, 16) for _ in range(3))
+    decay, gain = (made(device, torch.float32, BATCH, TIME, 2) for _ in range(2))
+    return [q, k, v, decay, gain], paralm_kernels.chunkwise(q, k, v, decay, gain, reset=reset, normalized=True)
+
+
+def dense(device, dtype, reset):
+    inputs, weight = made(device, dtype, BATCH, TIME, 4, 2, 16), made(device, dtype, 4, 2, 16, 16)
+    return [inputs, weight], paralm_kernels.dense_rnn("lstm", inputs, weight, reset=reset)
+
+
+def conv(device, dtype, reset):
+    x, weight, bias = made(device, dtype, BATCH, TIME, WIDTH), made(device, dtype, WIDTH, 4), made(device, dtype, WIDTH)
+    return [x, weight, bias], paralm_kernels.causal_conv(x, weight, bias, reset=reset)
+
+
+def scan(device, dtype, reset):
+    a, b = (made(device, dtype, BATCH, TIME, WIDTH) for _ in range(2))
+    found = paralm_kernels.diagonal_scan(a, b, reset=reset)
+    return [a, b], (found.states, found.final)
+
+
+def described(run, device, dtype):
+    """(shape, dtype) of every output, and of every gradient."""
+    reset = torch.zeros(BATCH, TIME, dtype=torch.bool, device=device)
+    leaves, outputs = run(device, dtype, reset)
+    tensors = pytree.tree_leaves(outputs)
+    sums = [t.float().sum() for t in tensors if t.requires_grad]
+    grads = torch.autograd.grad(sums, leaves, allow_unused=True)
+    return [(tuple(t.shape), t.dtype) for t in (*tensors, *grads)]
+
+
+@pytest.mark.parametrize("run", [solved, ssd, mlstm, dense, conv, scan], ids=lambda run: run.__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_what_comes_out_has_the_form_of_what_is_computed(run, dtype):
+    pytest.importorskip("triton")
+    told = []
+    with dry_run(lambda name, tensors: told.append((name, len(tensors)))):
+        dry = described(run, "meta", dtype)
+        assert told, "no kernel was told"
+        assert all(count for _, count in told)
+    assert dry == described(run, "cpu", dtype)
+
+
+def test_what_is_told_is_what_a_gpu_would_launch():
+    pytest.importorskip("triton")
+    told = []
+    with dry_run(lambda name, tensors: told.append(name)):
+        described(solved, "meta", torch.bfloat16)
+    assert told == ["walk_kernel", "backward_kernel"]
+
+
+def test_outside_of_it_nothing_is_different():
+    """Tensors without values take the loop, as they did; launches are Triton's own again, after an error too."""
+    with contextlib.suppress(RuntimeError), dry_run():
+        raise RuntimeError
+    told = []
+    with dry_run(lambda name, tensors: told.append(name)):
+        pass
+    _, trajectory = paragru("meta", torch.float32, None)
+    assert trajectory.info.method == "sequential"
+    assert trajectory.states[0].shape == (BATCH, TIME, WIDTH)
+    assert not told
