@@ -51,7 +51,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """All cases over so many ranks, one process each."""
     folder = tmp_path_factory.mktemp("shards")
     (folder / "cases.json").write_text(json.dumps(cases()))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     paths = [str(folder / name) for name in ("rendezvous", "cases.json", "result.json")]
     command = [sys.executable, "-m", "tests.paralm.time_shards_worker"]
     ranks = [

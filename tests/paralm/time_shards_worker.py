@@ -21,7 +21,7 @@ from paralm.models import build_mixer
 from paralm.models.mixers.base import shard_time
 from paralm.models.parameters import initialize
 
-BATCH, D_MODEL = 3, 16
+BATCH, D_MODEL = 4, 16
 DTYPE = torch.float64
 
 
@@ -37,7 +37,7 @@ def cuts_of(time: int, world_size: int, uneven: bool) -> list[int]:
 
 
 def resets_of(kind: str, time: int, cuts: list[int]) -> Tensor | None:
-    """None, or resets on a cut, next to one on both sides, and at the very first step; of other rows none."""
+    """None, or resets on a cut, next to one on both sides, and at the very first step; in the last row none."""
     if kind == "none":
         return None
     reset = torch.zeros(BATCH, time, dtype=torch.bool)
