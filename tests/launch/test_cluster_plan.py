@@ -206,6 +206,7 @@ def test_of_a_pipeline_that_is_refused_midway_nothing_is_left(paralm: Paralm, sb
         (("run.yaml", "--pipeline", "cluster.evaluate.what=[perplxity]"), "perplxity"),
         (("run.yaml", "--pipeline", "cluster.evaluate.what=['perplexity max_toknes=3']"), "max_toknes"),
         (("run.yaml", "--site", "none.yaml"), "none.yaml: no such file"),
+        (("tracking/parity_paragru", "--stage", "prepare"), "there is nothing to prepare"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_submitted(

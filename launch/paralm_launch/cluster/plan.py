@@ -51,6 +51,8 @@ def check(config: Config, stages: Sequence[str]) -> None:
         from paralm.data_sets import check_prepared
 
         check_prepared(config.data, config.data_dir)
+    if list(stages) == ["prepare"] and config.data.synthetic is not None:
+        raise RunError("data.synthetic computes its tokens: there is nothing to prepare")
     if "evaluate" in stages:
         if "train" not in stages and not (config.run_dir / "config.yaml").is_file():
             raise RunError(f"{config.run_dir}: no run to evaluate; train it first, or submit with --pipeline")

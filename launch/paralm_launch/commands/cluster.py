@@ -72,8 +72,6 @@ def submit_slurm(
     if dry_run:
         _print_scripts(planned)
         return
-    if not planned:
-        raise RunError("data.synthetic computes its tokens: there is nothing to prepare")
     submit.refuse_second(planned)
     made = submit.to_slurm(planned)
     _say_submitted(made, settings.run_dir)
