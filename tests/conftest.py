@@ -7,8 +7,12 @@ import random
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
+# Machines are busy, and no test asserts a time.
+hypothesis.settings.register_profile("paralm", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("paralm")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")  # Ray's 30 s ran out once on a busy machine
