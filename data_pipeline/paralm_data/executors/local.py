@@ -22,6 +22,9 @@ from paralm_data.progress import Delta
 # Where this package is; -P, below: not the working folder, which may hold modules of any name.
 _SOURCES = str(Path(__file__).resolve().parent.parent.parent)
 
+# glibc's allocator otherwise keeps what large arrays leave behind: blocks of this size go back when they are freed.
+_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 18), "MALLOC_ARENA_MAX": "2"}
+
 
 class _Worker:
     """A process and the pipe to it."""
@@ -29,7 +32,7 @@ class _Worker:
     def __init__(self) -> None:
         self.connection, theirs = Pipe()
         alive, self._mine = os.pipe()  # its reading end sees our end
-        environment = dict(os.environ)
+        environment = {**_MEMORY, **os.environ}
         environment["PYTHONPATH"] = os.pathsep.join([_SOURCES, *filter(None, [environment.get("PYTHONPATH")])])
         try:
             self.process = subprocess.Popen(
