@@ -182,6 +182,7 @@ def test_signals_are_noted_and_handlers_put_back(tmp_path: Path) -> None:
 
 
 def test_a_held_sigusr1_is_answered_as_soon_as_there_is_an_answer(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: None)
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1,))
     try:
         os.kill(os.getpid(), signal.SIGUSR1)
@@ -189,6 +190,7 @@ def test_a_held_sigusr1_is_answered_as_soon_as_there_is_an_answer(tmp_path: Path
             assert control.stop_signal == signal.SIGUSR1
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGUSR1,))
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_stacks_are_dumped_on_request_by_file_by_signal_and_on_a_hang(tmp_path: Path) -> None:
