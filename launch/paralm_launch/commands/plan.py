@@ -1,11 +1,25 @@
-"""``paralm plan``: what a model is made of, before anything is allocated."""
+"""``paralm plan``: what a run holds, takes and costs, before anything is allocated."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from paralm_launch.commands.arguments import ConfigArgument, OverridesArgument, add_command
-from paralm_launch.console import say, table
+from paralm_launch.console import duration, quantity, say, table
+
+if TYPE_CHECKING:
+    from paralm.planning import Parts, RunPlan
+    from paralm.planning.run import Planner
+
+BARE = {
+    "training.precision": "bf16",
+    "training.seq_len": "2048",
+    "training.micro_batch_size": "1",
+    "training.global_batch_size": "256",
+}
+"""Of a model preset, which says nothing of training; half a million tokens a step."""
 
 
 def add_to(parent: typer.Typer) -> None:
@@ -13,21 +27,59 @@ def add_to(parent: typer.Typer) -> None:
     add_command(parent, plan)
 
 
-def plan(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
-    """Count a model's parameters by part, its state and its FLOPs. CONFIG: a run's, or a model preset (mamba2_7b).
+def plan(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    gpus: Annotated[int, typer.Option(help="GPUs in all; nodes have 8.")] = 8,
+    device: Annotated[str, typer.Option(help="h100, h200, a100 or mi300x.")] = "h100",
+    tokens: Annotated[
+        float | None, typer.Option(help="Token budget; default: the run's steps, or 20 a parameter for a preset.")
+    ] = None,
+    price: Annotated[float | None, typer.Option(help="Of a GPU an hour, in whatever currency.")] = None,
+    efficiency: Annotated[float, typer.Option(help="Of the peak, in large matrix products.")] = 0.8,
+) -> None:
+    """Plan a run: memory of a GPU by kind, work, communication, time and cost; what to change if it does not fit.
+    CONFIG: a run's, or a model preset (mamba2_7b), which is planned in bf16 with 256 sequences of 2048 a step.
 
-    Nothing is allocated: 7B answers in seconds on a laptop. Without model.vocab_size the vocabulary is that of
-    data.tokenizer, or of the task of data.synthetic.
+    The real model runs one micro-batch without values: nothing is allocated, 7B answers in seconds on a laptop.
+    Without model.vocab_size the vocabulary is that of data.tokenizer, or of the task of data.synthetic.
     """
-    from paralm import resources
     from paralm.config_files import load_config
-    from paralm.planning import plan_model
+    from paralm.planning import Planner, device_of, plan_model
     from paralm.synthetic import vocab_size_of
 
-    if resources.find_preset(config) is None and resources.find_preset(f"model/{config}") is not None:
-        config = f"model/{config}"
-    made = load_config(config, overrides or []).config
-    found = plan_model(made.model, vocab_size_of(made.data), made.training.seq_len)
+    name, bare = _preset(config)
+    given = list(overrides or [])
+    if bare:
+        said = {item.partition("=")[0] for item in given}
+        given = [f"{key}={value}" for key, value in BARE.items() if key not in said] + given
+    chosen = device_of(device)
+    made = load_config(name, given).config
+    vocabulary = vocab_size_of(made.data)
+    planner = Planner(made, vocabulary, chosen, gpus, efficiency)
+    _show_parts(plan_model(made.model, vocabulary, made.training.seq_len))
+    found = planner.plan()
+    _show_memory(planner, found)
+    budget, origin = tokens, "--tokens"
+    if budget is None and bare:
+        budget, origin = 20.0 * found.sizes.total, "20 a parameter"
+    elif budget is None:
+        budget, origin = float(made.training.max_steps * found.tokens_per_step), "training.max_steps"
+    _show_time(found, budget, origin, price)
+    _show_assumptions(found, efficiency)
+
+
+def _preset(config: str) -> tuple[str, bool]:
+    """The configuration's name, and whether it is a model and no run."""
+    from paralm import resources
+
+    path = resources.find_preset(config)
+    if path is None and resources.find_preset(f"model/{config}") is not None:
+        return f"model/{config}", True
+    return config, path is not None and path.parent.name == "model"
+
+
+def _show_parts(found: Parts) -> None:
     rows = [
         (part.name, f"{part.layers}" if part.layers else "", f"{part.parameters:,}", f"{share:.1%}")
         for part in found.parts
@@ -39,3 +91,80 @@ def plan(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     else:
         say(f"\nstate of a sequence: {found.state_elements:,} numbers, {found.state_bytes / 2**20:,.1f} MiB in bf16")
     say(f"FLOPs a token, forward and backward at seq_len {found.seq_len:,}: {found.flops_per_token:.3g}")
+
+
+def _show_memory(planner: Planner, found: RunPlan) -> None:
+    training, parallel = found.config.training, found.config.parallel
+    shards = f", {parallel.time} time shards" if parallel.time > 1 else ""
+    again = ", activation checkpointing" if training.activation_checkpointing else ""
+    say(
+        f"\n{found.gpus} × {found.device.name}: ZeRO {parallel.zero_stage}{shards}, {training.precision}{again}, "
+        f"micro-batch {training.micro_batch_size} × {found.traced.tokens // training.micro_batch_size:,} tokens, "
+        f"{found.micro_batches} a step\n"
+    )
+    peak = found.memory.peak
+    rows = [(kind, f"{size / 2**30:.2f} GiB") for kind, size in peak.kinds.items() if size >= 2**20]
+    table(None, ("memory of a GPU", f"in {peak.name}"), [*rows, ("all", f"{peak.total / 2**30:.2f} GiB")])
+    usable = found.device.usable / 2**30
+    if found.memory.host:
+        say(f"\nin the host's memory: {found.memory.host / 2**30:.1f} GiB a GPU")
+    if found.fits:
+        say(f"\nfits: {usable - peak.total / 2**30:.1f} GiB of {usable:.1f} GiB are left")
+        return
+    say(f"\ndoes not fit: {peak.total / 2**30 - usable:.1f} GiB more than the {usable:.1f} GiB there are")
+    remedy = planner.remedy()
+    if remedy is None:
+        say("nothing that was tried fits (checkpointing, ZeRO 3, micro-batch 1, time shards, offloading): more GPUs")
+        return
+    changes, better = remedy
+    words = " ".join(f"{key}={str(value).lower()}" for key, value in changes.items())
+    host = f", {better.memory.host / 2**30:.1f} GiB of the host's" if better.memory.host else ""
+    say(
+        f"fits with: {words}  ({better.memory.peak.total / 2**30:.1f} GiB{host}, "
+        f"{better.time.step:.3g} s a step instead of {found.time.step:.3g} s)"
+    )
+
+
+def _show_time(found: RunPlan, budget: float, origin: str, price: float | None) -> None:
+    time, tokens = found.time, found.tokens_per_step
+    seconds = found.seconds_of(budget)
+    rate = tokens / time.step
+    sent = ", ".join(f"{kind} {size / 1e9:.3g} GB" for kind, size in found.exchange.by_kind().items())
+    hours = seconds / 3600 * found.gpus
+    rows = [
+        ("FLOPs a token", f"{found.flops_per_token:.3g}"),
+        ("memory traffic a token", f"{found.bytes_per_token / 1e6:.3g} MB"),
+        ("communication a step", f"{sent or 'none'}  (a rank's collectives)"),
+        ("step", f"{time.step:.3g} s: compute {time.compute:.3g}, communication that nothing hides {time.exposed:.3g} "
+                 f"of {time.communication:.3g}, update {time.update:.2g}"),
+        ("tokens", f"{quantity(tokens)} a step, {quantity(rate)} a second, {quantity(rate / found.gpus)} a GPU"),
+        ("MFU", f"{found.mfu:.1%}"),
+        (f"{quantity(budget)} tokens ({origin})", f"{seconds / 86400:.3g} days ({duration(seconds)}), "
+                                                  f"{hours:,.0f} GPU hours"),
+        ("checkpoint", f"{found.checkpoint / 1e9:.3g} GB, {duration(found.checkpoint_seconds)} to write"),
+    ]  # fmt: skip
+    if price is not None:
+        rows.insert(7, ("cost", f"{hours * price:,.0f} at {price:g} a GPU hour"))
+    say("")
+    table(None, ("", ""), rows)
+
+
+def _show_assumptions(found: RunPlan, efficiency: float) -> None:
+    from paralm.planning import cost
+
+    device = found.device
+    say(
+        f"\nassumed: products at {efficiency:.0%} of {device.bf16 / 1e12:.0f} TFLOP/s in bf16 (--efficiency) and "
+        f"{device.fp32 / 1e12:.0f} in fp32; memory at {cost.COPY:.0%} of {device.bandwidth / 1e12:.3g} TB/s; a kernel "
+        f"takes at least {cost.LAUNCH * 1e6:.0f} µs; collectives at {cost.LINK:.0%} of {device.link / 1e9:.0f} GB/s a "
+        f"GPU in a node of {device.per_node} and of {device.port / 1e9:.0f} GB/s a GPU between nodes; checkpoints at "
+        f"{cost.STORAGE / 1e9:.0f} GB/s a node; {cost.RESERVED / 2**30:.1f} GiB and {cost.FRAGMENTED:.0%} of "
+        f"the memory are not the plan's to fill"
+    )
+    if found.config.parallel.offload_optimizer != "none":
+        say(
+            f"assumed of offloading, a GPU: {cost.HOST_LINK / 1e9:.0f} GB/s to the host, "
+            f"{cost.HOST_UPDATE / 1e9:.0f}G elements a second updated there"
+        )
+    if not found.traced.resets:
+        say("not traced: where documents start within a row (it decides how this model cuts time)")

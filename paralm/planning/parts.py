@@ -1,4 +1,4 @@
-"""What a model is made of, by part, before anything is allocated: ``paralm plan``.
+"""What a model is made of, by part.
 
 Counted on the real model on the meta device, so that it cannot drift from the code.
 """
@@ -29,7 +29,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Parts:
     """``state_elements``, ``state_bytes``: of one sequence, None where it grows with what was read.
     ``flops_per_token``: forward and backward at ``seq_len``."""
 
@@ -41,7 +41,7 @@ class Plan:
     flops_per_token: float
 
 
-def plan_model(config: ModelConfig, vocab_size: int, seq_len: int) -> Plan:
+def plan_model(config: ModelConfig, vocab_size: int, seq_len: int) -> Parts:
     """Count. Raises ConfigError, one line, for a model that cannot be."""
     model = build_model(config, vocab_size, seed=0, device="meta")
     parts = list(_parts(model, config))
@@ -53,7 +53,7 @@ def plan_model(config: ModelConfig, vocab_size: int, seq_len: int) -> Plan:
     if model.bounded_state:
         state = model.initial_state(1, torch.device("meta"), torch.bfloat16)
         elements, size = sum(leaf.numel() for leaf in pytree.tree_leaves(state)), state_nbytes(state)
-    return Plan(parts, total, elements, size, seq_len, flops_per_token(model, seq_len))
+    return Parts(parts, total, elements, size, seq_len, flops_per_token(model, seq_len))
 
 
 def _parts(model: LanguageModel, config: ModelConfig) -> Iterator[Part]:

@@ -1,0 +1,183 @@
+"""How long a step takes and what it costs: from traced work, counted communication and a device's stated speeds.
+
+    compute     Σ over kernels of max(FLOPs / (efficiency · peak), bytes / copy bandwidth, launch)
+    exchange    all-reduce 2 (W−1)/W · bytes / link, gather and scatter (W−1)/W · bytes / link
+    step        micro-batches · compute + what of the exchange nothing hides + update
+
+Communication is counted as benchmarks/scaling.py counts it (the tensor a collective works on); a test holds it
+against benchmarks/results/scaling.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from paralm.config import Config
+from paralm.errors import UserError
+from paralm.planning.ledger import Segment
+from paralm.planning.memory import OptimizerCosts, Sizes
+from paralm.planning.trace import Trace
+from paralm.training.engine import grad_accum_steps
+
+LAUNCH = 4e-6
+"""Seconds that a kernel costs at least (measured on an H100, paralm_kernels.triton_table)."""
+EFFICIENCY = 0.8
+"""Of the peak, in large bf16 products (measured on an H100: 790 of 989 TFLOP/s)."""
+COPY = 0.88
+"""Of the memory's bandwidth, in a copy (measured on an H100: 2.94 of 3.35 TB/s)."""
+LINK = 0.75
+"""Of a link's bandwidth, in a collective; assumed."""
+RESERVED, FRAGMENTED = 1.5 * 2**30, 0.05
+"""Bytes of the context and the libraries, and the part of a device that fragments leave unused; assumed."""
+HOST_LINK, HOST_UPDATE = 25e9, 3e9
+"""Of offloading, on one of eight ranks of a node: bytes a second over PCIe, elements a second of Adam; assumed."""
+STORAGE = 2e9
+"""Bytes a second that a node writes of a checkpoint; assumed."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """``memory`` in bytes; ``bf16``, ``fp32``: dense FLOP/s; ``bandwidth``, ``link``, ``port`` in bytes/s: of the
+    memory, of a GPU to the others of its node, each way, and of its port out of the node. From the makers' data sheets.
+    """
+
+    name: str
+    memory: float
+    bf16: float
+    fp32: float
+    bandwidth: float
+    link: float
+    port: float = 50e9
+    per_node: int = 8
+
+    @property
+    def usable(self) -> float:
+        """Bytes that a plan may fill."""
+        return self.memory * (1 - FRAGMENTED) - RESERVED
+
+
+DEVICES = {
+    "h100": Device("H100 SXM 80 GB", 79.1 * 2**30, 989.4e12, 66.9e12, 3.35e12, 450e9),
+    "h200": Device("H200 SXM 141 GB", 139.8 * 2**30, 989.4e12, 66.9e12, 4.8e12, 450e9),
+    "a100": Device("A100 SXM 80 GB", 79.1 * 2**30, 312e12, 19.5e12, 2.04e12, 300e9),
+    "mi300x": Device("MI300X 192 GB", 191.5 * 2**30, 1307.4e12, 163.4e12, 5.3e12, 448e9),
+}
+
+
+def device_of(name: str) -> Device:
+    """By its name. Raises UserError with the list."""
+    if name.lower() not in DEVICES:
+        raise UserError(f"--device: '{name}' is not known; it must be one of: {', '.join(DEVICES)}")
+    return DEVICES[name.lower()]
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Bytes a rank's collectives work on in one step, by kind as torch names them; ``between_shards``: what a rank
+    gives to the other time shards."""
+
+    reduced: int = 0
+    scattered: int = 0
+    gathered: int = 0
+    exchanged: int = 0
+    between_shards: int = 0
+
+    def by_kind(self) -> Mapping[str, int]:
+        """Those there are, as benchmarks/results/scaling.json names them."""
+        every = {
+            "allreduce": self.reduced,
+            "reduce_scatter_base": self.scattered,
+            "allgather_base": self.gathered,
+            "alltoall_base": self.exchanged,
+            "between time shards": self.between_shards,
+        }
+        return {kind: size for kind, size in every.items() if size}
+
+
+def exchange(config: Config, sizes: Sizes, sent: Mapping[str, int], ranks: int) -> Exchange:
+    """Of one step; gradients travel in float32. ``sent``: of a micro-batch, to other time shards.
+
+    Stages 0 and 1 reduce once a step, 2 and 3 every micro-batch. Stage 3 gathers every weight in the forward pass, and
+    again in the backward pass where more of them lie between than DeepSpeed keeps.
+    """
+    n, micros, stage = sizes.total, grad_accum_steps(config, ranks), config.parallel.zero_stage
+    width = 2 if config.training.precision == "bf16" else 4
+    shards = sum(sent.values()) * micros
+    # Of the matrices, to their owners and back; none where every rank has all of them.
+    matrices = 2 * 4 * -(-sizes.matrices // ranks) if config.optimizer.name == "muon" and stage and ranks > 1 else 0
+    if stage == 3:
+        from paralm.planning.memory import LIVE_PARAMETERS
+
+        options = config.parallel.deepspeed.get("zero_optimization", {})
+        small = int(options.get("stage3_param_persistence_threshold", 100_000))
+        cut = sum(size for group in sizes.groups for size in group if size >= small)
+        again = 2 if n > int(options.get("stage3_max_reuse_distance", LIVE_PARAMETERS)) else 1
+        gathered = width * (cut * again * micros + (n - cut)) if ranks > 1 else 0
+        return Exchange(0, 4 * n * micros, gathered, matrices, shards)
+    reductions = micros if stage == 2 else 1
+    return Exchange(4 * n * reductions, 0, width * n if stage and ranks > 1 else 0, matrices, shards)
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds of a step: ``compute`` of all micro-batches, ``exposed`` communication, ``update``."""
+
+    compute: float
+    communication: float
+    exposed: float
+    update: float
+
+    @property
+    def step(self) -> float:
+        return self.compute + self.exposed + self.update
+
+
+def step_time(
+    config: Config,
+    traced: Trace,
+    sent: Exchange,
+    costs: OptimizerCosts,
+    sizes: Sizes,
+    device: Device,
+    ranks: int,
+    efficiency: float,
+) -> Time:
+    """Expected, on ``ranks`` devices."""
+    micros, stage = grad_accum_steps(config, ranks), config.parallel.zero_stage
+
+    def seconds(segment: Segment) -> float:
+        total = 0.0
+        for work in segment.work:
+            peak = device.fp32 if work.wide else device.bf16
+            total += max(work.flops / (peak * efficiency), work.moved / (device.bandwidth * COPY), LAUNCH)
+        return total
+
+    # Products inside of fused kernels: once forward, twice backward, and once more where the forward is run again.
+    fused = [flops / (device.bf16 * efficiency) for flops in traced.extra_flops]
+    again = 3 if config.training.activation_checkpointing else 2
+    forward = [seconds(segment) + extra for segment, extra in zip(traced.forward, fused, strict=True)]
+    backward = [seconds(segment) + again * extra for segment, extra in zip(traced.backward, fused, strict=True)]
+    ends = sum(map(seconds, (traced.embedding, traced.head, traced.head_backward, traced.embedding_backward)))
+    back = sum(backward[kind] for kind in traced.layers)
+    micro = ends + back + sum(forward[kind] for kind in traced.layers)
+    link = LINK * device.link
+    if ranks > device.per_node:
+        link = min(link, LINK * device.port * device.per_node)
+    others = (ranks - 1) / ranks
+    reduction = (2 * sent.reduced + sent.scattered) * others / link
+    gathering = (sent.gathered + sent.exchanged) * others / link
+    shards_link = LINK * (device.link if config.parallel.time <= device.per_node else device.port)
+    between = sent.between_shards / shards_link if config.parallel.time > 1 else 0.0
+    overlapped = config.parallel.overlap_comm is not False
+    if overlapped and stage == 3:  # weights are gathered ahead, gradients scattered behind
+        exposed = max(0.0, reduction + gathering - micro * micros)
+    elif overlapped and stage == 2:
+        exposed = max(0.0, reduction - back * micros) + gathering
+    else:
+        exposed = reduction + gathering
+    update = costs.moved / (device.bandwidth * COPY)
+    if config.parallel.offload_optimizer != "none":
+        part = sizes.total / ranks
+        update = part / HOST_UPDATE + part * 6 / HOST_LINK
+    return Time(micro * micros, reduction + gathering + between, exposed + between, update)

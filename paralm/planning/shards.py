@@ -1,0 +1,88 @@
+"""A stand-in for the ranks that share a sequence: counts what this one would send, and answers with its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import paralm_kernels
+import torch
+from paralm_kernels import TimeShards
+from paralm_kernels.solve import Trajectory
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+ROUNDS = 2
+"""Exchanges of a cell's solve: cells that forget are done with one further walk (paralm_kernels.time_shards_solve)."""
+
+
+class CountedShards(TimeShards):
+    """A rank in the middle of ``size``. Gives tensors of the shapes that the real one gives."""
+
+    def __init__(self, size: int) -> None:
+        # No super().__init__, which asks a process group.
+        self.group, self.size, self.rank = None, size, 1
+        self.bytes_sent: dict[str, int] = {}
+
+    @property
+    def last(self) -> bool:
+        """As the ranks that send most: none but the first of two is the last."""
+        return False
+
+    def gathered(self, kind: str, *tensors: Tensor) -> list[Tensor]:
+        flat = torch.cat([x.detach().flatten() for x in tensors])
+        self.count(kind, flat)
+        parts = torch.stack([torch.empty_like(flat) for _ in range(self.size)])
+        pieces = parts.split([x.numel() for x in tensors], 1)
+        return [piece.unflatten(1, x.shape) for piece, x in zip(pieces, tensors, strict=True)]
+
+    def joined(self, kind: str, combine: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
+        leaves = self.gathered(kind, *tensors)
+        wide = torch.promote_types(tensors[0].dtype, torch.float32).itemsize
+        key = f"{kind}, gradient"
+        sent = sum(leaf.numel() for leaf in leaves) * wide
+        self.bytes_sent[key] = self.bytes_sent.get(key, 0) + sent
+        anchor = sum((x.sum() * 0 for x in tensors), torch.zeros((), device=leaves[0].device))
+        return tuple(result + anchor.to(result.dtype) for result in combine(*leaves))
+
+    def largest(self, x: float, device: torch.device) -> float:
+        self.bytes_sent["agreement"] = self.bytes_sent.get("agreement", 0) + 8
+        return x
+
+    def solve(
+        self,
+        cell: Any,
+        inputs: Sequence[Tensor],
+        params: Sequence[Tensor],
+        state: Sequence[Tensor] | None = None,
+        reset: Tensor | None = None,
+        method: str = "auto",
+        **options: Any,
+    ) -> Trajectory:
+        solved = paralm_kernels.solve(cell, inputs, params, None, reset, method, **options)
+        size, (batch, channel) = len(solved.final), solved.final[0].shape
+        each = (size * size + 2 * size) * batch * channel * solved.final[0].element_size()
+        for kind, count in (("states", ROUNDS), ("cotangents", 1)):
+            self.bytes_sent[kind] = self.bytes_sent.get(kind, 0) + count * each
+        self.bytes_sent["agreement"] = self.bytes_sent.get("agreement", 0) + 8 * ROUNDS
+        return solved
+
+    def relay(
+        self,
+        forward: Callable[[Tensor, Any, Tensor | None], tuple[Tensor, Any]],
+        like: Callable[[int], Any],
+        x: Tensor,
+        state: Any = None,
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor, Any]:
+        count = min(len(x), self.size)
+        rows = [slice(i * len(x) // count, (i + 1) * len(x) // count) for i in range(count)]
+        outputs, ends = [], []
+        for part in rows:
+            y, end = forward(x[part], like(part.stop - part.start), None if reset is None else reset[part])
+            leaves = pytree.tree_leaves(end)
+            self.count("relay", *leaves)
+            self.count("relay, gradient", *(leaf for leaf in leaves if leaf.is_floating_point()))
+            outputs.append(y)
+            ends.append(end)
+        return torch.cat(outputs), pytree.tree_map(lambda *leaves: torch.cat(leaves), *ends)

@@ -1,0 +1,68 @@
+"""One rank of test_planning_memory.py: what a process really holds at most over training steps, in bytes.
+
+python -m tests.paralm.planning_worker CONFIG_JSON VOCABULARY STEPS → a line of JSON from each rank
+(RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def held(name: str) -> int:
+    """A line of /proc/self/status, in bytes."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def restart_peak() -> int:
+    """Bytes held now, from which on Linux counts the peak anew."""
+    gc.collect()
+    with contextlib.suppress(AttributeError):  # of glibc: gives freed memory back
+        ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return held("VmRSS")
+
+
+def main(given: str, vocabulary: int, steps: int) -> None:
+    import torch
+
+    sys.path.insert(0, str(ROOT / "tools"))
+    import synthetic
+
+    from paralm.config import Config
+
+    torch.set_num_threads(1)
+    config = Config.model_validate(json.loads(given))
+
+    def train(config: Config, count: int) -> None:
+        stepper = synthetic.stepper(config, vocabulary)
+        training = config.training
+        for step in range(count):
+            batch = synthetic.batch(step, training.global_batch_size, training.seq_len, vocabulary)
+            stepper.run(batch, step, 1e-3, lambda: 0, timed=False)
+        stepper.engine.destroy()
+
+    # Everything that is loaded or made once, by a model of the same kind that is small.
+    small = config.model_copy(update={"model": config.model.model_copy(update={"d_model": 32})})
+    small = small.model_copy(update={"training": config.training.model_copy(update={"seq_len": 16})})
+    train(small, 2)
+    # Freed memory goes back at once, as a device's allocator would count it: arenas that keep it are not the plan's.
+    with contextlib.suppress(AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: tensors are mapped by themselves
+        libc.mallopt(-1, 1 << 16)  # M_TRIM_THRESHOLD
+    before = restart_peak()
+    train(config, steps)
+    print(json.dumps({"rank": torch.distributed.get_rank(), "bytes": held("VmHWM") - before}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -1,0 +1,238 @@
+"""``paralm plan`` in parts: traces that repeat, communication as it was counted, remedies that are tried, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from paralm.config import Config
+from paralm.config_files import load_config
+from paralm.errors import ConfigError, UserError
+from paralm.models import build_model
+from paralm.planning import Planner, device_of
+from paralm.planning.cost import exchange
+from paralm.planning.ledger import Ledger
+from paralm.planning.memory import optimizer_costs, sizes_of
+from paralm.planning.trace import trace
+
+ROOT = Path(__file__).resolve().parents[2]
+VOCABULARY = 512
+
+
+def configuration(mixer: dict[str, Any] | None = None, **sections: Any) -> Config:
+    base: dict[str, Any] = {
+        "model": {"d_model": 64, "n_layers": 3, "mixer": mixer or {"name": "paragru"}},
+        "training": {"seq_len": 64, "micro_batch_size": 2, "global_batch_size": 16, "precision": "bf16"},
+    }
+    for section, values in sections.items():
+        base.setdefault(section, {}).update(values)
+    return Config.model_validate(base)
+
+
+def planner(config: Config, gpus: int = 8, **more: Any) -> Planner:
+    return Planner(config, VOCABULARY, device_of("h100"), gpus, more.get("efficiency", 0.8))
+
+
+COUNTED = json.loads((ROOT / "benchmarks" / "results" / "scaling.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("row", COUNTED["rows"], ids=lambda row: f"{row['ranks']} ranks, ZeRO {row['stage']}")
+def test_communication_is_what_was_counted(row: dict[str, Any]) -> None:
+    """benchmarks/scaling.py; what differs is a few numbers (the loss, tokens, norms) and padding."""
+    shape = COUNTED["shape"]
+    raw = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if row["stage"] == 3 else {}
+    config = Config.model_validate(
+        {
+            "model": {"d_model": shape["width"], "n_layers": shape["layers"], "mixer": {"name": "paragru"}},
+            "training": dict.fromkeys(("global_batch_size", "micro_batch_size"), shape["rows"]),
+            "optimizer": {"name": shape["optimizer"]},
+            "parallel": {"zero_stage": row["stage"], "deepspeed": raw},
+        }
+    )
+    model = build_model(config.model, 4096, 0, "meta")
+    found = exchange(config, sizes_of(model), {}, row["ranks"]).by_kind()
+    counted = {kind: size for kind, (_, size) in row["collectives"].items() if size > 1000}
+    assert set(found) == set(counted)
+    for kind, size in counted.items():
+        assert found[kind] == pytest.approx(size, rel=1e-4), kind
+
+
+def test_a_ledger_counts_what_lives_and_forgets_what_is_gone() -> None:
+    ledger = Ledger()
+    with ledger:
+        a = torch.empty(1000, device="meta")
+        b = a.view(10, 100)[:, :50]  # the same memory
+        c = torch.empty(500, device="meta") + torch.empty(500, device="meta")
+        assert ledger.live == 6000
+        del a
+        assert ledger.live == 6000
+        del b
+        assert ledger.live == 2000
+        ledger.mark("after")
+        assert bool(torch.empty((), dtype=torch.bool, device="meta")) is False
+        assert float(torch.ones(())) == 1.0
+    assert ledger.segments[0].peak == 4000 + 3 * 2000
+    assert ledger.segments[0].end == 2000
+    assert [work.moved for work in ledger.segments[0].work] == [6000]
+    del c
+
+
+@pytest.mark.parametrize("mixer", ["paragru", "mamba2", "mlstm", "attention", "window_attention"])
+def test_a_layer_more_is_one_repetition_more(mixer: str) -> None:
+    """Kinds are traced once; a model with all layers traced would give the same."""
+    config = configuration({"name": mixer}, training={"activation_checkpointing": mixer == "mlstm"})
+    traced = trace(config, VOCABULARY)
+    assert traced.layers == [0, 0, 0]
+    assert len(traced.forward) == 1
+    block = traced.forward[0]
+    assert block.end > block.begin
+    assert block.peak >= block.end
+    assert sum(work.flops for work in block.work) > 0
+    kept, freed = block.end - block.begin, traced.backward[0].begin - traced.backward[0].end
+    if mixer in ("paragru", "mamba2", "attention"):  # of others the way to the state, never gone back, is left
+        assert freed == pytest.approx(kept, rel=0.2)
+    assert freed <= kept
+    model = build_model(config.model, VOCABULARY, 0, "meta")
+    layers = 3 * traced.backward[0].gradients
+    ends = traced.head_backward.gradients + traced.embedding_backward.gradients
+    assert layers + ends == sum(p.numel() for p in model.parameters())
+
+
+def test_a_hybrid_has_a_trace_of_each_kind() -> None:
+    config = configuration(model={"mixers": ["mamba2*2", "paragru"]})
+    traced = trace(config, VOCABULARY)
+    assert traced.layers == [0, 0, 1]
+    assert len(traced.forward) == len(traced.backward) == 2
+
+
+def test_what_walks_through_time_is_continued() -> None:
+    """A recurrence that no kernel takes, step by step: four times the steps, four times the work and the memory."""
+    mixer = {"name": "lstm", "d_head": 64, "method": "torch"}
+    short, long = (trace(configuration(mixer, training={"seq_len": n}), VOCABULARY) for n in (256, 1024))
+    kept = [t.forward[0].end - t.forward[0].begin for t in (short, long)]
+    moved = [t.backward[0].moved for t in (short, long)]
+    assert kept[1] / kept[0] == pytest.approx(4, rel=0.05)
+    assert moved[1] / moved[0] == pytest.approx(4, rel=0.15)
+    assert long.tokens == 2 * 1024
+
+
+def test_checkpointing_keeps_inputs_and_runs_blocks_again() -> None:
+    plain, again = (trace(configuration(training={"activation_checkpointing": on}), VOCABULARY) for on in (False, True))
+    rows, steps, width = 2, 64, 64
+    assert again.forward[0].end - again.forward[0].begin < 1.6 * rows * steps * width * 4
+    forward, backward = (sum(w.flops for w in s.work) for s in (plain.forward[0], plain.backward[0]))
+    # All but the last product, whose result nothing needs.
+    mlp = build_model(configuration().model, VOCABULARY, 0, "meta").layers[0].mlp
+    assert mlp is not None
+    last = 2 * rows * steps * width * mlp.d_ff
+    assert sum(w.flops for w in again.backward[0].work) == pytest.approx(forward + backward - last)
+
+
+def test_time_shards_count_what_a_rank_sends() -> None:
+    """Of the size of states: twice as long sequences send as much (paralm_kernels.time_shards)."""
+    mixer = {"name": "mamba2", "d_state": 16, "head_dim": 16}
+    found = [
+        trace(configuration(mixer, parallel={"time": 2}, training={"seq_len": n}), VOCABULARY).sent for n in (64, 128)
+    ]
+    assert found[0] == found[1]
+    assert found[0]["state"] > 0
+    alone = trace(configuration(mixer), VOCABULARY)
+    assert not alone.sent
+    half = trace(configuration(mixer, parallel={"time": 2}), VOCABULARY)
+    assert half.tokens * 2 == alone.tokens
+
+
+def test_the_optimizers_states_are_those_it_makes() -> None:
+    model = build_model(configuration().model, VOCABULARY, 0, "meta")
+    total = sizes_of(model).total
+    adam = optimizer_costs(configuration(), model, 4)
+    assert adam.per_element == pytest.approx(2, rel=1e-3)
+    assert adam.state == pytest.approx(8 * total / 4, rel=1e-3)
+    muon = optimizer_costs(configuration(optimizer={"name": "muon"}), model, 4)
+    assert muon.per_element == pytest.approx(2 - sizes_of(model).matrices / total, rel=1e-3)
+
+
+def test_shares_fall_with_the_stage_and_the_ranks() -> None:
+    def held(stage: int, gpus: int) -> dict[str, int]:
+        config = configuration(parallel={"zero_stage": stage}, training={"global_batch_size": 2 * gpus})
+        return dict(planner(config, gpus).plan().memory.moments[0].kinds)
+
+    n = sizes_of(build_model(configuration().model, VOCABULARY, 0, "meta")).total
+    assert held(0, 8)["optimizer"] == pytest.approx(12 * n, rel=0.01)
+    assert held(1, 8)["optimizer"] == pytest.approx(12 * n / 8, rel=0.01)
+    assert held(1, 8)["gradients"] == 6 * n
+    assert held(2, 8)["gradients"] == 0
+    assert held(3, 8)["weights"] == pytest.approx(2 * n / 8, rel=0.01)
+    assert held(2, 16)["optimizer"] * 2 == pytest.approx(held(2, 8)["optimizer"], rel=0.01)
+
+
+def preset(name: str, *overrides: str, gpus: int = 8, device: str = "h100") -> Planner:
+    given = ["training.precision=bf16", "training.seq_len=2048", "training.micro_batch_size=1"]
+    config = load_config(f"model/{name}", [*given, "training.global_batch_size=256", *overrides]).config
+    return Planner(config, 4096, device_of(device), gpus, 0.8)
+
+
+def test_paragru_7b_on_one_node() -> None:
+    """ZeRO 1 and a micro-batch of 1 do not fit 8 × 80 GB; with activation checkpointing they do."""
+    made = preset("paragru_7b")
+    found = made.plan()
+    assert not found.fits
+    remedy = made.remedy()
+    assert remedy is not None
+    changes, better = remedy
+    assert changes == {"training.activation_checkpointing": True}
+    assert better.fits
+    assert better.memory.peak.total < found.memory.peak.total - 15 * 2**30
+    assert better.time.step > found.time.step
+    assert 0.2 < better.mfu < found.mfu < 0.8
+    assert preset("paragru_7b", device="h200").plan().fits
+    # 6.9 billion parameters: weights 2 bytes, their gradients 2 and 4, masters and two moments 12 / 8
+    n = found.sizes.total
+    always = found.memory.moments[0]
+    assert sum(always.kinds[kind] for kind in ("weights", "gradients", "optimizer")) == pytest.approx(9.5 * n, rel=0.01)
+
+
+def test_remedies_are_tried_in_order() -> None:
+    found = preset("paragru_7b", "training.activation_checkpointing=true", "parallel.zero_stage=0").remedy()
+    assert found is not None
+    assert found[0] == {"parallel.zero_stage": 1}
+    alone = preset("paragru_7b", "parallel.zero_stage=3", "training.activation_checkpointing=true", gpus=1)
+    assert not alone.plan().fits
+    offloaded = alone.remedy()
+    assert offloaded is not None
+    assert offloaded[0]["parallel.offload_optimizer"] == "cpu"
+    assert offloaded[1].memory.host > 80e9
+
+
+def test_more_gpus_take_less_time() -> None:
+    eight, more = (planner(configuration(training={"global_batch_size": 512}), gpus).plan() for gpus in (8, 64))
+    assert eight.micro_batches == 8 * more.micro_batches
+    assert more.time.compute == pytest.approx(eight.time.compute / 8)
+    slow = planner(configuration(training={"global_batch_size": 512}), 8, efficiency=0.1).plan()
+    assert slow.time.compute >= eight.time.compute
+
+
+@pytest.mark.parametrize(
+    ("config", "gpus", "says"),
+    [
+        (configuration(), 12, "--gpus: 12 is no number of whole nodes of 8"),
+        (configuration(), 0, "--gpus: 0"),
+        (configuration(parallel={"time": 3}), 8, "parallel.time: 3 time shards do not divide 8 ranks"),
+        (configuration({"name": "attention"}, parallel={"time": 2}), 8, "its state grows with the sequence"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line(config: Config, gpus: int, says: str) -> None:
+    with pytest.raises((UserError, ConfigError)) as caught:
+        planner(config, gpus)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_device_is_told_the_list() -> None:
+    with pytest.raises(UserError, match="h100, h200, a100, mi300x"):
+        device_of("b300")
+    assert device_of("H100") == device_of("h100")
