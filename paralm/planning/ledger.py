@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -153,17 +152,6 @@ def _size(x: Tensor) -> int:
     return count * x.element_size()
 
 
-class GPUAttention(TorchFunctionMode):
-    """Tensors without values take torch's composite attention, with all its scores; a GPU does not. Without a mask
-    flash attention, with one the memory-efficient kernel, as torch chooses them for 16 bits."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention or args[0].dtype == torch.float64:
-            return func(*args, **kwargs)
-        return _attention(*args, **kwargs)
-
-
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -193,8 +181,23 @@ def _attention(
 
 @contextmanager
 def gpu_attention() -> Iterator[None]:
-    """Within it ``F.scaled_dot_product_attention`` of tensors on the meta device makes what a GPU's kernels make."""
-    import torch._meta_registrations  # noqa: F401  the shapes of those kernels' results
+    """Within it ``F.scaled_dot_product_attention`` of tensors on the meta device makes what a GPU's kernels make.
 
-    with GPUAttention():
+    Of tensors without values torch takes the composite, with all its scores; a GPU does not: without a mask flash
+    attention, with one the memory-efficient kernel, as torch chooses them for 16 bits. (Not by a mode for functions:
+    a backward pass, in which activation checkpointing runs blocks again, leaves those.)
+    """
+    import torch._meta_registrations
+
+    composite = F.scaled_dot_product_attention
+
+    def attention(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not query.is_meta or query.dtype == torch.float64:
+            return composite(query, *args, **kwargs)
+        return _attention(query, *args, **kwargs)
+
+    F.scaled_dot_product_attention = attention
+    try:
         yield
+    finally:
+        F.scaled_dot_product_attention = composite
