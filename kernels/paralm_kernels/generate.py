@@ -44,11 +44,13 @@ _FUNCTIONS = (
     "constant",
     "finite",
     "flag_at",
+    "flag_of",
     "largest_size",
     "largest_update",
     "power",
     "relative_change",
     "spread",
+    "with_flag",
 )
 
 
@@ -61,7 +63,8 @@ def generate(cell: Cell) -> str:
         *loads(names),
         advance(names),
         keep(names),
-        walk_piece(names),
+        walk_piece(names, "walk_piece", names.unroll),
+        walk_piece(names, "walk_again", max(2, names.unroll // 2)),
         walk_kernel(names),
         decode_kernel(names),
         *parallel(names),

@@ -134,13 +134,12 @@ def backward_kernel(names: Names) -> str:
     own = [*names.row(names.state), *(f"g_{h}_row" for h in names.state), *to_rows]
     parts = [f"to_{a}" for a in names.params]
 
-    def ready(suffix: str, t: str, first: bool) -> list[str]:
-        args = [*_loaded(names, suffix), f"cut{suffix}", *firsts, t, str(first), "HAS_RESET", "COMPUTE"]
-        now = [f"now_{name}" for name in _loaded(names, suffix)]
-        return [*assign(now, "widen", args, 8), f"        now_cut{suffix} = cut{suffix}"]
+    def ready(suffix: str, cut: str, t: str, first: bool) -> list[str]:
+        args = [*_loaded(names, suffix), cut, *firsts, t, str(first), "HAS_RESET", "COMPUTE"]
+        return assign([f"now_{name}" for name in _loaded(names, suffix)], "widen", args, 8)
 
-    def step(suffix: str, at: str) -> list[str]:
-        now = [f"now_{name}" for name in [*_loaded(names, suffix), f"cut{suffix}"]]
+    def step(suffix: str, cut: str, at: str) -> list[str]:
+        now = [*(f"now_{name}" for name in _loaded(names, suffix)), cut]
         args = [*carries, *now, *names.params, *to_rows, at, "mask", "HAS_RESET"]
         return assign([*carries, *parts], "retreat", args, 8)
 
@@ -157,25 +156,31 @@ def backward_kernel(names: Names) -> str:
     lines += [f"    {name} = tl.zeros_like({carries[0]})" for name in _accumulators(names)]
     lines += [f"    whole = stop - (stop - start) // {steps} * {steps}", "    some = mask & (whole < stop)"]
     lines += [*_to(names, "stop - 1"), *(f"    {row} += tl.cast(stop - 1, tl.int64) * H_STEP" for row in to_rows)]
+    lines += ["    cuts = 0"]
     for u in range(steps):
         # of a group only its last step can be the sequence's first
         before = f"some & (stop > {u + 1})" if u == steps - 1 else "some"
         lines += _call_load(names, f"_{u}", u, "some", before, 4)
-        lines += [f"    cut_{u} = flag_at(reset_row, {plus('stop', -u - 1)}, whole < stop, HAS_RESET)"]
+        lines += [f"    cuts = with_flag(cuts, {u}, reset_row, {plus('stop', -u - 1)}, whole < stop, HAS_RESET)"]
     lines += ["    t = stop - 1", "    while t >= whole:"]
     lines += [f"        more = t - {steps} >= whole", "        some = mask & more"]
     for u in range(steps):
-        lines += ready(f"_{u}", plus("t", -u), u == steps - 1)
+        lines += ready(f"_{u}", f"flag_of(cuts, {u})", plus("t", -u), u == steps - 1)
+    lines += ["        now_cuts, cuts = cuts, 0"]
     for u in range(steps):
         before = f"some & (t > {steps + u})" if u == steps - 1 else "some"
         lines += _call_load(names, f"_{u}", steps + u, "some", before, 8)
-        lines += [f"        cut_{u} = flag_at(reset_row, t - {steps + u}, more, HAS_RESET)"]
+        lines += [f"        cuts = with_flag(cuts, {u}, reset_row, t - {steps + u}, more, HAS_RESET)"]
     for u in range(steps):
-        lines += step(f"_{u}", f"-{times(u, 'H_STEP')}" if u else "0")
+        lines += step(f"_{u}", f"flag_of(now_cuts, {u})", f"-{times(u, 'H_STEP')}" if u else "0")
         lines += [f"        part_{a} = {f'part_{a} + ' if u else ''}to_{a}" for a in names.params]
     lines += [*add("part_"), *back(steps), "    while t >= start:"]
     lines += _call_load(names, "", 0, "mask", "mask & (t > 0)", 8)
-    lines += ["        cut = flag_at(reset_row, t, t >= start, HAS_RESET)", *ready("", "t", True), *step("", "0")]
+    lines += [
+        "        cut = flag_at(reset_row, t, t >= start, HAS_RESET)",
+        *ready("", "cut", "t", True),
+        *step("", "cut", "0"),
+    ]
     lines += [*add("to_"), *back(1)]
     lines += [f"    tl.store(to_{a}_ptr + at, sum_{a}, mask=mask)" for a in names.params]
     lines += [f"    tl.store(to_{h}_first_ptr + here, carry_{h}, mask=mask & (piece == 0))" for h in names.state]

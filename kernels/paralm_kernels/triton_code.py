@@ -117,6 +117,8 @@ _USED = frozenset(
         "keep",
         "widen",
         "x_at",
+        "cuts",
+        "walk_again",
     ]
 )
 

@@ -276,14 +276,17 @@ def backward_kernel(
         else:
             c = tl.load(before0_at + tile, mask=inside, other=0.0)
             if KIND == "lstm":
-                i, f, z, o = tm.sigmoid(row0), tm.sigmoid(row1), tm.tanh(row2), tm.sigmoid(row3)
+                i, f, z = tm.sigmoid(row0), tm.sigmoid(row1), tm.tanh(row2)
                 tanh_c = tm.tanh(f * c + i * z)
-                gc += gh * o * (1.0 - tanh_c * tanh_c)
-                to0 = gc * z * i * (1.0 - i)
-                to1 = gc * c * f * (1.0 - f)
-                to2 = gc * i * (1.0 - z * z)
-                to3 = gh * tanh_c * o * (1.0 - o)
-                gc = gc * f
+                o = tm.sigmoid(row3)
+                to3 = gh * o
+                gc += to3 * (1.0 - tanh_c * tanh_c)
+                to3 = to3 * tanh_c * (1.0 - o)
+                to1 = gc * f
+                to2 = gc * i
+                to0 = to2 * z * (1.0 - i)
+                gc, to1 = to1, to1 * c * (1.0 - f)
+                to2 = to2 * (1.0 - z * z)
             else:
                 n = tl.load(before1_at + tile, mask=inside, other=0.0)
                 m = tl.load(before2_at + tile, mask=inside, other=0.0)

@@ -242,3 +242,17 @@ def flag_at(row, t, inside, PRESENT: tl.constexpr):
         return tl.load(row + t, mask=inside, other=0) != 0
     else:
         return inside & False
+
+
+@triton.jit
+def with_flag(flags, at: tl.constexpr, row, t, inside, PRESENT: tl.constexpr):
+    """A whole number with the flag at t as bit `at`: many flags in one register."""
+    if PRESENT:
+        flags = flags | (flag_at(row, t, inside, PRESENT).to(tl.int32) << at)
+    return flags
+
+
+@triton.jit
+def flag_of(flags, at: tl.constexpr):
+    """Whether that bit is set."""
+    return ((flags >> at) & 1) != 0

@@ -147,25 +147,22 @@ def tile_kernel(names: Names) -> str:
     )
 
 
-def _walk(names: Names, meet: str, jacobian: str, indent: int) -> list[str]:
-    """walk_piece of one piece from its entry; leaves the state, the product m, `t` and `met`.
-
-    meet, jacobian: "True", "False" or the name of a flag.
-    """
+def _walk(names: Names, again: bool, jacobian: bool, indent: int) -> list[str]:
+    """A walk of one piece from its entry; leaves the state, the product m, `t` and `met`. again: until it meets the
+    trajectory that is there, in shorter groups, as what it keeps besides takes registers."""
     pad = " " * indent
     lines = [f"{pad}{h} = {h}_entry" for h in names.state]
     first = f"{names.state[0]}_entry"
-    wanted = jacobian != "False"
-    products = [f"tl.zeros_like({first}) + {float(i == j)}" if wanted else first for i, j in names.pairs]
+    products = [f"tl.zeros_like({first}) + {float(i == j)}" if jacobian else first for i, j in names.pairs]
     lines += [f"{pad}{m} = {value}" for m, value in zip(names.product, products, strict=True)]
     args = [*names.state, *names.product, *names.row(names.inputs), *names.params, *names.row(names.state)]
     args += [
         *names.row(names.state, "_check"),
         *("reset_row", "start", "stop", "mask", "tol", "X_STEP", "H_STEP"),
     ]
-    args += ["HAS_RESET", "True", jacobian, meet, "COMPUTE", "CHECK"]
-    products = names.product if wanted else [f"_{m}" for m in names.product]
-    return lines + assign([*names.state, *products, "t", "met"], "walk_piece", args, indent)
+    args += ["HAS_RESET", "True", str(jacobian), str(again), "COMPUTE", "CHECK"]
+    products = names.product if jacobian else [f"_{m}" for m in names.product]
+    return lines + assign([*names.state, *products, "t", "met"], "walk_again" if again else "walk_piece", args, indent)
 
 
 def _tensors(names: Names) -> list[str]:
@@ -209,15 +206,14 @@ def segments_kernel(names: Names) -> str:
     ]
     lines += ["    if moved > tol:"]
     lines += [f"        tl.store({h}_used_ptr + at, {h}_entry, mask=mask)" for h in names.state]
-    lines += _walk(names, "AGAIN", "AGAIN", 8)
-    lines += ["        if met == 0:"]
-    lines += [f"            tl.store({h}_end_ptr + at, {h}, mask=mask)" for h in names.state]
-    lines += ["            if AGAIN:"]
+    lines += ["        if AGAIN:", *_walk(names, True, True, 12), "            if met == 0:"]
+    lines += [f"                tl.store({h}_end_ptr + at, {h}, mask=mask)" for h in names.state]
     lines += [f"                tl.store({m}_ptr + at, {m}, mask=mask)" for m in names.product]
-    lines += ["        if AGAIN:"]
     lines += ["            walked = tl.load(walked_ptr + program) + (t - start).to(tl.int32)"]
     lines += ["            tl.store(walked_ptr + program, walked)"]
     lines += ["            tl.store(rounds_ptr + program, tl.load(rounds_ptr + program) + 1)"]
+    lines += ["        else:", *_walk(names, False, False, 12)]
+    lines += [f"            tl.store({h}_end_ptr + at, {h}, mask=mask)" for h in names.state]
     return function(
         "segments_kernel",
         [
@@ -292,7 +288,7 @@ def segments_finish_kernel(names: Names) -> str:
         lines += [f"        {h}_used = tl.load({h}_used_ptr + at, mask=mask, other=0.0)"]
         lines += [f"        moved = tl.maximum(moved, relative_change({h}_entry, {h}_used, mask))"]
     lines += [f"        {h}_end = tl.load({h}_end_ptr + at, mask=mask, other=0.0)" for h in names.state]
-    lines += ["        if moved > tol:", *_walk(names, "True", "False", 12)]
+    lines += ["        if moved > tol:", *_walk(names, True, False, 12)]
     lines += [f"            {h}_end = tl.where(met == 0, {h}, {h}_end)" for h in names.state]
     lines += ["            walked += (t - start).to(tl.int32)", "            pieces_walked += 1"]
     lines += ["        else:", "            worst = tl.maximum(worst, moved)"]

@@ -246,9 +246,9 @@ def keep(names: Names) -> str:
     )
 
 
-def walk_piece(names: Names) -> str:
-    """A walk over some steps."""
-    carried, unroll = [*names.state, *names.product], names.unroll
+def walk_piece(names: Names, name: str, unroll: int) -> str:
+    """A walk over some steps, which are fetched in groups of `unroll`."""
+    carried = [*names.state, *names.product]
     x_rows, rows, checks = names.row(names.inputs), names.row(names.state), names.row(names.state, "_check")
 
     def load(u: int, offset: str, mask: str, indent: int, suffix: str = "") -> list[str]:
@@ -256,9 +256,8 @@ def walk_piece(names: Names) -> str:
         pairs = zip(names.inputs, x_rows, strict=True)
         return [f"{pad}{x}{suffix} = tl.load({row}{offset}, mask={mask}, other=0.0)" for x, row in pairs]
 
-    def step(suffix: str, to: str, prefix: str = "") -> list[str]:
-        inputs = [f"{prefix}{x}{suffix}" for x in names.inputs]
-        args = [*carried, *inputs, *names.params, f"{prefix}cut{suffix}", *rows, to, "mask"]
+    def step(inputs: Sequence[str], cut: str, to: str) -> list[str]:
+        args = [*carried, *inputs, *names.params, cut, *rows, to, "mask"]
         return assign(carried, "advance", [*args, "HAS_RESET", "JACOBIAN", "COMPUTE"], 8)
 
     def further(steps: int) -> list[str]:
@@ -272,24 +271,25 @@ def walk_piece(names: Names) -> str:
     lines = [f"    whole = start + (stop - start) // {unroll} * {unroll}", "    some = mask & (start < whole)"]
     lines += [f"    {row} += tl.cast(start, tl.int64) * X_STEP" for row in x_rows]
     lines += [f"    {row} += tl.cast(start, tl.int64) * H_STEP" for row in rows]
+    lines += ["    cuts = 0"]
     for u in range(unroll):
         lines += load(u, f" + {times(u, 'X_STEP')}" if u else "", "some", 4, f"_{u}")
-        lines += [f"    cut_{u} = flag_at(reset_row, {plus('start', u)}, start < whole, HAS_RESET)"]
+        lines += [f"    cuts = with_flag(cuts, {u}, reset_row, {plus('start', u)}, start < whole, HAS_RESET)"]
     lines += ["    t = start", "    met = 0", "    while (t < whole) & (met == 0):"]
     lines += [f"        more = t + {unroll} < whole", "        some = mask & more"]
     for u in range(unroll):
         lines += [f"        now_{x}_{u} = {x}_{u}.to(COMPUTE)" for x in names.inputs]
-        lines += [f"        now_cut_{u} = cut_{u}"]
+    lines += ["        now_cuts, cuts = cuts, 0"]
     for u in range(unroll):
         lines += load(u, f" + {times(unroll + u, 'X_STEP')}", "some", 8, f"_{u}")
-        lines += [f"        cut_{u} = flag_at(reset_row, t + {unroll + u}, more, HAS_RESET)"]
+        lines += [f"        cuts = with_flag(cuts, {u}, reset_row, t + {unroll + u}, more, HAS_RESET)"]
     for u in range(unroll):
-        lines += step(f"_{u}", times(u, "H_STEP"), "now_")
+        lines += step([f"now_{x}_{u}" for x in names.inputs], f"flag_of(now_cuts, {u})", times(u, "H_STEP"))
     lines += further(unroll)
     lines += ["    while (t < stop) & (met == 0):", *load(0, "", "mask", 8)]
-    lines += ["        cut = flag_at(reset_row, t, t < stop, HAS_RESET)", *step("", "0"), *further(1)]
+    lines += ["        cut = flag_at(reset_row, t, t < stop, HAS_RESET)", *step(names.inputs, "cut", "0"), *further(1)]
     return function(
-        "walk_piece",
+        name,
         [
             *(*carried, *x_rows, *names.params, *rows, *checks, "reset_row", "start", "stop", "mask", "tol"),
             *("X_STEP: tl.constexpr", "H_STEP: tl.constexpr", "HAS_RESET: tl.constexpr", "PIECES: tl.constexpr"),

@@ -20,12 +20,14 @@ from ..triton_math import (
     add_compensated,
     finite,
     flag_at,
+    flag_of,
     largest_size,
     largest_update,
     relative_change,
     sigmoid,
     spread,
     tanh,
+    with_flag,
 )
 
 
@@ -210,70 +212,71 @@ def walk_piece(
     u_row += tl.cast(start, tl.int64) * H_STEP
     v_row += tl.cast(start, tl.int64) * H_STEP
     h_row += tl.cast(start, tl.int64) * H_STEP
+    cuts = 0
     x_u_0 = tl.load(x_u_row, mask=some, other=0.0)
     x_v_0 = tl.load(x_v_row, mask=some, other=0.0)
     x_o_0 = tl.load(x_o_row, mask=some, other=0.0)
-    cut_0 = flag_at(reset_row, start, start < whole, HAS_RESET)
+    cuts = with_flag(cuts, 0, reset_row, start, start < whole, HAS_RESET)
     x_u_1 = tl.load(x_u_row + X_STEP, mask=some, other=0.0)
     x_v_1 = tl.load(x_v_row + X_STEP, mask=some, other=0.0)
     x_o_1 = tl.load(x_o_row + X_STEP, mask=some, other=0.0)
-    cut_1 = flag_at(reset_row, start + 1, start < whole, HAS_RESET)
+    cuts = with_flag(cuts, 1, reset_row, start + 1, start < whole, HAS_RESET)
     x_u_2 = tl.load(x_u_row + 2 * X_STEP, mask=some, other=0.0)
     x_v_2 = tl.load(x_v_row + 2 * X_STEP, mask=some, other=0.0)
     x_o_2 = tl.load(x_o_row + 2 * X_STEP, mask=some, other=0.0)
-    cut_2 = flag_at(reset_row, start + 2, start < whole, HAS_RESET)
+    cuts = with_flag(cuts, 2, reset_row, start + 2, start < whole, HAS_RESET)
     x_u_3 = tl.load(x_u_row + 3 * X_STEP, mask=some, other=0.0)
     x_v_3 = tl.load(x_v_row + 3 * X_STEP, mask=some, other=0.0)
     x_o_3 = tl.load(x_o_row + 3 * X_STEP, mask=some, other=0.0)
-    cut_3 = flag_at(reset_row, start + 3, start < whole, HAS_RESET)
+    cuts = with_flag(cuts, 3, reset_row, start + 3, start < whole, HAS_RESET)
     x_u_4 = tl.load(x_u_row + 4 * X_STEP, mask=some, other=0.0)
     x_v_4 = tl.load(x_v_row + 4 * X_STEP, mask=some, other=0.0)
     x_o_4 = tl.load(x_o_row + 4 * X_STEP, mask=some, other=0.0)
-    cut_4 = flag_at(reset_row, start + 4, start < whole, HAS_RESET)
+    cuts = with_flag(cuts, 4, reset_row, start + 4, start < whole, HAS_RESET)
     x_u_5 = tl.load(x_u_row + 5 * X_STEP, mask=some, other=0.0)
     x_v_5 = tl.load(x_v_row + 5 * X_STEP, mask=some, other=0.0)
     x_o_5 = tl.load(x_o_row + 5 * X_STEP, mask=some, other=0.0)
-    cut_5 = flag_at(reset_row, start + 5, start < whole, HAS_RESET)
+    cuts = with_flag(cuts, 5, reset_row, start + 5, start < whole, HAS_RESET)
     x_u_6 = tl.load(x_u_row + 6 * X_STEP, mask=some, other=0.0)
     x_v_6 = tl.load(x_v_row + 6 * X_STEP, mask=some, other=0.0)
     x_o_6 = tl.load(x_o_row + 6 * X_STEP, mask=some, other=0.0)
-    cut_6 = flag_at(reset_row, start + 6, start < whole, HAS_RESET)
+    cuts = with_flag(cuts, 6, reset_row, start + 6, start < whole, HAS_RESET)
     x_u_7 = tl.load(x_u_row + 7 * X_STEP, mask=some, other=0.0)
     x_v_7 = tl.load(x_v_row + 7 * X_STEP, mask=some, other=0.0)
     x_o_7 = tl.load(x_o_row + 7 * X_STEP, mask=some, other=0.0)
-    cut_7 = flag_at(reset_row, start + 7, start < whole, HAS_RESET)
+    cuts = with_flag(cuts, 7, reset_row, start + 7, start < whole, HAS_RESET)
     x_u_8 = tl.load(x_u_row + 8 * X_STEP, mask=some, other=0.0)
     x_v_8 = tl.load(x_v_row + 8 * X_STEP, mask=some, other=0.0)
     x_o_8 = tl.load(x_o_row + 8 * X_STEP, mask=some, other=0.0)
-    cut_8 = flag_at(reset_row, start + 8, start < whole, HAS_RESET)
+    cuts = with_flag(cuts, 8, reset_row, start + 8, start < whole, HAS_RESET)
     x_u_9 = tl.load(x_u_row + 9 * X_STEP, mask=some, other=0.0)
     x_v_9 = tl.load(x_v_row + 9 * X_STEP, mask=some, other=0.0)
     x_o_9 = tl.load(x_o_row + 9 * X_STEP, mask=some, other=0.0)
-    cut_9 = flag_at(reset_row, start + 9, start < whole, HAS_RESET)
+    cuts = with_flag(cuts, 9, reset_row, start + 9, start < whole, HAS_RESET)
     x_u_10 = tl.load(x_u_row + 10 * X_STEP, mask=some, other=0.0)
     x_v_10 = tl.load(x_v_row + 10 * X_STEP, mask=some, other=0.0)
     x_o_10 = tl.load(x_o_row + 10 * X_STEP, mask=some, other=0.0)
-    cut_10 = flag_at(reset_row, start + 10, start < whole, HAS_RESET)
+    cuts = with_flag(cuts, 10, reset_row, start + 10, start < whole, HAS_RESET)
     x_u_11 = tl.load(x_u_row + 11 * X_STEP, mask=some, other=0.0)
     x_v_11 = tl.load(x_v_row + 11 * X_STEP, mask=some, other=0.0)
     x_o_11 = tl.load(x_o_row + 11 * X_STEP, mask=some, other=0.0)
-    cut_11 = flag_at(reset_row, start + 11, start < whole, HAS_RESET)
+    cuts = with_flag(cuts, 11, reset_row, start + 11, start < whole, HAS_RESET)
     x_u_12 = tl.load(x_u_row + 12 * X_STEP, mask=some, other=0.0)
     x_v_12 = tl.load(x_v_row + 12 * X_STEP, mask=some, other=0.0)
     x_o_12 = tl.load(x_o_row + 12 * X_STEP, mask=some, other=0.0)
-    cut_12 = flag_at(reset_row, start + 12, start < whole, HAS_RESET)
+    cuts = with_flag(cuts, 12, reset_row, start + 12, start < whole, HAS_RESET)
     x_u_13 = tl.load(x_u_row + 13 * X_STEP, mask=some, other=0.0)
     x_v_13 = tl.load(x_v_row + 13 * X_STEP, mask=some, other=0.0)
     x_o_13 = tl.load(x_o_row + 13 * X_STEP, mask=some, other=0.0)
-    cut_13 = flag_at(reset_row, start + 13, start < whole, HAS_RESET)
+    cuts = with_flag(cuts, 13, reset_row, start + 13, start < whole, HAS_RESET)
     x_u_14 = tl.load(x_u_row + 14 * X_STEP, mask=some, other=0.0)
     x_v_14 = tl.load(x_v_row + 14 * X_STEP, mask=some, other=0.0)
     x_o_14 = tl.load(x_o_row + 14 * X_STEP, mask=some, other=0.0)
-    cut_14 = flag_at(reset_row, start + 14, start < whole, HAS_RESET)
+    cuts = with_flag(cuts, 14, reset_row, start + 14, start < whole, HAS_RESET)
     x_u_15 = tl.load(x_u_row + 15 * X_STEP, mask=some, other=0.0)
     x_v_15 = tl.load(x_v_row + 15 * X_STEP, mask=some, other=0.0)
     x_o_15 = tl.load(x_o_row + 15 * X_STEP, mask=some, other=0.0)
-    cut_15 = flag_at(reset_row, start + 15, start < whole, HAS_RESET)
+    cuts = with_flag(cuts, 15, reset_row, start + 15, start < whole, HAS_RESET)
     t = start
     met = 0
     while (t < whole) & (met == 0):
@@ -282,194 +285,194 @@ def walk_piece(
         now_x_u_0 = x_u_0.to(COMPUTE)
         now_x_v_0 = x_v_0.to(COMPUTE)
         now_x_o_0 = x_o_0.to(COMPUTE)
-        now_cut_0 = cut_0
         now_x_u_1 = x_u_1.to(COMPUTE)
         now_x_v_1 = x_v_1.to(COMPUTE)
         now_x_o_1 = x_o_1.to(COMPUTE)
-        now_cut_1 = cut_1
         now_x_u_2 = x_u_2.to(COMPUTE)
         now_x_v_2 = x_v_2.to(COMPUTE)
         now_x_o_2 = x_o_2.to(COMPUTE)
-        now_cut_2 = cut_2
         now_x_u_3 = x_u_3.to(COMPUTE)
         now_x_v_3 = x_v_3.to(COMPUTE)
         now_x_o_3 = x_o_3.to(COMPUTE)
-        now_cut_3 = cut_3
         now_x_u_4 = x_u_4.to(COMPUTE)
         now_x_v_4 = x_v_4.to(COMPUTE)
         now_x_o_4 = x_o_4.to(COMPUTE)
-        now_cut_4 = cut_4
         now_x_u_5 = x_u_5.to(COMPUTE)
         now_x_v_5 = x_v_5.to(COMPUTE)
         now_x_o_5 = x_o_5.to(COMPUTE)
-        now_cut_5 = cut_5
         now_x_u_6 = x_u_6.to(COMPUTE)
         now_x_v_6 = x_v_6.to(COMPUTE)
         now_x_o_6 = x_o_6.to(COMPUTE)
-        now_cut_6 = cut_6
         now_x_u_7 = x_u_7.to(COMPUTE)
         now_x_v_7 = x_v_7.to(COMPUTE)
         now_x_o_7 = x_o_7.to(COMPUTE)
-        now_cut_7 = cut_7
         now_x_u_8 = x_u_8.to(COMPUTE)
         now_x_v_8 = x_v_8.to(COMPUTE)
         now_x_o_8 = x_o_8.to(COMPUTE)
-        now_cut_8 = cut_8
         now_x_u_9 = x_u_9.to(COMPUTE)
         now_x_v_9 = x_v_9.to(COMPUTE)
         now_x_o_9 = x_o_9.to(COMPUTE)
-        now_cut_9 = cut_9
         now_x_u_10 = x_u_10.to(COMPUTE)
         now_x_v_10 = x_v_10.to(COMPUTE)
         now_x_o_10 = x_o_10.to(COMPUTE)
-        now_cut_10 = cut_10
         now_x_u_11 = x_u_11.to(COMPUTE)
         now_x_v_11 = x_v_11.to(COMPUTE)
         now_x_o_11 = x_o_11.to(COMPUTE)
-        now_cut_11 = cut_11
         now_x_u_12 = x_u_12.to(COMPUTE)
         now_x_v_12 = x_v_12.to(COMPUTE)
         now_x_o_12 = x_o_12.to(COMPUTE)
-        now_cut_12 = cut_12
         now_x_u_13 = x_u_13.to(COMPUTE)
         now_x_v_13 = x_v_13.to(COMPUTE)
         now_x_o_13 = x_o_13.to(COMPUTE)
-        now_cut_13 = cut_13
         now_x_u_14 = x_u_14.to(COMPUTE)
         now_x_v_14 = x_v_14.to(COMPUTE)
         now_x_o_14 = x_o_14.to(COMPUTE)
-        now_cut_14 = cut_14
         now_x_u_15 = x_u_15.to(COMPUTE)
         now_x_v_15 = x_v_15.to(COMPUTE)
         now_x_o_15 = x_o_15.to(COMPUTE)
-        now_cut_15 = cut_15
+        now_cuts, cuts = cuts, 0
         x_u_0 = tl.load(x_u_row + 16 * X_STEP, mask=some, other=0.0)
         x_v_0 = tl.load(x_v_row + 16 * X_STEP, mask=some, other=0.0)
         x_o_0 = tl.load(x_o_row + 16 * X_STEP, mask=some, other=0.0)
-        cut_0 = flag_at(reset_row, t + 16, more, HAS_RESET)
+        cuts = with_flag(cuts, 0, reset_row, t + 16, more, HAS_RESET)
         x_u_1 = tl.load(x_u_row + 17 * X_STEP, mask=some, other=0.0)
         x_v_1 = tl.load(x_v_row + 17 * X_STEP, mask=some, other=0.0)
         x_o_1 = tl.load(x_o_row + 17 * X_STEP, mask=some, other=0.0)
-        cut_1 = flag_at(reset_row, t + 17, more, HAS_RESET)
+        cuts = with_flag(cuts, 1, reset_row, t + 17, more, HAS_RESET)
         x_u_2 = tl.load(x_u_row + 18 * X_STEP, mask=some, other=0.0)
         x_v_2 = tl.load(x_v_row + 18 * X_STEP, mask=some, other=0.0)
         x_o_2 = tl.load(x_o_row + 18 * X_STEP, mask=some, other=0.0)
-        cut_2 = flag_at(reset_row, t + 18, more, HAS_RESET)
+        cuts = with_flag(cuts, 2, reset_row, t + 18, more, HAS_RESET)
         x_u_3 = tl.load(x_u_row + 19 * X_STEP, mask=some, other=0.0)
         x_v_3 = tl.load(x_v_row + 19 * X_STEP, mask=some, other=0.0)
         x_o_3 = tl.load(x_o_row + 19 * X_STEP, mask=some, other=0.0)
-        cut_3 = flag_at(reset_row, t + 19, more, HAS_RESET)
+        cuts = with_flag(cuts, 3, reset_row, t + 19, more, HAS_RESET)
         x_u_4 = tl.load(x_u_row + 20 * X_STEP, mask=some, other=0.0)
         x_v_4 = tl.load(x_v_row + 20 * X_STEP, mask=some, other=0.0)
         x_o_4 = tl.load(x_o_row + 20 * X_STEP, mask=some, other=0.0)
-        cut_4 = flag_at(reset_row, t + 20, more, HAS_RESET)
+        cuts = with_flag(cuts, 4, reset_row, t + 20, more, HAS_RESET)
         x_u_5 = tl.load(x_u_row + 21 * X_STEP, mask=some, other=0.0)
         x_v_5 = tl.load(x_v_row + 21 * X_STEP, mask=some, other=0.0)
         x_o_5 = tl.load(x_o_row + 21 * X_STEP, mask=some, other=0.0)
-        cut_5 = flag_at(reset_row, t + 21, more, HAS_RESET)
+        cuts = with_flag(cuts, 5, reset_row, t + 21, more, HAS_RESET)
         x_u_6 = tl.load(x_u_row + 22 * X_STEP, mask=some, other=0.0)
         x_v_6 = tl.load(x_v_row + 22 * X_STEP, mask=some, other=0.0)
         x_o_6 = tl.load(x_o_row + 22 * X_STEP, mask=some, other=0.0)
-        cut_6 = flag_at(reset_row, t + 22, more, HAS_RESET)
+        cuts = with_flag(cuts, 6, reset_row, t + 22, more, HAS_RESET)
         x_u_7 = tl.load(x_u_row + 23 * X_STEP, mask=some, other=0.0)
         x_v_7 = tl.load(x_v_row + 23 * X_STEP, mask=some, other=0.0)
         x_o_7 = tl.load(x_o_row + 23 * X_STEP, mask=some, other=0.0)
-        cut_7 = flag_at(reset_row, t + 23, more, HAS_RESET)
+        cuts = with_flag(cuts, 7, reset_row, t + 23, more, HAS_RESET)
         x_u_8 = tl.load(x_u_row + 24 * X_STEP, mask=some, other=0.0)
         x_v_8 = tl.load(x_v_row + 24 * X_STEP, mask=some, other=0.0)
         x_o_8 = tl.load(x_o_row + 24 * X_STEP, mask=some, other=0.0)
-        cut_8 = flag_at(reset_row, t + 24, more, HAS_RESET)
+        cuts = with_flag(cuts, 8, reset_row, t + 24, more, HAS_RESET)
         x_u_9 = tl.load(x_u_row + 25 * X_STEP, mask=some, other=0.0)
         x_v_9 = tl.load(x_v_row + 25 * X_STEP, mask=some, other=0.0)
         x_o_9 = tl.load(x_o_row + 25 * X_STEP, mask=some, other=0.0)
-        cut_9 = flag_at(reset_row, t + 25, more, HAS_RESET)
+        cuts = with_flag(cuts, 9, reset_row, t + 25, more, HAS_RESET)
         x_u_10 = tl.load(x_u_row + 26 * X_STEP, mask=some, other=0.0)
         x_v_10 = tl.load(x_v_row + 26 * X_STEP, mask=some, other=0.0)
         x_o_10 = tl.load(x_o_row + 26 * X_STEP, mask=some, other=0.0)
-        cut_10 = flag_at(reset_row, t + 26, more, HAS_RESET)
+        cuts = with_flag(cuts, 10, reset_row, t + 26, more, HAS_RESET)
         x_u_11 = tl.load(x_u_row + 27 * X_STEP, mask=some, other=0.0)
         x_v_11 = tl.load(x_v_row + 27 * X_STEP, mask=some, other=0.0)
         x_o_11 = tl.load(x_o_row + 27 * X_STEP, mask=some, other=0.0)
-        cut_11 = flag_at(reset_row, t + 27, more, HAS_RESET)
+        cuts = with_flag(cuts, 11, reset_row, t + 27, more, HAS_RESET)
         x_u_12 = tl.load(x_u_row + 28 * X_STEP, mask=some, other=0.0)
         x_v_12 = tl.load(x_v_row + 28 * X_STEP, mask=some, other=0.0)
         x_o_12 = tl.load(x_o_row + 28 * X_STEP, mask=some, other=0.0)
-        cut_12 = flag_at(reset_row, t + 28, more, HAS_RESET)
+        cuts = with_flag(cuts, 12, reset_row, t + 28, more, HAS_RESET)
         x_u_13 = tl.load(x_u_row + 29 * X_STEP, mask=some, other=0.0)
         x_v_13 = tl.load(x_v_row + 29 * X_STEP, mask=some, other=0.0)
         x_o_13 = tl.load(x_o_row + 29 * X_STEP, mask=some, other=0.0)
-        cut_13 = flag_at(reset_row, t + 29, more, HAS_RESET)
+        cuts = with_flag(cuts, 13, reset_row, t + 29, more, HAS_RESET)
         x_u_14 = tl.load(x_u_row + 30 * X_STEP, mask=some, other=0.0)
         x_v_14 = tl.load(x_v_row + 30 * X_STEP, mask=some, other=0.0)
         x_o_14 = tl.load(x_o_row + 30 * X_STEP, mask=some, other=0.0)
-        cut_14 = flag_at(reset_row, t + 30, more, HAS_RESET)
+        cuts = with_flag(cuts, 14, reset_row, t + 30, more, HAS_RESET)
         x_u_15 = tl.load(x_u_row + 31 * X_STEP, mask=some, other=0.0)
         x_v_15 = tl.load(x_v_row + 31 * X_STEP, mask=some, other=0.0)
         x_o_15 = tl.load(x_o_row + 31 * X_STEP, mask=some, other=0.0)
-        cut_15 = flag_at(reset_row, t + 31, more, HAS_RESET)
+        cuts = with_flag(cuts, 15, reset_row, t + 31, more, HAS_RESET)
         u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h = advance(
             u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, now_x_u_0, now_x_v_0, now_x_o_0,
-            a_u, b, a_v, a_o, p, q, now_cut_0, u_row, v_row, h_row, 0, mask, HAS_RESET, JACOBIAN, COMPUTE,
+            a_u, b, a_v, a_o, p, q, flag_of(now_cuts, 0), u_row, v_row, h_row, 0, mask, HAS_RESET, JACOBIAN, COMPUTE,
         )
         u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h = advance(
             u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, now_x_u_1, now_x_v_1, now_x_o_1,
-            a_u, b, a_v, a_o, p, q, now_cut_1, u_row, v_row, h_row, H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+            a_u, b, a_v, a_o, p, q, flag_of(now_cuts, 1), u_row, v_row, h_row, H_STEP, mask, HAS_RESET, JACOBIAN,
+            COMPUTE,
         )
         u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h = advance(
             u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, now_x_u_2, now_x_v_2, now_x_o_2,
-            a_u, b, a_v, a_o, p, q, now_cut_2, u_row, v_row, h_row, 2 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+            a_u, b, a_v, a_o, p, q, flag_of(now_cuts, 2), u_row, v_row, h_row, 2 * H_STEP, mask, HAS_RESET, JACOBIAN,
+            COMPUTE,
         )
         u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h = advance(
             u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, now_x_u_3, now_x_v_3, now_x_o_3,
-            a_u, b, a_v, a_o, p, q, now_cut_3, u_row, v_row, h_row, 3 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+            a_u, b, a_v, a_o, p, q, flag_of(now_cuts, 3), u_row, v_row, h_row, 3 * H_STEP, mask, HAS_RESET, JACOBIAN,
+            COMPUTE,
         )
         u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h = advance(
             u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, now_x_u_4, now_x_v_4, now_x_o_4,
-            a_u, b, a_v, a_o, p, q, now_cut_4, u_row, v_row, h_row, 4 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+            a_u, b, a_v, a_o, p, q, flag_of(now_cuts, 4), u_row, v_row, h_row, 4 * H_STEP, mask, HAS_RESET, JACOBIAN,
+            COMPUTE,
         )
         u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h = advance(
             u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, now_x_u_5, now_x_v_5, now_x_o_5,
-            a_u, b, a_v, a_o, p, q, now_cut_5, u_row, v_row, h_row, 5 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+            a_u, b, a_v, a_o, p, q, flag_of(now_cuts, 5), u_row, v_row, h_row, 5 * H_STEP, mask, HAS_RESET, JACOBIAN,
+            COMPUTE,
         )
         u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h = advance(
             u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, now_x_u_6, now_x_v_6, now_x_o_6,
-            a_u, b, a_v, a_o, p, q, now_cut_6, u_row, v_row, h_row, 6 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+            a_u, b, a_v, a_o, p, q, flag_of(now_cuts, 6), u_row, v_row, h_row, 6 * H_STEP, mask, HAS_RESET, JACOBIAN,
+            COMPUTE,
         )
         u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h = advance(
             u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, now_x_u_7, now_x_v_7, now_x_o_7,
-            a_u, b, a_v, a_o, p, q, now_cut_7, u_row, v_row, h_row, 7 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+            a_u, b, a_v, a_o, p, q, flag_of(now_cuts, 7), u_row, v_row, h_row, 7 * H_STEP, mask, HAS_RESET, JACOBIAN,
+            COMPUTE,
         )
         u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h = advance(
             u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, now_x_u_8, now_x_v_8, now_x_o_8,
-            a_u, b, a_v, a_o, p, q, now_cut_8, u_row, v_row, h_row, 8 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+            a_u, b, a_v, a_o, p, q, flag_of(now_cuts, 8), u_row, v_row, h_row, 8 * H_STEP, mask, HAS_RESET, JACOBIAN,
+            COMPUTE,
         )
         u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h = advance(
             u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, now_x_u_9, now_x_v_9, now_x_o_9,
-            a_u, b, a_v, a_o, p, q, now_cut_9, u_row, v_row, h_row, 9 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+            a_u, b, a_v, a_o, p, q, flag_of(now_cuts, 9), u_row, v_row, h_row, 9 * H_STEP, mask, HAS_RESET, JACOBIAN,
+            COMPUTE,
         )
         u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h = advance(
             u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, now_x_u_10, now_x_v_10, now_x_o_10,
-            a_u, b, a_v, a_o, p, q, now_cut_10, u_row, v_row, h_row, 10 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+            a_u, b, a_v, a_o, p, q, flag_of(now_cuts, 10), u_row, v_row, h_row, 10 * H_STEP, mask, HAS_RESET, JACOBIAN,
+            COMPUTE,
         )
         u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h = advance(
             u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, now_x_u_11, now_x_v_11, now_x_o_11,
-            a_u, b, a_v, a_o, p, q, now_cut_11, u_row, v_row, h_row, 11 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+            a_u, b, a_v, a_o, p, q, flag_of(now_cuts, 11), u_row, v_row, h_row, 11 * H_STEP, mask, HAS_RESET, JACOBIAN,
+            COMPUTE,
         )
         u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h = advance(
             u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, now_x_u_12, now_x_v_12, now_x_o_12,
-            a_u, b, a_v, a_o, p, q, now_cut_12, u_row, v_row, h_row, 12 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+            a_u, b, a_v, a_o, p, q, flag_of(now_cuts, 12), u_row, v_row, h_row, 12 * H_STEP, mask, HAS_RESET, JACOBIAN,
+            COMPUTE,
         )
         u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h = advance(
             u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, now_x_u_13, now_x_v_13, now_x_o_13,
-            a_u, b, a_v, a_o, p, q, now_cut_13, u_row, v_row, h_row, 13 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+            a_u, b, a_v, a_o, p, q, flag_of(now_cuts, 13), u_row, v_row, h_row, 13 * H_STEP, mask, HAS_RESET, JACOBIAN,
+            COMPUTE,
         )
         u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h = advance(
             u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, now_x_u_14, now_x_v_14, now_x_o_14,
-            a_u, b, a_v, a_o, p, q, now_cut_14, u_row, v_row, h_row, 14 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+            a_u, b, a_v, a_o, p, q, flag_of(now_cuts, 14), u_row, v_row, h_row, 14 * H_STEP, mask, HAS_RESET, JACOBIAN,
+            COMPUTE,
         )
         u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h = advance(
             u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, now_x_u_15, now_x_v_15, now_x_o_15,
-            a_u, b, a_v, a_o, p, q, now_cut_15, u_row, v_row, h_row, 15 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+            a_u, b, a_v, a_o, p, q, flag_of(now_cuts, 15), u_row, v_row, h_row, 15 * H_STEP, mask, HAS_RESET, JACOBIAN,
+            COMPUTE,
         )
         t += 16
         x_u_row += 16 * X_STEP
@@ -478,6 +481,193 @@ def walk_piece(
         u_row += 16 * H_STEP
         v_row += 16 * H_STEP
         h_row += 16 * H_STEP
+        if PIECES:
+            edge = ((t - start) % CHECK == 0) | (t >= stop)
+            if edge:
+                here = tl.cast((t - 1) // CHECK, tl.int64) * H_STEP
+                met = keep(u, v, h, u_check_row, v_check_row, h_check_row, here, mask, tol, MEET)
+    while (t < stop) & (met == 0):
+        x_u = tl.load(x_u_row, mask=mask, other=0.0)
+        x_v = tl.load(x_v_row, mask=mask, other=0.0)
+        x_o = tl.load(x_o_row, mask=mask, other=0.0)
+        cut = flag_at(reset_row, t, t < stop, HAS_RESET)
+        u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h = advance(
+            u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, x_u, x_v, x_o, a_u, b, a_v, a_o, p,
+            q, cut, u_row, v_row, h_row, 0, mask, HAS_RESET, JACOBIAN, COMPUTE,
+        )
+        t += 1
+        x_u_row += X_STEP
+        x_v_row += X_STEP
+        x_o_row += X_STEP
+        u_row += H_STEP
+        v_row += H_STEP
+        h_row += H_STEP
+        if PIECES:
+            edge = ((t - start) % CHECK == 0) | (t >= stop)
+            if edge:
+                here = tl.cast((t - 1) // CHECK, tl.int64) * H_STEP
+                met = keep(u, v, h, u_check_row, v_check_row, h_check_row, here, mask, tol, MEET)
+    return u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, t, met
+
+
+@triton.jit
+def walk_again(
+    u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, x_u_row, x_v_row, x_o_row, a_u, b, a_v, a_o,
+    p, q, u_row, v_row, h_row, u_check_row, v_check_row, h_check_row, reset_row, start, stop, mask, tol,
+    X_STEP: tl.constexpr, H_STEP: tl.constexpr, HAS_RESET: tl.constexpr, PIECES: tl.constexpr, JACOBIAN: tl.constexpr,
+    MEET: tl.constexpr, COMPUTE: tl.constexpr, CHECK: tl.constexpr,
+):
+    """Walks from start to stop, with MEET until the state meets the stored one. With PIECES it keeps a checkpoint
+    every CHECK steps (start is a multiple of that), with JACOBIAN the product of Jacobians."""
+    whole = start + (stop - start) // 8 * 8
+    some = mask & (start < whole)
+    x_u_row += tl.cast(start, tl.int64) * X_STEP
+    x_v_row += tl.cast(start, tl.int64) * X_STEP
+    x_o_row += tl.cast(start, tl.int64) * X_STEP
+    u_row += tl.cast(start, tl.int64) * H_STEP
+    v_row += tl.cast(start, tl.int64) * H_STEP
+    h_row += tl.cast(start, tl.int64) * H_STEP
+    cuts = 0
+    x_u_0 = tl.load(x_u_row, mask=some, other=0.0)
+    x_v_0 = tl.load(x_v_row, mask=some, other=0.0)
+    x_o_0 = tl.load(x_o_row, mask=some, other=0.0)
+    cuts = with_flag(cuts, 0, reset_row, start, start < whole, HAS_RESET)
+    x_u_1 = tl.load(x_u_row + X_STEP, mask=some, other=0.0)
+    x_v_1 = tl.load(x_v_row + X_STEP, mask=some, other=0.0)
+    x_o_1 = tl.load(x_o_row + X_STEP, mask=some, other=0.0)
+    cuts = with_flag(cuts, 1, reset_row, start + 1, start < whole, HAS_RESET)
+    x_u_2 = tl.load(x_u_row + 2 * X_STEP, mask=some, other=0.0)
+    x_v_2 = tl.load(x_v_row + 2 * X_STEP, mask=some, other=0.0)
+    x_o_2 = tl.load(x_o_row + 2 * X_STEP, mask=some, other=0.0)
+    cuts = with_flag(cuts, 2, reset_row, start + 2, start < whole, HAS_RESET)
+    x_u_3 = tl.load(x_u_row + 3 * X_STEP, mask=some, other=0.0)
+    x_v_3 = tl.load(x_v_row + 3 * X_STEP, mask=some, other=0.0)
+    x_o_3 = tl.load(x_o_row + 3 * X_STEP, mask=some, other=0.0)
+    cuts = with_flag(cuts, 3, reset_row, start + 3, start < whole, HAS_RESET)
+    x_u_4 = tl.load(x_u_row + 4 * X_STEP, mask=some, other=0.0)
+    x_v_4 = tl.load(x_v_row + 4 * X_STEP, mask=some, other=0.0)
+    x_o_4 = tl.load(x_o_row + 4 * X_STEP, mask=some, other=0.0)
+    cuts = with_flag(cuts, 4, reset_row, start + 4, start < whole, HAS_RESET)
+    x_u_5 = tl.load(x_u_row + 5 * X_STEP, mask=some, other=0.0)
+    x_v_5 = tl.load(x_v_row + 5 * X_STEP, mask=some, other=0.0)
+    x_o_5 = tl.load(x_o_row + 5 * X_STEP, mask=some, other=0.0)
+    cuts = with_flag(cuts, 5, reset_row, start + 5, start < whole, HAS_RESET)
+    x_u_6 = tl.load(x_u_row + 6 * X_STEP, mask=some, other=0.0)
+    x_v_6 = tl.load(x_v_row + 6 * X_STEP, mask=some, other=0.0)
+    x_o_6 = tl.load(x_o_row + 6 * X_STEP, mask=some, other=0.0)
+    cuts = with_flag(cuts, 6, reset_row, start + 6, start < whole, HAS_RESET)
+    x_u_7 = tl.load(x_u_row + 7 * X_STEP, mask=some, other=0.0)
+    x_v_7 = tl.load(x_v_row + 7 * X_STEP, mask=some, other=0.0)
+    x_o_7 = tl.load(x_o_row + 7 * X_STEP, mask=some, other=0.0)
+    cuts = with_flag(cuts, 7, reset_row, start + 7, start < whole, HAS_RESET)
+    t = start
+    met = 0
+    while (t < whole) & (met == 0):
+        more = t + 8 < whole
+        some = mask & more
+        now_x_u_0 = x_u_0.to(COMPUTE)
+        now_x_v_0 = x_v_0.to(COMPUTE)
+        now_x_o_0 = x_o_0.to(COMPUTE)
+        now_x_u_1 = x_u_1.to(COMPUTE)
+        now_x_v_1 = x_v_1.to(COMPUTE)
+        now_x_o_1 = x_o_1.to(COMPUTE)
+        now_x_u_2 = x_u_2.to(COMPUTE)
+        now_x_v_2 = x_v_2.to(COMPUTE)
+        now_x_o_2 = x_o_2.to(COMPUTE)
+        now_x_u_3 = x_u_3.to(COMPUTE)
+        now_x_v_3 = x_v_3.to(COMPUTE)
+        now_x_o_3 = x_o_3.to(COMPUTE)
+        now_x_u_4 = x_u_4.to(COMPUTE)
+        now_x_v_4 = x_v_4.to(COMPUTE)
+        now_x_o_4 = x_o_4.to(COMPUTE)
+        now_x_u_5 = x_u_5.to(COMPUTE)
+        now_x_v_5 = x_v_5.to(COMPUTE)
+        now_x_o_5 = x_o_5.to(COMPUTE)
+        now_x_u_6 = x_u_6.to(COMPUTE)
+        now_x_v_6 = x_v_6.to(COMPUTE)
+        now_x_o_6 = x_o_6.to(COMPUTE)
+        now_x_u_7 = x_u_7.to(COMPUTE)
+        now_x_v_7 = x_v_7.to(COMPUTE)
+        now_x_o_7 = x_o_7.to(COMPUTE)
+        now_cuts, cuts = cuts, 0
+        x_u_0 = tl.load(x_u_row + 8 * X_STEP, mask=some, other=0.0)
+        x_v_0 = tl.load(x_v_row + 8 * X_STEP, mask=some, other=0.0)
+        x_o_0 = tl.load(x_o_row + 8 * X_STEP, mask=some, other=0.0)
+        cuts = with_flag(cuts, 0, reset_row, t + 8, more, HAS_RESET)
+        x_u_1 = tl.load(x_u_row + 9 * X_STEP, mask=some, other=0.0)
+        x_v_1 = tl.load(x_v_row + 9 * X_STEP, mask=some, other=0.0)
+        x_o_1 = tl.load(x_o_row + 9 * X_STEP, mask=some, other=0.0)
+        cuts = with_flag(cuts, 1, reset_row, t + 9, more, HAS_RESET)
+        x_u_2 = tl.load(x_u_row + 10 * X_STEP, mask=some, other=0.0)
+        x_v_2 = tl.load(x_v_row + 10 * X_STEP, mask=some, other=0.0)
+        x_o_2 = tl.load(x_o_row + 10 * X_STEP, mask=some, other=0.0)
+        cuts = with_flag(cuts, 2, reset_row, t + 10, more, HAS_RESET)
+        x_u_3 = tl.load(x_u_row + 11 * X_STEP, mask=some, other=0.0)
+        x_v_3 = tl.load(x_v_row + 11 * X_STEP, mask=some, other=0.0)
+        x_o_3 = tl.load(x_o_row + 11 * X_STEP, mask=some, other=0.0)
+        cuts = with_flag(cuts, 3, reset_row, t + 11, more, HAS_RESET)
+        x_u_4 = tl.load(x_u_row + 12 * X_STEP, mask=some, other=0.0)
+        x_v_4 = tl.load(x_v_row + 12 * X_STEP, mask=some, other=0.0)
+        x_o_4 = tl.load(x_o_row + 12 * X_STEP, mask=some, other=0.0)
+        cuts = with_flag(cuts, 4, reset_row, t + 12, more, HAS_RESET)
+        x_u_5 = tl.load(x_u_row + 13 * X_STEP, mask=some, other=0.0)
+        x_v_5 = tl.load(x_v_row + 13 * X_STEP, mask=some, other=0.0)
+        x_o_5 = tl.load(x_o_row + 13 * X_STEP, mask=some, other=0.0)
+        cuts = with_flag(cuts, 5, reset_row, t + 13, more, HAS_RESET)
+        x_u_6 = tl.load(x_u_row + 14 * X_STEP, mask=some, other=0.0)
+        x_v_6 = tl.load(x_v_row + 14 * X_STEP, mask=some, other=0.0)
+        x_o_6 = tl.load(x_o_row + 14 * X_STEP, mask=some, other=0.0)
+        cuts = with_flag(cuts, 6, reset_row, t + 14, more, HAS_RESET)
+        x_u_7 = tl.load(x_u_row + 15 * X_STEP, mask=some, other=0.0)
+        x_v_7 = tl.load(x_v_row + 15 * X_STEP, mask=some, other=0.0)
+        x_o_7 = tl.load(x_o_row + 15 * X_STEP, mask=some, other=0.0)
+        cuts = with_flag(cuts, 7, reset_row, t + 15, more, HAS_RESET)
+        u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h = advance(
+            u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, now_x_u_0, now_x_v_0, now_x_o_0,
+            a_u, b, a_v, a_o, p, q, flag_of(now_cuts, 0), u_row, v_row, h_row, 0, mask, HAS_RESET, JACOBIAN, COMPUTE,
+        )
+        u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h = advance(
+            u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, now_x_u_1, now_x_v_1, now_x_o_1,
+            a_u, b, a_v, a_o, p, q, flag_of(now_cuts, 1), u_row, v_row, h_row, H_STEP, mask, HAS_RESET, JACOBIAN,
+            COMPUTE,
+        )
+        u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h = advance(
+            u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, now_x_u_2, now_x_v_2, now_x_o_2,
+            a_u, b, a_v, a_o, p, q, flag_of(now_cuts, 2), u_row, v_row, h_row, 2 * H_STEP, mask, HAS_RESET, JACOBIAN,
+            COMPUTE,
+        )
+        u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h = advance(
+            u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, now_x_u_3, now_x_v_3, now_x_o_3,
+            a_u, b, a_v, a_o, p, q, flag_of(now_cuts, 3), u_row, v_row, h_row, 3 * H_STEP, mask, HAS_RESET, JACOBIAN,
+            COMPUTE,
+        )
+        u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h = advance(
+            u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, now_x_u_4, now_x_v_4, now_x_o_4,
+            a_u, b, a_v, a_o, p, q, flag_of(now_cuts, 4), u_row, v_row, h_row, 4 * H_STEP, mask, HAS_RESET, JACOBIAN,
+            COMPUTE,
+        )
+        u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h = advance(
+            u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, now_x_u_5, now_x_v_5, now_x_o_5,
+            a_u, b, a_v, a_o, p, q, flag_of(now_cuts, 5), u_row, v_row, h_row, 5 * H_STEP, mask, HAS_RESET, JACOBIAN,
+            COMPUTE,
+        )
+        u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h = advance(
+            u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, now_x_u_6, now_x_v_6, now_x_o_6,
+            a_u, b, a_v, a_o, p, q, flag_of(now_cuts, 6), u_row, v_row, h_row, 6 * H_STEP, mask, HAS_RESET, JACOBIAN,
+            COMPUTE,
+        )
+        u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h = advance(
+            u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, now_x_u_7, now_x_v_7, now_x_o_7,
+            a_u, b, a_v, a_o, p, q, flag_of(now_cuts, 7), u_row, v_row, h_row, 7 * H_STEP, mask, HAS_RESET, JACOBIAN,
+            COMPUTE,
+        )
+        t += 8
+        x_u_row += 8 * X_STEP
+        x_v_row += 8 * X_STEP
+        x_o_row += 8 * X_STEP
+        u_row += 8 * H_STEP
+        v_row += 8 * H_STEP
+        h_row += 8 * H_STEP
         if PIECES:
             edge = ((t - start) % CHECK == 0) | (t >= stop)
             if edge:
@@ -771,28 +961,30 @@ def segments_kernel(
         tl.store(u_used_ptr + at, u_entry, mask=mask)
         tl.store(v_used_ptr + at, v_entry, mask=mask)
         tl.store(h_used_ptr + at, h_entry, mask=mask)
-        u = u_entry
-        v = v_entry
-        h = h_entry
-        m_u_u = tl.zeros_like(u_entry) + 1.0
-        m_u_v = tl.zeros_like(u_entry) + 0.0
-        m_u_h = tl.zeros_like(u_entry) + 0.0
-        m_v_u = tl.zeros_like(u_entry) + 0.0
-        m_v_v = tl.zeros_like(u_entry) + 1.0
-        m_v_h = tl.zeros_like(u_entry) + 0.0
-        m_h_u = tl.zeros_like(u_entry) + 0.0
-        m_h_v = tl.zeros_like(u_entry) + 0.0
-        m_h_h = tl.zeros_like(u_entry) + 1.0
-        u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, t, met = walk_piece(
-            u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, x_u_row, x_v_row, x_o_row, a_u, b,
-            a_v, a_o, p, q, u_row, v_row, h_row, u_check_row, v_check_row, h_check_row, reset_row, start, stop, mask,
-            tol, X_STEP, H_STEP, HAS_RESET, True, AGAIN, AGAIN, COMPUTE, CHECK,
-        )
-        if met == 0:
-            tl.store(u_end_ptr + at, u, mask=mask)
-            tl.store(v_end_ptr + at, v, mask=mask)
-            tl.store(h_end_ptr + at, h, mask=mask)
-            if AGAIN:
+        if AGAIN:
+            u = u_entry
+            v = v_entry
+            h = h_entry
+            m_u_u = tl.zeros_like(u_entry) + 1.0
+            m_u_v = tl.zeros_like(u_entry) + 0.0
+            m_u_h = tl.zeros_like(u_entry) + 0.0
+            m_v_u = tl.zeros_like(u_entry) + 0.0
+            m_v_v = tl.zeros_like(u_entry) + 1.0
+            m_v_h = tl.zeros_like(u_entry) + 0.0
+            m_h_u = tl.zeros_like(u_entry) + 0.0
+            m_h_v = tl.zeros_like(u_entry) + 0.0
+            m_h_h = tl.zeros_like(u_entry) + 1.0
+            (
+                u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, t, met,
+            ) = walk_again(
+                u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, x_u_row, x_v_row, x_o_row, a_u,
+                b, a_v, a_o, p, q, u_row, v_row, h_row, u_check_row, v_check_row, h_check_row, reset_row, start, stop,
+                mask, tol, X_STEP, H_STEP, HAS_RESET, True, True, True, COMPUTE, CHECK,
+            )
+            if met == 0:
+                tl.store(u_end_ptr + at, u, mask=mask)
+                tl.store(v_end_ptr + at, v, mask=mask)
+                tl.store(h_end_ptr + at, h, mask=mask)
                 tl.store(m_u_u_ptr + at, m_u_u, mask=mask)
                 tl.store(m_u_v_ptr + at, m_u_v, mask=mask)
                 tl.store(m_u_h_ptr + at, m_u_h, mask=mask)
@@ -802,10 +994,32 @@ def segments_kernel(
                 tl.store(m_h_u_ptr + at, m_h_u, mask=mask)
                 tl.store(m_h_v_ptr + at, m_h_v, mask=mask)
                 tl.store(m_h_h_ptr + at, m_h_h, mask=mask)
-        if AGAIN:
             walked = tl.load(walked_ptr + program) + (t - start).to(tl.int32)
             tl.store(walked_ptr + program, walked)
             tl.store(rounds_ptr + program, tl.load(rounds_ptr + program) + 1)
+        else:
+            u = u_entry
+            v = v_entry
+            h = h_entry
+            m_u_u = u_entry
+            m_u_v = u_entry
+            m_u_h = u_entry
+            m_v_u = u_entry
+            m_v_v = u_entry
+            m_v_h = u_entry
+            m_h_u = u_entry
+            m_h_v = u_entry
+            m_h_h = u_entry
+            (
+                u, v, h, _m_u_u, _m_u_v, _m_u_h, _m_v_u, _m_v_v, _m_v_h, _m_h_u, _m_h_v, _m_h_h, t, met,
+            ) = walk_piece(
+                u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, x_u_row, x_v_row, x_o_row, a_u,
+                b, a_v, a_o, p, q, u_row, v_row, h_row, u_check_row, v_check_row, h_check_row, reset_row, start, stop,
+                mask, tol, X_STEP, H_STEP, HAS_RESET, True, False, False, COMPUTE, CHECK,
+            )
+            tl.store(u_end_ptr + at, u, mask=mask)
+            tl.store(v_end_ptr + at, v, mask=mask)
+            tl.store(h_end_ptr + at, h, mask=mask)
 
 
 @triton.jit(do_not_specialize=["pieces", "batches"])
@@ -920,7 +1134,7 @@ def segments_finish_kernel(
             m_h_h = u_entry
             (
                 u, v, h, _m_u_u, _m_u_v, _m_u_h, _m_v_u, _m_v_v, _m_v_h, _m_h_u, _m_h_v, _m_h_h, t, met,
-            ) = walk_piece(
+            ) = walk_again(
                 u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, x_u_row, x_v_row, x_o_row, a_u,
                 b, a_v, a_o, p, q, u_row, v_row, h_row, u_check_row, v_check_row, h_check_row, reset_row, start, stop,
                 mask, tol, X_STEP, H_STEP, HAS_RESET, True, False, True, COMPUTE, CHECK,
@@ -1078,26 +1292,27 @@ def backward_kernel(
     to_x_u_row += tl.cast(stop - 1, tl.int64) * H_STEP
     to_x_v_row += tl.cast(stop - 1, tl.int64) * H_STEP
     to_x_o_row += tl.cast(stop - 1, tl.int64) * H_STEP
+    cuts = 0
     x_u_0, x_v_0, x_o_0, u_0, v_0, h_0, g_u_0, g_v_0, g_h_0 = load_step(
         x_u_row, x_v_row, x_o_row, u_row, v_row, h_row, g_u_row, g_v_row, g_h_row, 0, 0, some, some, H_STEP, HAS_G_U,
         HAS_G_V, HAS_G_H,
     )
-    cut_0 = flag_at(reset_row, stop - 1, whole < stop, HAS_RESET)
+    cuts = with_flag(cuts, 0, reset_row, stop - 1, whole < stop, HAS_RESET)
     x_u_1, x_v_1, x_o_1, u_1, v_1, h_1, g_u_1, g_v_1, g_h_1 = load_step(
         x_u_row, x_v_row, x_o_row, u_row, v_row, h_row, g_u_row, g_v_row, g_h_row, -X_STEP, -H_STEP, some, some, H_STEP,
         HAS_G_U, HAS_G_V, HAS_G_H,
     )
-    cut_1 = flag_at(reset_row, stop - 2, whole < stop, HAS_RESET)
+    cuts = with_flag(cuts, 1, reset_row, stop - 2, whole < stop, HAS_RESET)
     x_u_2, x_v_2, x_o_2, u_2, v_2, h_2, g_u_2, g_v_2, g_h_2 = load_step(
         x_u_row, x_v_row, x_o_row, u_row, v_row, h_row, g_u_row, g_v_row, g_h_row, -2 * X_STEP, -2 * H_STEP, some, some,
         H_STEP, HAS_G_U, HAS_G_V, HAS_G_H,
     )
-    cut_2 = flag_at(reset_row, stop - 3, whole < stop, HAS_RESET)
+    cuts = with_flag(cuts, 2, reset_row, stop - 3, whole < stop, HAS_RESET)
     x_u_3, x_v_3, x_o_3, u_3, v_3, h_3, g_u_3, g_v_3, g_h_3 = load_step(
         x_u_row, x_v_row, x_o_row, u_row, v_row, h_row, g_u_row, g_v_row, g_h_row, -3 * X_STEP, -3 * H_STEP, some,
         some & (stop > 4), H_STEP, HAS_G_U, HAS_G_V, HAS_G_H,
     )
-    cut_3 = flag_at(reset_row, stop - 4, whole < stop, HAS_RESET)
+    cuts = with_flag(cuts, 3, reset_row, stop - 4, whole < stop, HAS_RESET)
     t = stop - 1
     while t >= whole:
         more = t - 4 >= whole
@@ -1105,54 +1320,52 @@ def backward_kernel(
         (
             now_x_u_0, now_x_v_0, now_x_o_0, now_u_0, now_v_0, now_h_0, now_g_u_0, now_g_v_0, now_g_h_0,
         ) = widen(
-            x_u_0, x_v_0, x_o_0, u_0, v_0, h_0, g_u_0, g_v_0, g_h_0, cut_0, u_first, v_first, h_first, t, False,
-            HAS_RESET, COMPUTE,
+            x_u_0, x_v_0, x_o_0, u_0, v_0, h_0, g_u_0, g_v_0, g_h_0, flag_of(cuts, 0), u_first, v_first, h_first, t,
+            False, HAS_RESET, COMPUTE,
         )
-        now_cut_0 = cut_0
         (
             now_x_u_1, now_x_v_1, now_x_o_1, now_u_1, now_v_1, now_h_1, now_g_u_1, now_g_v_1, now_g_h_1,
         ) = widen(
-            x_u_1, x_v_1, x_o_1, u_1, v_1, h_1, g_u_1, g_v_1, g_h_1, cut_1, u_first, v_first, h_first, t - 1, False,
-            HAS_RESET, COMPUTE,
+            x_u_1, x_v_1, x_o_1, u_1, v_1, h_1, g_u_1, g_v_1, g_h_1, flag_of(cuts, 1), u_first, v_first, h_first, t - 1,
+            False, HAS_RESET, COMPUTE,
         )
-        now_cut_1 = cut_1
         (
             now_x_u_2, now_x_v_2, now_x_o_2, now_u_2, now_v_2, now_h_2, now_g_u_2, now_g_v_2, now_g_h_2,
         ) = widen(
-            x_u_2, x_v_2, x_o_2, u_2, v_2, h_2, g_u_2, g_v_2, g_h_2, cut_2, u_first, v_first, h_first, t - 2, False,
-            HAS_RESET, COMPUTE,
+            x_u_2, x_v_2, x_o_2, u_2, v_2, h_2, g_u_2, g_v_2, g_h_2, flag_of(cuts, 2), u_first, v_first, h_first, t - 2,
+            False, HAS_RESET, COMPUTE,
         )
-        now_cut_2 = cut_2
         (
             now_x_u_3, now_x_v_3, now_x_o_3, now_u_3, now_v_3, now_h_3, now_g_u_3, now_g_v_3, now_g_h_3,
         ) = widen(
-            x_u_3, x_v_3, x_o_3, u_3, v_3, h_3, g_u_3, g_v_3, g_h_3, cut_3, u_first, v_first, h_first, t - 3, True,
-            HAS_RESET, COMPUTE,
+            x_u_3, x_v_3, x_o_3, u_3, v_3, h_3, g_u_3, g_v_3, g_h_3, flag_of(cuts, 3), u_first, v_first, h_first, t - 3,
+            True, HAS_RESET, COMPUTE,
         )
-        now_cut_3 = cut_3
+        now_cuts, cuts = cuts, 0
         x_u_0, x_v_0, x_o_0, u_0, v_0, h_0, g_u_0, g_v_0, g_h_0 = load_step(
             x_u_row, x_v_row, x_o_row, u_row, v_row, h_row, g_u_row, g_v_row, g_h_row, -4 * X_STEP, -4 * H_STEP, some,
             some, H_STEP, HAS_G_U, HAS_G_V, HAS_G_H,
         )
-        cut_0 = flag_at(reset_row, t - 4, more, HAS_RESET)
+        cuts = with_flag(cuts, 0, reset_row, t - 4, more, HAS_RESET)
         x_u_1, x_v_1, x_o_1, u_1, v_1, h_1, g_u_1, g_v_1, g_h_1 = load_step(
             x_u_row, x_v_row, x_o_row, u_row, v_row, h_row, g_u_row, g_v_row, g_h_row, -5 * X_STEP, -5 * H_STEP, some,
             some, H_STEP, HAS_G_U, HAS_G_V, HAS_G_H,
         )
-        cut_1 = flag_at(reset_row, t - 5, more, HAS_RESET)
+        cuts = with_flag(cuts, 1, reset_row, t - 5, more, HAS_RESET)
         x_u_2, x_v_2, x_o_2, u_2, v_2, h_2, g_u_2, g_v_2, g_h_2 = load_step(
             x_u_row, x_v_row, x_o_row, u_row, v_row, h_row, g_u_row, g_v_row, g_h_row, -6 * X_STEP, -6 * H_STEP, some,
             some, H_STEP, HAS_G_U, HAS_G_V, HAS_G_H,
         )
-        cut_2 = flag_at(reset_row, t - 6, more, HAS_RESET)
+        cuts = with_flag(cuts, 2, reset_row, t - 6, more, HAS_RESET)
         x_u_3, x_v_3, x_o_3, u_3, v_3, h_3, g_u_3, g_v_3, g_h_3 = load_step(
             x_u_row, x_v_row, x_o_row, u_row, v_row, h_row, g_u_row, g_v_row, g_h_row, -7 * X_STEP, -7 * H_STEP, some,
             some & (t > 7), H_STEP, HAS_G_U, HAS_G_V, HAS_G_H,
         )
-        cut_3 = flag_at(reset_row, t - 7, more, HAS_RESET)
+        cuts = with_flag(cuts, 3, reset_row, t - 7, more, HAS_RESET)
         carry_u, carry_v, carry_h, to_a_u, to_b, to_a_v, to_a_o, to_p, to_q = retreat(
             carry_u, carry_v, carry_h, now_x_u_0, now_x_v_0, now_x_o_0, now_u_0, now_v_0, now_h_0, now_g_u_0, now_g_v_0,
-            now_g_h_0, now_cut_0, a_u, b, a_v, a_o, p, q, to_x_u_row, to_x_v_row, to_x_o_row, 0, mask, HAS_RESET,
+            now_g_h_0, flag_of(now_cuts, 0), a_u, b, a_v, a_o, p, q, to_x_u_row, to_x_v_row, to_x_o_row, 0, mask,
+            HAS_RESET,
         )
         part_a_u = to_a_u
         part_b = to_b
@@ -1162,7 +1375,8 @@ def backward_kernel(
         part_q = to_q
         carry_u, carry_v, carry_h, to_a_u, to_b, to_a_v, to_a_o, to_p, to_q = retreat(
             carry_u, carry_v, carry_h, now_x_u_1, now_x_v_1, now_x_o_1, now_u_1, now_v_1, now_h_1, now_g_u_1, now_g_v_1,
-            now_g_h_1, now_cut_1, a_u, b, a_v, a_o, p, q, to_x_u_row, to_x_v_row, to_x_o_row, -H_STEP, mask, HAS_RESET,
+            now_g_h_1, flag_of(now_cuts, 1), a_u, b, a_v, a_o, p, q, to_x_u_row, to_x_v_row, to_x_o_row, -H_STEP, mask,
+            HAS_RESET,
         )
         part_a_u = part_a_u + to_a_u
         part_b = part_b + to_b
@@ -1172,8 +1386,8 @@ def backward_kernel(
         part_q = part_q + to_q
         carry_u, carry_v, carry_h, to_a_u, to_b, to_a_v, to_a_o, to_p, to_q = retreat(
             carry_u, carry_v, carry_h, now_x_u_2, now_x_v_2, now_x_o_2, now_u_2, now_v_2, now_h_2, now_g_u_2, now_g_v_2,
-            now_g_h_2, now_cut_2, a_u, b, a_v, a_o, p, q, to_x_u_row, to_x_v_row, to_x_o_row, -2 * H_STEP, mask,
-            HAS_RESET,
+            now_g_h_2, flag_of(now_cuts, 2), a_u, b, a_v, a_o, p, q, to_x_u_row, to_x_v_row, to_x_o_row, -2 * H_STEP,
+            mask, HAS_RESET,
         )
         part_a_u = part_a_u + to_a_u
         part_b = part_b + to_b
@@ -1183,8 +1397,8 @@ def backward_kernel(
         part_q = part_q + to_q
         carry_u, carry_v, carry_h, to_a_u, to_b, to_a_v, to_a_o, to_p, to_q = retreat(
             carry_u, carry_v, carry_h, now_x_u_3, now_x_v_3, now_x_o_3, now_u_3, now_v_3, now_h_3, now_g_u_3, now_g_v_3,
-            now_g_h_3, now_cut_3, a_u, b, a_v, a_o, p, q, to_x_u_row, to_x_v_row, to_x_o_row, -3 * H_STEP, mask,
-            HAS_RESET,
+            now_g_h_3, flag_of(now_cuts, 3), a_u, b, a_v, a_o, p, q, to_x_u_row, to_x_v_row, to_x_o_row, -3 * H_STEP,
+            mask, HAS_RESET,
         )
         part_a_u = part_a_u + to_a_u
         part_b = part_b + to_b
@@ -1220,10 +1434,9 @@ def backward_kernel(
         now_x_u, now_x_v, now_x_o, now_u, now_v, now_h, now_g_u, now_g_v, now_g_h = widen(
             x_u, x_v, x_o, u, v, h, g_u, g_v, g_h, cut, u_first, v_first, h_first, t, True, HAS_RESET, COMPUTE,
         )
-        now_cut = cut
         carry_u, carry_v, carry_h, to_a_u, to_b, to_a_v, to_a_o, to_p, to_q = retreat(
-            carry_u, carry_v, carry_h, now_x_u, now_x_v, now_x_o, now_u, now_v, now_h, now_g_u, now_g_v, now_g_h,
-            now_cut, a_u, b, a_v, a_o, p, q, to_x_u_row, to_x_v_row, to_x_o_row, 0, mask, HAS_RESET,
+            carry_u, carry_v, carry_h, now_x_u, now_x_v, now_x_o, now_u, now_v, now_h, now_g_u, now_g_v, now_g_h, cut,
+            a_u, b, a_v, a_o, p, q, to_x_u_row, to_x_v_row, to_x_o_row, 0, mask, HAS_RESET,
         )
         sum_a_u, lost_a_u = add_compensated(sum_a_u, lost_a_u, to_a_u)
         sum_b, lost_b = add_compensated(sum_b, lost_b, to_b)

@@ -14,7 +14,18 @@ Not edited by hand: python -m paralm_kernels.generate writes this file again.
 import triton
 import triton.language as tl
 
-from ..triton_math import add_compensated, finite, flag_at, largest_size, largest_update, relative_change, sigmoid, tanh
+from ..triton_math import (
+    add_compensated,
+    finite,
+    flag_at,
+    flag_of,
+    largest_size,
+    largest_update,
+    relative_change,
+    sigmoid,
+    tanh,
+    with_flag,
+)
 
 
 @triton.jit
@@ -121,54 +132,55 @@ def walk_piece(
     x_f_row += tl.cast(start, tl.int64) * X_STEP
     x_h_row += tl.cast(start, tl.int64) * X_STEP
     h_row += tl.cast(start, tl.int64) * H_STEP
+    cuts = 0
     x_f_0 = tl.load(x_f_row, mask=some, other=0.0)
     x_h_0 = tl.load(x_h_row, mask=some, other=0.0)
-    cut_0 = flag_at(reset_row, start, start < whole, HAS_RESET)
+    cuts = with_flag(cuts, 0, reset_row, start, start < whole, HAS_RESET)
     x_f_1 = tl.load(x_f_row + X_STEP, mask=some, other=0.0)
     x_h_1 = tl.load(x_h_row + X_STEP, mask=some, other=0.0)
-    cut_1 = flag_at(reset_row, start + 1, start < whole, HAS_RESET)
+    cuts = with_flag(cuts, 1, reset_row, start + 1, start < whole, HAS_RESET)
     x_f_2 = tl.load(x_f_row + 2 * X_STEP, mask=some, other=0.0)
     x_h_2 = tl.load(x_h_row + 2 * X_STEP, mask=some, other=0.0)
-    cut_2 = flag_at(reset_row, start + 2, start < whole, HAS_RESET)
+    cuts = with_flag(cuts, 2, reset_row, start + 2, start < whole, HAS_RESET)
     x_f_3 = tl.load(x_f_row + 3 * X_STEP, mask=some, other=0.0)
     x_h_3 = tl.load(x_h_row + 3 * X_STEP, mask=some, other=0.0)
-    cut_3 = flag_at(reset_row, start + 3, start < whole, HAS_RESET)
+    cuts = with_flag(cuts, 3, reset_row, start + 3, start < whole, HAS_RESET)
     x_f_4 = tl.load(x_f_row + 4 * X_STEP, mask=some, other=0.0)
     x_h_4 = tl.load(x_h_row + 4 * X_STEP, mask=some, other=0.0)
-    cut_4 = flag_at(reset_row, start + 4, start < whole, HAS_RESET)
+    cuts = with_flag(cuts, 4, reset_row, start + 4, start < whole, HAS_RESET)
     x_f_5 = tl.load(x_f_row + 5 * X_STEP, mask=some, other=0.0)
     x_h_5 = tl.load(x_h_row + 5 * X_STEP, mask=some, other=0.0)
-    cut_5 = flag_at(reset_row, start + 5, start < whole, HAS_RESET)
+    cuts = with_flag(cuts, 5, reset_row, start + 5, start < whole, HAS_RESET)
     x_f_6 = tl.load(x_f_row + 6 * X_STEP, mask=some, other=0.0)
     x_h_6 = tl.load(x_h_row + 6 * X_STEP, mask=some, other=0.0)
-    cut_6 = flag_at(reset_row, start + 6, start < whole, HAS_RESET)
+    cuts = with_flag(cuts, 6, reset_row, start + 6, start < whole, HAS_RESET)
     x_f_7 = tl.load(x_f_row + 7 * X_STEP, mask=some, other=0.0)
     x_h_7 = tl.load(x_h_row + 7 * X_STEP, mask=some, other=0.0)
-    cut_7 = flag_at(reset_row, start + 7, start < whole, HAS_RESET)
+    cuts = with_flag(cuts, 7, reset_row, start + 7, start < whole, HAS_RESET)
     x_f_8 = tl.load(x_f_row + 8 * X_STEP, mask=some, other=0.0)
     x_h_8 = tl.load(x_h_row + 8 * X_STEP, mask=some, other=0.0)
-    cut_8 = flag_at(reset_row, start + 8, start < whole, HAS_RESET)
+    cuts = with_flag(cuts, 8, reset_row, start + 8, start < whole, HAS_RESET)
     x_f_9 = tl.load(x_f_row + 9 * X_STEP, mask=some, other=0.0)
     x_h_9 = tl.load(x_h_row + 9 * X_STEP, mask=some, other=0.0)
-    cut_9 = flag_at(reset_row, start + 9, start < whole, HAS_RESET)
+    cuts = with_flag(cuts, 9, reset_row, start + 9, start < whole, HAS_RESET)
     x_f_10 = tl.load(x_f_row + 10 * X_STEP, mask=some, other=0.0)
     x_h_10 = tl.load(x_h_row + 10 * X_STEP, mask=some, other=0.0)
-    cut_10 = flag_at(reset_row, start + 10, start < whole, HAS_RESET)
+    cuts = with_flag(cuts, 10, reset_row, start + 10, start < whole, HAS_RESET)
     x_f_11 = tl.load(x_f_row + 11 * X_STEP, mask=some, other=0.0)
     x_h_11 = tl.load(x_h_row + 11 * X_STEP, mask=some, other=0.0)
-    cut_11 = flag_at(reset_row, start + 11, start < whole, HAS_RESET)
+    cuts = with_flag(cuts, 11, reset_row, start + 11, start < whole, HAS_RESET)
     x_f_12 = tl.load(x_f_row + 12 * X_STEP, mask=some, other=0.0)
     x_h_12 = tl.load(x_h_row + 12 * X_STEP, mask=some, other=0.0)
-    cut_12 = flag_at(reset_row, start + 12, start < whole, HAS_RESET)
+    cuts = with_flag(cuts, 12, reset_row, start + 12, start < whole, HAS_RESET)
     x_f_13 = tl.load(x_f_row + 13 * X_STEP, mask=some, other=0.0)
     x_h_13 = tl.load(x_h_row + 13 * X_STEP, mask=some, other=0.0)
-    cut_13 = flag_at(reset_row, start + 13, start < whole, HAS_RESET)
+    cuts = with_flag(cuts, 13, reset_row, start + 13, start < whole, HAS_RESET)
     x_f_14 = tl.load(x_f_row + 14 * X_STEP, mask=some, other=0.0)
     x_h_14 = tl.load(x_h_row + 14 * X_STEP, mask=some, other=0.0)
-    cut_14 = flag_at(reset_row, start + 14, start < whole, HAS_RESET)
+    cuts = with_flag(cuts, 14, reset_row, start + 14, start < whole, HAS_RESET)
     x_f_15 = tl.load(x_f_row + 15 * X_STEP, mask=some, other=0.0)
     x_h_15 = tl.load(x_h_row + 15 * X_STEP, mask=some, other=0.0)
-    cut_15 = flag_at(reset_row, start + 15, start < whole, HAS_RESET)
+    cuts = with_flag(cuts, 15, reset_row, start + 15, start < whole, HAS_RESET)
     t = start
     met = 0
     while (t < whole) & (met == 0):
@@ -176,158 +188,295 @@ def walk_piece(
         some = mask & more
         now_x_f_0 = x_f_0.to(COMPUTE)
         now_x_h_0 = x_h_0.to(COMPUTE)
-        now_cut_0 = cut_0
         now_x_f_1 = x_f_1.to(COMPUTE)
         now_x_h_1 = x_h_1.to(COMPUTE)
-        now_cut_1 = cut_1
         now_x_f_2 = x_f_2.to(COMPUTE)
         now_x_h_2 = x_h_2.to(COMPUTE)
-        now_cut_2 = cut_2
         now_x_f_3 = x_f_3.to(COMPUTE)
         now_x_h_3 = x_h_3.to(COMPUTE)
-        now_cut_3 = cut_3
         now_x_f_4 = x_f_4.to(COMPUTE)
         now_x_h_4 = x_h_4.to(COMPUTE)
-        now_cut_4 = cut_4
         now_x_f_5 = x_f_5.to(COMPUTE)
         now_x_h_5 = x_h_5.to(COMPUTE)
-        now_cut_5 = cut_5
         now_x_f_6 = x_f_6.to(COMPUTE)
         now_x_h_6 = x_h_6.to(COMPUTE)
-        now_cut_6 = cut_6
         now_x_f_7 = x_f_7.to(COMPUTE)
         now_x_h_7 = x_h_7.to(COMPUTE)
-        now_cut_7 = cut_7
         now_x_f_8 = x_f_8.to(COMPUTE)
         now_x_h_8 = x_h_8.to(COMPUTE)
-        now_cut_8 = cut_8
         now_x_f_9 = x_f_9.to(COMPUTE)
         now_x_h_9 = x_h_9.to(COMPUTE)
-        now_cut_9 = cut_9
         now_x_f_10 = x_f_10.to(COMPUTE)
         now_x_h_10 = x_h_10.to(COMPUTE)
-        now_cut_10 = cut_10
         now_x_f_11 = x_f_11.to(COMPUTE)
         now_x_h_11 = x_h_11.to(COMPUTE)
-        now_cut_11 = cut_11
         now_x_f_12 = x_f_12.to(COMPUTE)
         now_x_h_12 = x_h_12.to(COMPUTE)
-        now_cut_12 = cut_12
         now_x_f_13 = x_f_13.to(COMPUTE)
         now_x_h_13 = x_h_13.to(COMPUTE)
-        now_cut_13 = cut_13
         now_x_f_14 = x_f_14.to(COMPUTE)
         now_x_h_14 = x_h_14.to(COMPUTE)
-        now_cut_14 = cut_14
         now_x_f_15 = x_f_15.to(COMPUTE)
         now_x_h_15 = x_h_15.to(COMPUTE)
-        now_cut_15 = cut_15
+        now_cuts, cuts = cuts, 0
         x_f_0 = tl.load(x_f_row + 16 * X_STEP, mask=some, other=0.0)
         x_h_0 = tl.load(x_h_row + 16 * X_STEP, mask=some, other=0.0)
-        cut_0 = flag_at(reset_row, t + 16, more, HAS_RESET)
+        cuts = with_flag(cuts, 0, reset_row, t + 16, more, HAS_RESET)
         x_f_1 = tl.load(x_f_row + 17 * X_STEP, mask=some, other=0.0)
         x_h_1 = tl.load(x_h_row + 17 * X_STEP, mask=some, other=0.0)
-        cut_1 = flag_at(reset_row, t + 17, more, HAS_RESET)
+        cuts = with_flag(cuts, 1, reset_row, t + 17, more, HAS_RESET)
         x_f_2 = tl.load(x_f_row + 18 * X_STEP, mask=some, other=0.0)
         x_h_2 = tl.load(x_h_row + 18 * X_STEP, mask=some, other=0.0)
-        cut_2 = flag_at(reset_row, t + 18, more, HAS_RESET)
+        cuts = with_flag(cuts, 2, reset_row, t + 18, more, HAS_RESET)
         x_f_3 = tl.load(x_f_row + 19 * X_STEP, mask=some, other=0.0)
         x_h_3 = tl.load(x_h_row + 19 * X_STEP, mask=some, other=0.0)
-        cut_3 = flag_at(reset_row, t + 19, more, HAS_RESET)
+        cuts = with_flag(cuts, 3, reset_row, t + 19, more, HAS_RESET)
         x_f_4 = tl.load(x_f_row + 20 * X_STEP, mask=some, other=0.0)
         x_h_4 = tl.load(x_h_row + 20 * X_STEP, mask=some, other=0.0)
-        cut_4 = flag_at(reset_row, t + 20, more, HAS_RESET)
+        cuts = with_flag(cuts, 4, reset_row, t + 20, more, HAS_RESET)
         x_f_5 = tl.load(x_f_row + 21 * X_STEP, mask=some, other=0.0)
         x_h_5 = tl.load(x_h_row + 21 * X_STEP, mask=some, other=0.0)
-        cut_5 = flag_at(reset_row, t + 21, more, HAS_RESET)
+        cuts = with_flag(cuts, 5, reset_row, t + 21, more, HAS_RESET)
         x_f_6 = tl.load(x_f_row + 22 * X_STEP, mask=some, other=0.0)
         x_h_6 = tl.load(x_h_row + 22 * X_STEP, mask=some, other=0.0)
-        cut_6 = flag_at(reset_row, t + 22, more, HAS_RESET)
+        cuts = with_flag(cuts, 6, reset_row, t + 22, more, HAS_RESET)
         x_f_7 = tl.load(x_f_row + 23 * X_STEP, mask=some, other=0.0)
         x_h_7 = tl.load(x_h_row + 23 * X_STEP, mask=some, other=0.0)
-        cut_7 = flag_at(reset_row, t + 23, more, HAS_RESET)
+        cuts = with_flag(cuts, 7, reset_row, t + 23, more, HAS_RESET)
         x_f_8 = tl.load(x_f_row + 24 * X_STEP, mask=some, other=0.0)
         x_h_8 = tl.load(x_h_row + 24 * X_STEP, mask=some, other=0.0)
-        cut_8 = flag_at(reset_row, t + 24, more, HAS_RESET)
+        cuts = with_flag(cuts, 8, reset_row, t + 24, more, HAS_RESET)
         x_f_9 = tl.load(x_f_row + 25 * X_STEP, mask=some, other=0.0)
         x_h_9 = tl.load(x_h_row + 25 * X_STEP, mask=some, other=0.0)
-        cut_9 = flag_at(reset_row, t + 25, more, HAS_RESET)
+        cuts = with_flag(cuts, 9, reset_row, t + 25, more, HAS_RESET)
         x_f_10 = tl.load(x_f_row + 26 * X_STEP, mask=some, other=0.0)
         x_h_10 = tl.load(x_h_row + 26 * X_STEP, mask=some, other=0.0)
-        cut_10 = flag_at(reset_row, t + 26, more, HAS_RESET)
+        cuts = with_flag(cuts, 10, reset_row, t + 26, more, HAS_RESET)
         x_f_11 = tl.load(x_f_row + 27 * X_STEP, mask=some, other=0.0)
         x_h_11 = tl.load(x_h_row + 27 * X_STEP, mask=some, other=0.0)
-        cut_11 = flag_at(reset_row, t + 27, more, HAS_RESET)
+        cuts = with_flag(cuts, 11, reset_row, t + 27, more, HAS_RESET)
         x_f_12 = tl.load(x_f_row + 28 * X_STEP, mask=some, other=0.0)
         x_h_12 = tl.load(x_h_row + 28 * X_STEP, mask=some, other=0.0)
-        cut_12 = flag_at(reset_row, t + 28, more, HAS_RESET)
+        cuts = with_flag(cuts, 12, reset_row, t + 28, more, HAS_RESET)
         x_f_13 = tl.load(x_f_row + 29 * X_STEP, mask=some, other=0.0)
         x_h_13 = tl.load(x_h_row + 29 * X_STEP, mask=some, other=0.0)
-        cut_13 = flag_at(reset_row, t + 29, more, HAS_RESET)
+        cuts = with_flag(cuts, 13, reset_row, t + 29, more, HAS_RESET)
         x_f_14 = tl.load(x_f_row + 30 * X_STEP, mask=some, other=0.0)
         x_h_14 = tl.load(x_h_row + 30 * X_STEP, mask=some, other=0.0)
-        cut_14 = flag_at(reset_row, t + 30, more, HAS_RESET)
+        cuts = with_flag(cuts, 14, reset_row, t + 30, more, HAS_RESET)
         x_f_15 = tl.load(x_f_row + 31 * X_STEP, mask=some, other=0.0)
         x_h_15 = tl.load(x_h_row + 31 * X_STEP, mask=some, other=0.0)
-        cut_15 = flag_at(reset_row, t + 31, more, HAS_RESET)
+        cuts = with_flag(cuts, 15, reset_row, t + 31, more, HAS_RESET)
         h, m_h_h = advance(
-            h, m_h_h, now_x_f_0, now_x_h_0, a_f, a_h, now_cut_0, h_row, 0, mask, HAS_RESET, JACOBIAN, COMPUTE,
-        )
-        h, m_h_h = advance(
-            h, m_h_h, now_x_f_1, now_x_h_1, a_f, a_h, now_cut_1, h_row, H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
-        )
-        h, m_h_h = advance(
-            h, m_h_h, now_x_f_2, now_x_h_2, a_f, a_h, now_cut_2, h_row, 2 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
-        )
-        h, m_h_h = advance(
-            h, m_h_h, now_x_f_3, now_x_h_3, a_f, a_h, now_cut_3, h_row, 3 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
-        )
-        h, m_h_h = advance(
-            h, m_h_h, now_x_f_4, now_x_h_4, a_f, a_h, now_cut_4, h_row, 4 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
-        )
-        h, m_h_h = advance(
-            h, m_h_h, now_x_f_5, now_x_h_5, a_f, a_h, now_cut_5, h_row, 5 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
-        )
-        h, m_h_h = advance(
-            h, m_h_h, now_x_f_6, now_x_h_6, a_f, a_h, now_cut_6, h_row, 6 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
-        )
-        h, m_h_h = advance(
-            h, m_h_h, now_x_f_7, now_x_h_7, a_f, a_h, now_cut_7, h_row, 7 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
-        )
-        h, m_h_h = advance(
-            h, m_h_h, now_x_f_8, now_x_h_8, a_f, a_h, now_cut_8, h_row, 8 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
-        )
-        h, m_h_h = advance(
-            h, m_h_h, now_x_f_9, now_x_h_9, a_f, a_h, now_cut_9, h_row, 9 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
-        )
-        h, m_h_h = advance(
-            h, m_h_h, now_x_f_10, now_x_h_10, a_f, a_h, now_cut_10, h_row, 10 * H_STEP, mask, HAS_RESET, JACOBIAN,
+            h, m_h_h, now_x_f_0, now_x_h_0, a_f, a_h, flag_of(now_cuts, 0), h_row, 0, mask, HAS_RESET, JACOBIAN,
             COMPUTE,
         )
         h, m_h_h = advance(
-            h, m_h_h, now_x_f_11, now_x_h_11, a_f, a_h, now_cut_11, h_row, 11 * H_STEP, mask, HAS_RESET, JACOBIAN,
+            h, m_h_h, now_x_f_1, now_x_h_1, a_f, a_h, flag_of(now_cuts, 1), h_row, H_STEP, mask, HAS_RESET, JACOBIAN,
             COMPUTE,
         )
         h, m_h_h = advance(
-            h, m_h_h, now_x_f_12, now_x_h_12, a_f, a_h, now_cut_12, h_row, 12 * H_STEP, mask, HAS_RESET, JACOBIAN,
-            COMPUTE,
+            h, m_h_h, now_x_f_2, now_x_h_2, a_f, a_h, flag_of(now_cuts, 2), h_row, 2 * H_STEP, mask, HAS_RESET,
+            JACOBIAN, COMPUTE,
         )
         h, m_h_h = advance(
-            h, m_h_h, now_x_f_13, now_x_h_13, a_f, a_h, now_cut_13, h_row, 13 * H_STEP, mask, HAS_RESET, JACOBIAN,
-            COMPUTE,
+            h, m_h_h, now_x_f_3, now_x_h_3, a_f, a_h, flag_of(now_cuts, 3), h_row, 3 * H_STEP, mask, HAS_RESET,
+            JACOBIAN, COMPUTE,
         )
         h, m_h_h = advance(
-            h, m_h_h, now_x_f_14, now_x_h_14, a_f, a_h, now_cut_14, h_row, 14 * H_STEP, mask, HAS_RESET, JACOBIAN,
-            COMPUTE,
+            h, m_h_h, now_x_f_4, now_x_h_4, a_f, a_h, flag_of(now_cuts, 4), h_row, 4 * H_STEP, mask, HAS_RESET,
+            JACOBIAN, COMPUTE,
         )
         h, m_h_h = advance(
-            h, m_h_h, now_x_f_15, now_x_h_15, a_f, a_h, now_cut_15, h_row, 15 * H_STEP, mask, HAS_RESET, JACOBIAN,
-            COMPUTE,
+            h, m_h_h, now_x_f_5, now_x_h_5, a_f, a_h, flag_of(now_cuts, 5), h_row, 5 * H_STEP, mask, HAS_RESET,
+            JACOBIAN, COMPUTE,
+        )
+        h, m_h_h = advance(
+            h, m_h_h, now_x_f_6, now_x_h_6, a_f, a_h, flag_of(now_cuts, 6), h_row, 6 * H_STEP, mask, HAS_RESET,
+            JACOBIAN, COMPUTE,
+        )
+        h, m_h_h = advance(
+            h, m_h_h, now_x_f_7, now_x_h_7, a_f, a_h, flag_of(now_cuts, 7), h_row, 7 * H_STEP, mask, HAS_RESET,
+            JACOBIAN, COMPUTE,
+        )
+        h, m_h_h = advance(
+            h, m_h_h, now_x_f_8, now_x_h_8, a_f, a_h, flag_of(now_cuts, 8), h_row, 8 * H_STEP, mask, HAS_RESET,
+            JACOBIAN, COMPUTE,
+        )
+        h, m_h_h = advance(
+            h, m_h_h, now_x_f_9, now_x_h_9, a_f, a_h, flag_of(now_cuts, 9), h_row, 9 * H_STEP, mask, HAS_RESET,
+            JACOBIAN, COMPUTE,
+        )
+        h, m_h_h = advance(
+            h, m_h_h, now_x_f_10, now_x_h_10, a_f, a_h, flag_of(now_cuts, 10), h_row, 10 * H_STEP, mask, HAS_RESET,
+            JACOBIAN, COMPUTE,
+        )
+        h, m_h_h = advance(
+            h, m_h_h, now_x_f_11, now_x_h_11, a_f, a_h, flag_of(now_cuts, 11), h_row, 11 * H_STEP, mask, HAS_RESET,
+            JACOBIAN, COMPUTE,
+        )
+        h, m_h_h = advance(
+            h, m_h_h, now_x_f_12, now_x_h_12, a_f, a_h, flag_of(now_cuts, 12), h_row, 12 * H_STEP, mask, HAS_RESET,
+            JACOBIAN, COMPUTE,
+        )
+        h, m_h_h = advance(
+            h, m_h_h, now_x_f_13, now_x_h_13, a_f, a_h, flag_of(now_cuts, 13), h_row, 13 * H_STEP, mask, HAS_RESET,
+            JACOBIAN, COMPUTE,
+        )
+        h, m_h_h = advance(
+            h, m_h_h, now_x_f_14, now_x_h_14, a_f, a_h, flag_of(now_cuts, 14), h_row, 14 * H_STEP, mask, HAS_RESET,
+            JACOBIAN, COMPUTE,
+        )
+        h, m_h_h = advance(
+            h, m_h_h, now_x_f_15, now_x_h_15, a_f, a_h, flag_of(now_cuts, 15), h_row, 15 * H_STEP, mask, HAS_RESET,
+            JACOBIAN, COMPUTE,
         )
         t += 16
         x_f_row += 16 * X_STEP
         x_h_row += 16 * X_STEP
         h_row += 16 * H_STEP
+        if PIECES:
+            edge = ((t - start) % CHECK == 0) | (t >= stop)
+            if edge:
+                here = tl.cast((t - 1) // CHECK, tl.int64) * H_STEP
+                met = keep(h, h_check_row, here, mask, tol, MEET)
+    while (t < stop) & (met == 0):
+        x_f = tl.load(x_f_row, mask=mask, other=0.0)
+        x_h = tl.load(x_h_row, mask=mask, other=0.0)
+        cut = flag_at(reset_row, t, t < stop, HAS_RESET)
+        h, m_h_h = advance(h, m_h_h, x_f, x_h, a_f, a_h, cut, h_row, 0, mask, HAS_RESET, JACOBIAN, COMPUTE)
+        t += 1
+        x_f_row += X_STEP
+        x_h_row += X_STEP
+        h_row += H_STEP
+        if PIECES:
+            edge = ((t - start) % CHECK == 0) | (t >= stop)
+            if edge:
+                here = tl.cast((t - 1) // CHECK, tl.int64) * H_STEP
+                met = keep(h, h_check_row, here, mask, tol, MEET)
+    return h, m_h_h, t, met
+
+
+@triton.jit
+def walk_again(
+    h, m_h_h, x_f_row, x_h_row, a_f, a_h, h_row, h_check_row, reset_row, start, stop, mask, tol, X_STEP: tl.constexpr,
+    H_STEP: tl.constexpr, HAS_RESET: tl.constexpr, PIECES: tl.constexpr, JACOBIAN: tl.constexpr, MEET: tl.constexpr,
+    COMPUTE: tl.constexpr, CHECK: tl.constexpr,
+):
+    """Walks from start to stop, with MEET until the state meets the stored one. With PIECES it keeps a checkpoint
+    every CHECK steps (start is a multiple of that), with JACOBIAN the product of Jacobians."""
+    whole = start + (stop - start) // 8 * 8
+    some = mask & (start < whole)
+    x_f_row += tl.cast(start, tl.int64) * X_STEP
+    x_h_row += tl.cast(start, tl.int64) * X_STEP
+    h_row += tl.cast(start, tl.int64) * H_STEP
+    cuts = 0
+    x_f_0 = tl.load(x_f_row, mask=some, other=0.0)
+    x_h_0 = tl.load(x_h_row, mask=some, other=0.0)
+    cuts = with_flag(cuts, 0, reset_row, start, start < whole, HAS_RESET)
+    x_f_1 = tl.load(x_f_row + X_STEP, mask=some, other=0.0)
+    x_h_1 = tl.load(x_h_row + X_STEP, mask=some, other=0.0)
+    cuts = with_flag(cuts, 1, reset_row, start + 1, start < whole, HAS_RESET)
+    x_f_2 = tl.load(x_f_row + 2 * X_STEP, mask=some, other=0.0)
+    x_h_2 = tl.load(x_h_row + 2 * X_STEP, mask=some, other=0.0)
+    cuts = with_flag(cuts, 2, reset_row, start + 2, start < whole, HAS_RESET)
+    x_f_3 = tl.load(x_f_row + 3 * X_STEP, mask=some, other=0.0)
+    x_h_3 = tl.load(x_h_row + 3 * X_STEP, mask=some, other=0.0)
+    cuts = with_flag(cuts, 3, reset_row, start + 3, start < whole, HAS_RESET)
+    x_f_4 = tl.load(x_f_row + 4 * X_STEP, mask=some, other=0.0)
+    x_h_4 = tl.load(x_h_row + 4 * X_STEP, mask=some, other=0.0)
+    cuts = with_flag(cuts, 4, reset_row, start + 4, start < whole, HAS_RESET)
+    x_f_5 = tl.load(x_f_row + 5 * X_STEP, mask=some, other=0.0)
+    x_h_5 = tl.load(x_h_row + 5 * X_STEP, mask=some, other=0.0)
+    cuts = with_flag(cuts, 5, reset_row, start + 5, start < whole, HAS_RESET)
+    x_f_6 = tl.load(x_f_row + 6 * X_STEP, mask=some, other=0.0)
+    x_h_6 = tl.load(x_h_row + 6 * X_STEP, mask=some, other=0.0)
+    cuts = with_flag(cuts, 6, reset_row, start + 6, start < whole, HAS_RESET)
+    x_f_7 = tl.load(x_f_row + 7 * X_STEP, mask=some, other=0.0)
+    x_h_7 = tl.load(x_h_row + 7 * X_STEP, mask=some, other=0.0)
+    cuts = with_flag(cuts, 7, reset_row, start + 7, start < whole, HAS_RESET)
+    t = start
+    met = 0
+    while (t < whole) & (met == 0):
+        more = t + 8 < whole
+        some = mask & more
+        now_x_f_0 = x_f_0.to(COMPUTE)
+        now_x_h_0 = x_h_0.to(COMPUTE)
+        now_x_f_1 = x_f_1.to(COMPUTE)
+        now_x_h_1 = x_h_1.to(COMPUTE)
+        now_x_f_2 = x_f_2.to(COMPUTE)
+        now_x_h_2 = x_h_2.to(COMPUTE)
+        now_x_f_3 = x_f_3.to(COMPUTE)
+        now_x_h_3 = x_h_3.to(COMPUTE)
+        now_x_f_4 = x_f_4.to(COMPUTE)
+        now_x_h_4 = x_h_4.to(COMPUTE)
+        now_x_f_5 = x_f_5.to(COMPUTE)
+        now_x_h_5 = x_h_5.to(COMPUTE)
+        now_x_f_6 = x_f_6.to(COMPUTE)
+        now_x_h_6 = x_h_6.to(COMPUTE)
+        now_x_f_7 = x_f_7.to(COMPUTE)
+        now_x_h_7 = x_h_7.to(COMPUTE)
+        now_cuts, cuts = cuts, 0
+        x_f_0 = tl.load(x_f_row + 8 * X_STEP, mask=some, other=0.0)
+        x_h_0 = tl.load(x_h_row + 8 * X_STEP, mask=some, other=0.0)
+        cuts = with_flag(cuts, 0, reset_row, t + 8, more, HAS_RESET)
+        x_f_1 = tl.load(x_f_row + 9 * X_STEP, mask=some, other=0.0)
+        x_h_1 = tl.load(x_h_row + 9 * X_STEP, mask=some, other=0.0)
+        cuts = with_flag(cuts, 1, reset_row, t + 9, more, HAS_RESET)
+        x_f_2 = tl.load(x_f_row + 10 * X_STEP, mask=some, other=0.0)
+        x_h_2 = tl.load(x_h_row + 10 * X_STEP, mask=some, other=0.0)
+        cuts = with_flag(cuts, 2, reset_row, t + 10, more, HAS_RESET)
+        x_f_3 = tl.load(x_f_row + 11 * X_STEP, mask=some, other=0.0)
+        x_h_3 = tl.load(x_h_row + 11 * X_STEP, mask=some, other=0.0)
+        cuts = with_flag(cuts, 3, reset_row, t + 11, more, HAS_RESET)
+        x_f_4 = tl.load(x_f_row + 12 * X_STEP, mask=some, other=0.0)
+        x_h_4 = tl.load(x_h_row + 12 * X_STEP, mask=some, other=0.0)
+        cuts = with_flag(cuts, 4, reset_row, t + 12, more, HAS_RESET)
+        x_f_5 = tl.load(x_f_row + 13 * X_STEP, mask=some, other=0.0)
+        x_h_5 = tl.load(x_h_row + 13 * X_STEP, mask=some, other=0.0)
+        cuts = with_flag(cuts, 5, reset_row, t + 13, more, HAS_RESET)
+        x_f_6 = tl.load(x_f_row + 14 * X_STEP, mask=some, other=0.0)
+        x_h_6 = tl.load(x_h_row + 14 * X_STEP, mask=some, other=0.0)
+        cuts = with_flag(cuts, 6, reset_row, t + 14, more, HAS_RESET)
+        x_f_7 = tl.load(x_f_row + 15 * X_STEP, mask=some, other=0.0)
+        x_h_7 = tl.load(x_h_row + 15 * X_STEP, mask=some, other=0.0)
+        cuts = with_flag(cuts, 7, reset_row, t + 15, more, HAS_RESET)
+        h, m_h_h = advance(
+            h, m_h_h, now_x_f_0, now_x_h_0, a_f, a_h, flag_of(now_cuts, 0), h_row, 0, mask, HAS_RESET, JACOBIAN,
+            COMPUTE,
+        )
+        h, m_h_h = advance(
+            h, m_h_h, now_x_f_1, now_x_h_1, a_f, a_h, flag_of(now_cuts, 1), h_row, H_STEP, mask, HAS_RESET, JACOBIAN,
+            COMPUTE,
+        )
+        h, m_h_h = advance(
+            h, m_h_h, now_x_f_2, now_x_h_2, a_f, a_h, flag_of(now_cuts, 2), h_row, 2 * H_STEP, mask, HAS_RESET,
+            JACOBIAN, COMPUTE,
+        )
+        h, m_h_h = advance(
+            h, m_h_h, now_x_f_3, now_x_h_3, a_f, a_h, flag_of(now_cuts, 3), h_row, 3 * H_STEP, mask, HAS_RESET,
+            JACOBIAN, COMPUTE,
+        )
+        h, m_h_h = advance(
+            h, m_h_h, now_x_f_4, now_x_h_4, a_f, a_h, flag_of(now_cuts, 4), h_row, 4 * H_STEP, mask, HAS_RESET,
+            JACOBIAN, COMPUTE,
+        )
+        h, m_h_h = advance(
+            h, m_h_h, now_x_f_5, now_x_h_5, a_f, a_h, flag_of(now_cuts, 5), h_row, 5 * H_STEP, mask, HAS_RESET,
+            JACOBIAN, COMPUTE,
+        )
+        h, m_h_h = advance(
+            h, m_h_h, now_x_f_6, now_x_h_6, a_f, a_h, flag_of(now_cuts, 6), h_row, 6 * H_STEP, mask, HAS_RESET,
+            JACOBIAN, COMPUTE,
+        )
+        h, m_h_h = advance(
+            h, m_h_h, now_x_f_7, now_x_h_7, a_f, a_h, flag_of(now_cuts, 7), h_row, 7 * H_STEP, mask, HAS_RESET,
+            JACOBIAN, COMPUTE,
+        )
+        t += 8
+        x_f_row += 8 * X_STEP
+        x_h_row += 8 * X_STEP
+        h_row += 8 * H_STEP
         if PIECES:
             edge = ((t - start) % CHECK == 0) | (t >= stop)
             if edge:
@@ -514,20 +663,27 @@ def segments_kernel(
         h_entry = tl.load(h_first_ptr + here, mask=mask & (piece == 0), other=0.0)
     if moved > tol:
         tl.store(h_used_ptr + at, h_entry, mask=mask)
-        h = h_entry
-        m_h_h = tl.zeros_like(h_entry) + 1.0
-        h, m_h_h, t, met = walk_piece(
-            h, m_h_h, x_f_row, x_h_row, a_f, a_h, h_row, h_check_row, reset_row, start, stop, mask, tol, X_STEP, H_STEP,
-            HAS_RESET, True, AGAIN, AGAIN, COMPUTE, CHECK,
-        )
-        if met == 0:
-            tl.store(h_end_ptr + at, h, mask=mask)
-            if AGAIN:
-                tl.store(m_h_h_ptr + at, m_h_h, mask=mask)
         if AGAIN:
+            h = h_entry
+            m_h_h = tl.zeros_like(h_entry) + 1.0
+            h, m_h_h, t, met = walk_again(
+                h, m_h_h, x_f_row, x_h_row, a_f, a_h, h_row, h_check_row, reset_row, start, stop, mask, tol, X_STEP,
+                H_STEP, HAS_RESET, True, True, True, COMPUTE, CHECK,
+            )
+            if met == 0:
+                tl.store(h_end_ptr + at, h, mask=mask)
+                tl.store(m_h_h_ptr + at, m_h_h, mask=mask)
             walked = tl.load(walked_ptr + program) + (t - start).to(tl.int32)
             tl.store(walked_ptr + program, walked)
             tl.store(rounds_ptr + program, tl.load(rounds_ptr + program) + 1)
+        else:
+            h = h_entry
+            m_h_h = h_entry
+            h, _m_h_h, t, met = walk_piece(
+                h, m_h_h, x_f_row, x_h_row, a_f, a_h, h_row, h_check_row, reset_row, start, stop, mask, tol, X_STEP,
+                H_STEP, HAS_RESET, True, False, False, COMPUTE, CHECK,
+            )
+            tl.store(h_end_ptr + at, h, mask=mask)
 
 
 @triton.jit(do_not_specialize=["pieces", "batches"])
@@ -590,7 +746,7 @@ def segments_finish_kernel(
         if moved > tol:
             h = h_entry
             m_h_h = h_entry
-            h, _m_h_h, t, met = walk_piece(
+            h, _m_h_h, t, met = walk_again(
                 h, m_h_h, x_f_row, x_h_row, a_f, a_h, h_row, h_check_row, reset_row, start, stop, mask, tol, X_STEP,
                 H_STEP, HAS_RESET, True, False, True, COMPUTE, CHECK,
             )
@@ -682,149 +838,143 @@ def backward_kernel(
     g_h_row += tl.cast(stop - 1, tl.int64) * H_STEP
     to_x_f_row += tl.cast(stop - 1, tl.int64) * H_STEP
     to_x_h_row += tl.cast(stop - 1, tl.int64) * H_STEP
+    cuts = 0
     x_f_0, x_h_0, h_0, g_h_0 = load_step(x_f_row, x_h_row, h_row, g_h_row, 0, 0, some, some, H_STEP, HAS_G_H)
-    cut_0 = flag_at(reset_row, stop - 1, whole < stop, HAS_RESET)
+    cuts = with_flag(cuts, 0, reset_row, stop - 1, whole < stop, HAS_RESET)
     x_f_1, x_h_1, h_1, g_h_1 = load_step(
         x_f_row, x_h_row, h_row, g_h_row, -X_STEP, -H_STEP, some, some, H_STEP, HAS_G_H,
     )
-    cut_1 = flag_at(reset_row, stop - 2, whole < stop, HAS_RESET)
+    cuts = with_flag(cuts, 1, reset_row, stop - 2, whole < stop, HAS_RESET)
     x_f_2, x_h_2, h_2, g_h_2 = load_step(
         x_f_row, x_h_row, h_row, g_h_row, -2 * X_STEP, -2 * H_STEP, some, some, H_STEP, HAS_G_H,
     )
-    cut_2 = flag_at(reset_row, stop - 3, whole < stop, HAS_RESET)
+    cuts = with_flag(cuts, 2, reset_row, stop - 3, whole < stop, HAS_RESET)
     x_f_3, x_h_3, h_3, g_h_3 = load_step(
         x_f_row, x_h_row, h_row, g_h_row, -3 * X_STEP, -3 * H_STEP, some, some, H_STEP, HAS_G_H,
     )
-    cut_3 = flag_at(reset_row, stop - 4, whole < stop, HAS_RESET)
+    cuts = with_flag(cuts, 3, reset_row, stop - 4, whole < stop, HAS_RESET)
     x_f_4, x_h_4, h_4, g_h_4 = load_step(
         x_f_row, x_h_row, h_row, g_h_row, -4 * X_STEP, -4 * H_STEP, some, some, H_STEP, HAS_G_H,
     )
-    cut_4 = flag_at(reset_row, stop - 5, whole < stop, HAS_RESET)
+    cuts = with_flag(cuts, 4, reset_row, stop - 5, whole < stop, HAS_RESET)
     x_f_5, x_h_5, h_5, g_h_5 = load_step(
         x_f_row, x_h_row, h_row, g_h_row, -5 * X_STEP, -5 * H_STEP, some, some, H_STEP, HAS_G_H,
     )
-    cut_5 = flag_at(reset_row, stop - 6, whole < stop, HAS_RESET)
+    cuts = with_flag(cuts, 5, reset_row, stop - 6, whole < stop, HAS_RESET)
     x_f_6, x_h_6, h_6, g_h_6 = load_step(
         x_f_row, x_h_row, h_row, g_h_row, -6 * X_STEP, -6 * H_STEP, some, some, H_STEP, HAS_G_H,
     )
-    cut_6 = flag_at(reset_row, stop - 7, whole < stop, HAS_RESET)
+    cuts = with_flag(cuts, 6, reset_row, stop - 7, whole < stop, HAS_RESET)
     x_f_7, x_h_7, h_7, g_h_7 = load_step(
         x_f_row, x_h_row, h_row, g_h_row, -7 * X_STEP, -7 * H_STEP, some, some & (stop > 8), H_STEP, HAS_G_H,
     )
-    cut_7 = flag_at(reset_row, stop - 8, whole < stop, HAS_RESET)
+    cuts = with_flag(cuts, 7, reset_row, stop - 8, whole < stop, HAS_RESET)
     t = stop - 1
     while t >= whole:
         more = t - 8 >= whole
         some = mask & more
         now_x_f_0, now_x_h_0, now_h_0, now_g_h_0 = widen(
-            x_f_0, x_h_0, h_0, g_h_0, cut_0, h_first, t, False, HAS_RESET, COMPUTE,
+            x_f_0, x_h_0, h_0, g_h_0, flag_of(cuts, 0), h_first, t, False, HAS_RESET, COMPUTE,
         )
-        now_cut_0 = cut_0
         now_x_f_1, now_x_h_1, now_h_1, now_g_h_1 = widen(
-            x_f_1, x_h_1, h_1, g_h_1, cut_1, h_first, t - 1, False, HAS_RESET, COMPUTE,
+            x_f_1, x_h_1, h_1, g_h_1, flag_of(cuts, 1), h_first, t - 1, False, HAS_RESET, COMPUTE,
         )
-        now_cut_1 = cut_1
         now_x_f_2, now_x_h_2, now_h_2, now_g_h_2 = widen(
-            x_f_2, x_h_2, h_2, g_h_2, cut_2, h_first, t - 2, False, HAS_RESET, COMPUTE,
+            x_f_2, x_h_2, h_2, g_h_2, flag_of(cuts, 2), h_first, t - 2, False, HAS_RESET, COMPUTE,
         )
-        now_cut_2 = cut_2
         now_x_f_3, now_x_h_3, now_h_3, now_g_h_3 = widen(
-            x_f_3, x_h_3, h_3, g_h_3, cut_3, h_first, t - 3, False, HAS_RESET, COMPUTE,
+            x_f_3, x_h_3, h_3, g_h_3, flag_of(cuts, 3), h_first, t - 3, False, HAS_RESET, COMPUTE,
         )
-        now_cut_3 = cut_3
         now_x_f_4, now_x_h_4, now_h_4, now_g_h_4 = widen(
-            x_f_4, x_h_4, h_4, g_h_4, cut_4, h_first, t - 4, False, HAS_RESET, COMPUTE,
+            x_f_4, x_h_4, h_4, g_h_4, flag_of(cuts, 4), h_first, t - 4, False, HAS_RESET, COMPUTE,
         )
-        now_cut_4 = cut_4
         now_x_f_5, now_x_h_5, now_h_5, now_g_h_5 = widen(
-            x_f_5, x_h_5, h_5, g_h_5, cut_5, h_first, t - 5, False, HAS_RESET, COMPUTE,
+            x_f_5, x_h_5, h_5, g_h_5, flag_of(cuts, 5), h_first, t - 5, False, HAS_RESET, COMPUTE,
         )
-        now_cut_5 = cut_5
         now_x_f_6, now_x_h_6, now_h_6, now_g_h_6 = widen(
-            x_f_6, x_h_6, h_6, g_h_6, cut_6, h_first, t - 6, False, HAS_RESET, COMPUTE,
+            x_f_6, x_h_6, h_6, g_h_6, flag_of(cuts, 6), h_first, t - 6, False, HAS_RESET, COMPUTE,
         )
-        now_cut_6 = cut_6
         now_x_f_7, now_x_h_7, now_h_7, now_g_h_7 = widen(
-            x_f_7, x_h_7, h_7, g_h_7, cut_7, h_first, t - 7, True, HAS_RESET, COMPUTE,
+            x_f_7, x_h_7, h_7, g_h_7, flag_of(cuts, 7), h_first, t - 7, True, HAS_RESET, COMPUTE,
         )
-        now_cut_7 = cut_7
+        now_cuts, cuts = cuts, 0
         x_f_0, x_h_0, h_0, g_h_0 = load_step(
             x_f_row, x_h_row, h_row, g_h_row, -8 * X_STEP, -8 * H_STEP, some, some, H_STEP, HAS_G_H,
         )
-        cut_0 = flag_at(reset_row, t - 8, more, HAS_RESET)
+        cuts = with_flag(cuts, 0, reset_row, t - 8, more, HAS_RESET)
         x_f_1, x_h_1, h_1, g_h_1 = load_step(
             x_f_row, x_h_row, h_row, g_h_row, -9 * X_STEP, -9 * H_STEP, some, some, H_STEP, HAS_G_H,
         )
-        cut_1 = flag_at(reset_row, t - 9, more, HAS_RESET)
+        cuts = with_flag(cuts, 1, reset_row, t - 9, more, HAS_RESET)
         x_f_2, x_h_2, h_2, g_h_2 = load_step(
             x_f_row, x_h_row, h_row, g_h_row, -10 * X_STEP, -10 * H_STEP, some, some, H_STEP, HAS_G_H,
         )
-        cut_2 = flag_at(reset_row, t - 10, more, HAS_RESET)
+        cuts = with_flag(cuts, 2, reset_row, t - 10, more, HAS_RESET)
         x_f_3, x_h_3, h_3, g_h_3 = load_step(
             x_f_row, x_h_row, h_row, g_h_row, -11 * X_STEP, -11 * H_STEP, some, some, H_STEP, HAS_G_H,
         )
-        cut_3 = flag_at(reset_row, t - 11, more, HAS_RESET)
+        cuts = with_flag(cuts, 3, reset_row, t - 11, more, HAS_RESET)
         x_f_4, x_h_4, h_4, g_h_4 = load_step(
             x_f_row, x_h_row, h_row, g_h_row, -12 * X_STEP, -12 * H_STEP, some, some, H_STEP, HAS_G_H,
         )
-        cut_4 = flag_at(reset_row, t - 12, more, HAS_RESET)
+        cuts = with_flag(cuts, 4, reset_row, t - 12, more, HAS_RESET)
         x_f_5, x_h_5, h_5, g_h_5 = load_step(
             x_f_row, x_h_row, h_row, g_h_row, -13 * X_STEP, -13 * H_STEP, some, some, H_STEP, HAS_G_H,
         )
-        cut_5 = flag_at(reset_row, t - 13, more, HAS_RESET)
+        cuts = with_flag(cuts, 5, reset_row, t - 13, more, HAS_RESET)
         x_f_6, x_h_6, h_6, g_h_6 = load_step(
             x_f_row, x_h_row, h_row, g_h_row, -14 * X_STEP, -14 * H_STEP, some, some, H_STEP, HAS_G_H,
         )
-        cut_6 = flag_at(reset_row, t - 14, more, HAS_RESET)
+        cuts = with_flag(cuts, 6, reset_row, t - 14, more, HAS_RESET)
         x_f_7, x_h_7, h_7, g_h_7 = load_step(
             x_f_row, x_h_row, h_row, g_h_row, -15 * X_STEP, -15 * H_STEP, some, some & (t > 15), H_STEP, HAS_G_H,
         )
-        cut_7 = flag_at(reset_row, t - 15, more, HAS_RESET)
+        cuts = with_flag(cuts, 7, reset_row, t - 15, more, HAS_RESET)
         carry_h, to_a_f, to_a_h = retreat(
-            carry_h, now_x_f_0, now_x_h_0, now_h_0, now_g_h_0, now_cut_0, a_f, a_h, to_x_f_row, to_x_h_row, 0, mask,
-            HAS_RESET,
+            carry_h, now_x_f_0, now_x_h_0, now_h_0, now_g_h_0, flag_of(now_cuts, 0), a_f, a_h, to_x_f_row, to_x_h_row,
+            0, mask, HAS_RESET,
         )
         part_a_f = to_a_f
         part_a_h = to_a_h
         carry_h, to_a_f, to_a_h = retreat(
-            carry_h, now_x_f_1, now_x_h_1, now_h_1, now_g_h_1, now_cut_1, a_f, a_h, to_x_f_row, to_x_h_row, -H_STEP,
-            mask, HAS_RESET,
+            carry_h, now_x_f_1, now_x_h_1, now_h_1, now_g_h_1, flag_of(now_cuts, 1), a_f, a_h, to_x_f_row, to_x_h_row,
+            -H_STEP, mask, HAS_RESET,
         )
         part_a_f = part_a_f + to_a_f
         part_a_h = part_a_h + to_a_h
         carry_h, to_a_f, to_a_h = retreat(
-            carry_h, now_x_f_2, now_x_h_2, now_h_2, now_g_h_2, now_cut_2, a_f, a_h, to_x_f_row, to_x_h_row, -2 * H_STEP,
-            mask, HAS_RESET,
+            carry_h, now_x_f_2, now_x_h_2, now_h_2, now_g_h_2, flag_of(now_cuts, 2), a_f, a_h, to_x_f_row, to_x_h_row,
+            -2 * H_STEP, mask, HAS_RESET,
         )
         part_a_f = part_a_f + to_a_f
         part_a_h = part_a_h + to_a_h
         carry_h, to_a_f, to_a_h = retreat(
-            carry_h, now_x_f_3, now_x_h_3, now_h_3, now_g_h_3, now_cut_3, a_f, a_h, to_x_f_row, to_x_h_row, -3 * H_STEP,
-            mask, HAS_RESET,
+            carry_h, now_x_f_3, now_x_h_3, now_h_3, now_g_h_3, flag_of(now_cuts, 3), a_f, a_h, to_x_f_row, to_x_h_row,
+            -3 * H_STEP, mask, HAS_RESET,
         )
         part_a_f = part_a_f + to_a_f
         part_a_h = part_a_h + to_a_h
         carry_h, to_a_f, to_a_h = retreat(
-            carry_h, now_x_f_4, now_x_h_4, now_h_4, now_g_h_4, now_cut_4, a_f, a_h, to_x_f_row, to_x_h_row, -4 * H_STEP,
-            mask, HAS_RESET,
+            carry_h, now_x_f_4, now_x_h_4, now_h_4, now_g_h_4, flag_of(now_cuts, 4), a_f, a_h, to_x_f_row, to_x_h_row,
+            -4 * H_STEP, mask, HAS_RESET,
         )
         part_a_f = part_a_f + to_a_f
         part_a_h = part_a_h + to_a_h
         carry_h, to_a_f, to_a_h = retreat(
-            carry_h, now_x_f_5, now_x_h_5, now_h_5, now_g_h_5, now_cut_5, a_f, a_h, to_x_f_row, to_x_h_row, -5 * H_STEP,
-            mask, HAS_RESET,
+            carry_h, now_x_f_5, now_x_h_5, now_h_5, now_g_h_5, flag_of(now_cuts, 5), a_f, a_h, to_x_f_row, to_x_h_row,
+            -5 * H_STEP, mask, HAS_RESET,
         )
         part_a_f = part_a_f + to_a_f
         part_a_h = part_a_h + to_a_h
         carry_h, to_a_f, to_a_h = retreat(
-            carry_h, now_x_f_6, now_x_h_6, now_h_6, now_g_h_6, now_cut_6, a_f, a_h, to_x_f_row, to_x_h_row, -6 * H_STEP,
-            mask, HAS_RESET,
+            carry_h, now_x_f_6, now_x_h_6, now_h_6, now_g_h_6, flag_of(now_cuts, 6), a_f, a_h, to_x_f_row, to_x_h_row,
+            -6 * H_STEP, mask, HAS_RESET,
         )
         part_a_f = part_a_f + to_a_f
         part_a_h = part_a_h + to_a_h
         carry_h, to_a_f, to_a_h = retreat(
-            carry_h, now_x_f_7, now_x_h_7, now_h_7, now_g_h_7, now_cut_7, a_f, a_h, to_x_f_row, to_x_h_row, -7 * H_STEP,
-            mask, HAS_RESET,
+            carry_h, now_x_f_7, now_x_h_7, now_h_7, now_g_h_7, flag_of(now_cuts, 7), a_f, a_h, to_x_f_row, to_x_h_row,
+            -7 * H_STEP, mask, HAS_RESET,
         )
         part_a_f = part_a_f + to_a_f
         part_a_h = part_a_h + to_a_h
@@ -841,9 +991,8 @@ def backward_kernel(
         x_f, x_h, h, g_h = load_step(x_f_row, x_h_row, h_row, g_h_row, 0, 0, mask, mask & (t > 0), H_STEP, HAS_G_H)
         cut = flag_at(reset_row, t, t >= start, HAS_RESET)
         now_x_f, now_x_h, now_h, now_g_h = widen(x_f, x_h, h, g_h, cut, h_first, t, True, HAS_RESET, COMPUTE)
-        now_cut = cut
         carry_h, to_a_f, to_a_h = retreat(
-            carry_h, now_x_f, now_x_h, now_h, now_g_h, now_cut, a_f, a_h, to_x_f_row, to_x_h_row, 0, mask, HAS_RESET,
+            carry_h, now_x_f, now_x_h, now_h, now_g_h, cut, a_f, a_h, to_x_f_row, to_x_h_row, 0, mask, HAS_RESET,
         )
         sum_a_f, lost_a_f = add_compensated(sum_a_f, lost_a_f, to_a_f)
         sum_a_h, lost_a_h = add_compensated(sum_a_h, lost_a_h, to_a_h)

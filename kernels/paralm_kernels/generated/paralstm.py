@@ -16,7 +16,18 @@ Not edited by hand: python -m paralm_kernels.generate writes this file again.
 import triton
 import triton.language as tl
 
-from ..triton_math import add_compensated, finite, flag_at, largest_size, largest_update, relative_change, sigmoid, tanh
+from ..triton_math import (
+    add_compensated,
+    finite,
+    flag_at,
+    flag_of,
+    largest_size,
+    largest_update,
+    relative_change,
+    sigmoid,
+    tanh,
+    with_flag,
+)
 
 
 @triton.jit
@@ -164,70 +175,71 @@ def walk_piece(
     x_o_row += tl.cast(start, tl.int64) * X_STEP
     c_row += tl.cast(start, tl.int64) * H_STEP
     h_row += tl.cast(start, tl.int64) * H_STEP
+    cuts = 0
     x_f_0 = tl.load(x_f_row, mask=some, other=0.0)
     x_c_0 = tl.load(x_c_row, mask=some, other=0.0)
     x_o_0 = tl.load(x_o_row, mask=some, other=0.0)
-    cut_0 = flag_at(reset_row, start, start < whole, HAS_RESET)
+    cuts = with_flag(cuts, 0, reset_row, start, start < whole, HAS_RESET)
     x_f_1 = tl.load(x_f_row + X_STEP, mask=some, other=0.0)
     x_c_1 = tl.load(x_c_row + X_STEP, mask=some, other=0.0)
     x_o_1 = tl.load(x_o_row + X_STEP, mask=some, other=0.0)
-    cut_1 = flag_at(reset_row, start + 1, start < whole, HAS_RESET)
+    cuts = with_flag(cuts, 1, reset_row, start + 1, start < whole, HAS_RESET)
     x_f_2 = tl.load(x_f_row + 2 * X_STEP, mask=some, other=0.0)
     x_c_2 = tl.load(x_c_row + 2 * X_STEP, mask=some, other=0.0)
     x_o_2 = tl.load(x_o_row + 2 * X_STEP, mask=some, other=0.0)
-    cut_2 = flag_at(reset_row, start + 2, start < whole, HAS_RESET)
+    cuts = with_flag(cuts, 2, reset_row, start + 2, start < whole, HAS_RESET)
     x_f_3 = tl.load(x_f_row + 3 * X_STEP, mask=some, other=0.0)
     x_c_3 = tl.load(x_c_row + 3 * X_STEP, mask=some, other=0.0)
     x_o_3 = tl.load(x_o_row + 3 * X_STEP, mask=some, other=0.0)
-    cut_3 = flag_at(reset_row, start + 3, start < whole, HAS_RESET)
+    cuts = with_flag(cuts, 3, reset_row, start + 3, start < whole, HAS_RESET)
     x_f_4 = tl.load(x_f_row + 4 * X_STEP, mask=some, other=0.0)
     x_c_4 = tl.load(x_c_row + 4 * X_STEP, mask=some, other=0.0)
     x_o_4 = tl.load(x_o_row + 4 * X_STEP, mask=some, other=0.0)
-    cut_4 = flag_at(reset_row, start + 4, start < whole, HAS_RESET)
+    cuts = with_flag(cuts, 4, reset_row, start + 4, start < whole, HAS_RESET)
     x_f_5 = tl.load(x_f_row + 5 * X_STEP, mask=some, other=0.0)
     x_c_5 = tl.load(x_c_row + 5 * X_STEP, mask=some, other=0.0)
     x_o_5 = tl.load(x_o_row + 5 * X_STEP, mask=some, other=0.0)
-    cut_5 = flag_at(reset_row, start + 5, start < whole, HAS_RESET)
+    cuts = with_flag(cuts, 5, reset_row, start + 5, start < whole, HAS_RESET)
     x_f_6 = tl.load(x_f_row + 6 * X_STEP, mask=some, other=0.0)
     x_c_6 = tl.load(x_c_row + 6 * X_STEP, mask=some, other=0.0)
     x_o_6 = tl.load(x_o_row + 6 * X_STEP, mask=some, other=0.0)
-    cut_6 = flag_at(reset_row, start + 6, start < whole, HAS_RESET)
+    cuts = with_flag(cuts, 6, reset_row, start + 6, start < whole, HAS_RESET)
     x_f_7 = tl.load(x_f_row + 7 * X_STEP, mask=some, other=0.0)
     x_c_7 = tl.load(x_c_row + 7 * X_STEP, mask=some, other=0.0)
     x_o_7 = tl.load(x_o_row + 7 * X_STEP, mask=some, other=0.0)
-    cut_7 = flag_at(reset_row, start + 7, start < whole, HAS_RESET)
+    cuts = with_flag(cuts, 7, reset_row, start + 7, start < whole, HAS_RESET)
     x_f_8 = tl.load(x_f_row + 8 * X_STEP, mask=some, other=0.0)
     x_c_8 = tl.load(x_c_row + 8 * X_STEP, mask=some, other=0.0)
     x_o_8 = tl.load(x_o_row + 8 * X_STEP, mask=some, other=0.0)
-    cut_8 = flag_at(reset_row, start + 8, start < whole, HAS_RESET)
+    cuts = with_flag(cuts, 8, reset_row, start + 8, start < whole, HAS_RESET)
     x_f_9 = tl.load(x_f_row + 9 * X_STEP, mask=some, other=0.0)
     x_c_9 = tl.load(x_c_row + 9 * X_STEP, mask=some, other=0.0)
     x_o_9 = tl.load(x_o_row + 9 * X_STEP, mask=some, other=0.0)
-    cut_9 = flag_at(reset_row, start + 9, start < whole, HAS_RESET)
+    cuts = with_flag(cuts, 9, reset_row, start + 9, start < whole, HAS_RESET)
     x_f_10 = tl.load(x_f_row + 10 * X_STEP, mask=some, other=0.0)
     x_c_10 = tl.load(x_c_row + 10 * X_STEP, mask=some, other=0.0)
     x_o_10 = tl.load(x_o_row + 10 * X_STEP, mask=some, other=0.0)
-    cut_10 = flag_at(reset_row, start + 10, start < whole, HAS_RESET)
+    cuts = with_flag(cuts, 10, reset_row, start + 10, start < whole, HAS_RESET)
     x_f_11 = tl.load(x_f_row + 11 * X_STEP, mask=some, other=0.0)
     x_c_11 = tl.load(x_c_row + 11 * X_STEP, mask=some, other=0.0)
     x_o_11 = tl.load(x_o_row + 11 * X_STEP, mask=some, other=0.0)
-    cut_11 = flag_at(reset_row, start + 11, start < whole, HAS_RESET)
+    cuts = with_flag(cuts, 11, reset_row, start + 11, start < whole, HAS_RESET)
     x_f_12 = tl.load(x_f_row + 12 * X_STEP, mask=some, other=0.0)
     x_c_12 = tl.load(x_c_row + 12 * X_STEP, mask=some, other=0.0)
     x_o_12 = tl.load(x_o_row + 12 * X_STEP, mask=some, other=0.0)
-    cut_12 = flag_at(reset_row, start + 12, start < whole, HAS_RESET)
+    cuts = with_flag(cuts, 12, reset_row, start + 12, start < whole, HAS_RESET)
     x_f_13 = tl.load(x_f_row + 13 * X_STEP, mask=some, other=0.0)
     x_c_13 = tl.load(x_c_row + 13 * X_STEP, mask=some, other=0.0)
     x_o_13 = tl.load(x_o_row + 13 * X_STEP, mask=some, other=0.0)
-    cut_13 = flag_at(reset_row, start + 13, start < whole, HAS_RESET)
+    cuts = with_flag(cuts, 13, reset_row, start + 13, start < whole, HAS_RESET)
     x_f_14 = tl.load(x_f_row + 14 * X_STEP, mask=some, other=0.0)
     x_c_14 = tl.load(x_c_row + 14 * X_STEP, mask=some, other=0.0)
     x_o_14 = tl.load(x_o_row + 14 * X_STEP, mask=some, other=0.0)
-    cut_14 = flag_at(reset_row, start + 14, start < whole, HAS_RESET)
+    cuts = with_flag(cuts, 14, reset_row, start + 14, start < whole, HAS_RESET)
     x_f_15 = tl.load(x_f_row + 15 * X_STEP, mask=some, other=0.0)
     x_c_15 = tl.load(x_c_row + 15 * X_STEP, mask=some, other=0.0)
     x_o_15 = tl.load(x_o_row + 15 * X_STEP, mask=some, other=0.0)
-    cut_15 = flag_at(reset_row, start + 15, start < whole, HAS_RESET)
+    cuts = with_flag(cuts, 15, reset_row, start + 15, start < whole, HAS_RESET)
     t = start
     met = 0
     while (t < whole) & (met == 0):
@@ -236,194 +248,179 @@ def walk_piece(
         now_x_f_0 = x_f_0.to(COMPUTE)
         now_x_c_0 = x_c_0.to(COMPUTE)
         now_x_o_0 = x_o_0.to(COMPUTE)
-        now_cut_0 = cut_0
         now_x_f_1 = x_f_1.to(COMPUTE)
         now_x_c_1 = x_c_1.to(COMPUTE)
         now_x_o_1 = x_o_1.to(COMPUTE)
-        now_cut_1 = cut_1
         now_x_f_2 = x_f_2.to(COMPUTE)
         now_x_c_2 = x_c_2.to(COMPUTE)
         now_x_o_2 = x_o_2.to(COMPUTE)
-        now_cut_2 = cut_2
         now_x_f_3 = x_f_3.to(COMPUTE)
         now_x_c_3 = x_c_3.to(COMPUTE)
         now_x_o_3 = x_o_3.to(COMPUTE)
-        now_cut_3 = cut_3
         now_x_f_4 = x_f_4.to(COMPUTE)
         now_x_c_4 = x_c_4.to(COMPUTE)
         now_x_o_4 = x_o_4.to(COMPUTE)
-        now_cut_4 = cut_4
         now_x_f_5 = x_f_5.to(COMPUTE)
         now_x_c_5 = x_c_5.to(COMPUTE)
         now_x_o_5 = x_o_5.to(COMPUTE)
-        now_cut_5 = cut_5
         now_x_f_6 = x_f_6.to(COMPUTE)
         now_x_c_6 = x_c_6.to(COMPUTE)
         now_x_o_6 = x_o_6.to(COMPUTE)
-        now_cut_6 = cut_6
         now_x_f_7 = x_f_7.to(COMPUTE)
         now_x_c_7 = x_c_7.to(COMPUTE)
         now_x_o_7 = x_o_7.to(COMPUTE)
-        now_cut_7 = cut_7
         now_x_f_8 = x_f_8.to(COMPUTE)
         now_x_c_8 = x_c_8.to(COMPUTE)
         now_x_o_8 = x_o_8.to(COMPUTE)
-        now_cut_8 = cut_8
         now_x_f_9 = x_f_9.to(COMPUTE)
         now_x_c_9 = x_c_9.to(COMPUTE)
         now_x_o_9 = x_o_9.to(COMPUTE)
-        now_cut_9 = cut_9
         now_x_f_10 = x_f_10.to(COMPUTE)
         now_x_c_10 = x_c_10.to(COMPUTE)
         now_x_o_10 = x_o_10.to(COMPUTE)
-        now_cut_10 = cut_10
         now_x_f_11 = x_f_11.to(COMPUTE)
         now_x_c_11 = x_c_11.to(COMPUTE)
         now_x_o_11 = x_o_11.to(COMPUTE)
-        now_cut_11 = cut_11
         now_x_f_12 = x_f_12.to(COMPUTE)
         now_x_c_12 = x_c_12.to(COMPUTE)
         now_x_o_12 = x_o_12.to(COMPUTE)
-        now_cut_12 = cut_12
         now_x_f_13 = x_f_13.to(COMPUTE)
         now_x_c_13 = x_c_13.to(COMPUTE)
         now_x_o_13 = x_o_13.to(COMPUTE)
-        now_cut_13 = cut_13
         now_x_f_14 = x_f_14.to(COMPUTE)
         now_x_c_14 = x_c_14.to(COMPUTE)
         now_x_o_14 = x_o_14.to(COMPUTE)
-        now_cut_14 = cut_14
         now_x_f_15 = x_f_15.to(COMPUTE)
         now_x_c_15 = x_c_15.to(COMPUTE)
         now_x_o_15 = x_o_15.to(COMPUTE)
-        now_cut_15 = cut_15
+        now_cuts, cuts = cuts, 0
         x_f_0 = tl.load(x_f_row + 16 * X_STEP, mask=some, other=0.0)
         x_c_0 = tl.load(x_c_row + 16 * X_STEP, mask=some, other=0.0)
         x_o_0 = tl.load(x_o_row + 16 * X_STEP, mask=some, other=0.0)
-        cut_0 = flag_at(reset_row, t + 16, more, HAS_RESET)
+        cuts = with_flag(cuts, 0, reset_row, t + 16, more, HAS_RESET)
         x_f_1 = tl.load(x_f_row + 17 * X_STEP, mask=some, other=0.0)
         x_c_1 = tl.load(x_c_row + 17 * X_STEP, mask=some, other=0.0)
         x_o_1 = tl.load(x_o_row + 17 * X_STEP, mask=some, other=0.0)
-        cut_1 = flag_at(reset_row, t + 17, more, HAS_RESET)
+        cuts = with_flag(cuts, 1, reset_row, t + 17, more, HAS_RESET)
         x_f_2 = tl.load(x_f_row + 18 * X_STEP, mask=some, other=0.0)
         x_c_2 = tl.load(x_c_row + 18 * X_STEP, mask=some, other=0.0)
         x_o_2 = tl.load(x_o_row + 18 * X_STEP, mask=some, other=0.0)
-        cut_2 = flag_at(reset_row, t + 18, more, HAS_RESET)
+        cuts = with_flag(cuts, 2, reset_row, t + 18, more, HAS_RESET)
         x_f_3 = tl.load(x_f_row + 19 * X_STEP, mask=some, other=0.0)
         x_c_3 = tl.load(x_c_row + 19 * X_STEP, mask=some, other=0.0)
         x_o_3 = tl.load(x_o_row + 19 * X_STEP, mask=some, other=0.0)
-        cut_3 = flag_at(reset_row, t + 19, more, HAS_RESET)
+        cuts = with_flag(cuts, 3, reset_row, t + 19, more, HAS_RESET)
         x_f_4 = tl.load(x_f_row + 20 * X_STEP, mask=some, other=0.0)
         x_c_4 = tl.load(x_c_row + 20 * X_STEP, mask=some, other=0.0)
         x_o_4 = tl.load(x_o_row + 20 * X_STEP, mask=some, other=0.0)
-        cut_4 = flag_at(reset_row, t + 20, more, HAS_RESET)
+        cuts = with_flag(cuts, 4, reset_row, t + 20, more, HAS_RESET)
         x_f_5 = tl.load(x_f_row + 21 * X_STEP, mask=some, other=0.0)
         x_c_5 = tl.load(x_c_row + 21 * X_STEP, mask=some, other=0.0)
         x_o_5 = tl.load(x_o_row + 21 * X_STEP, mask=some, other=0.0)
-        cut_5 = flag_at(reset_row, t + 21, more, HAS_RESET)
+        cuts = with_flag(cuts, 5, reset_row, t + 21, more, HAS_RESET)
         x_f_6 = tl.load(x_f_row + 22 * X_STEP, mask=some, other=0.0)
         x_c_6 = tl.load(x_c_row + 22 * X_STEP, mask=some, other=0.0)
         x_o_6 = tl.load(x_o_row + 22 * X_STEP, mask=some, other=0.0)
-        cut_6 = flag_at(reset_row, t + 22, more, HAS_RESET)
+        cuts = with_flag(cuts, 6, reset_row, t + 22, more, HAS_RESET)
         x_f_7 = tl.load(x_f_row + 23 * X_STEP, mask=some, other=0.0)
         x_c_7 = tl.load(x_c_row + 23 * X_STEP, mask=some, other=0.0)
         x_o_7 = tl.load(x_o_row + 23 * X_STEP, mask=some, other=0.0)
-        cut_7 = flag_at(reset_row, t + 23, more, HAS_RESET)
+        cuts = with_flag(cuts, 7, reset_row, t + 23, more, HAS_RESET)
         x_f_8 = tl.load(x_f_row + 24 * X_STEP, mask=some, other=0.0)
         x_c_8 = tl.load(x_c_row + 24 * X_STEP, mask=some, other=0.0)
         x_o_8 = tl.load(x_o_row + 24 * X_STEP, mask=some, other=0.0)
-        cut_8 = flag_at(reset_row, t + 24, more, HAS_RESET)
+        cuts = with_flag(cuts, 8, reset_row, t + 24, more, HAS_RESET)
         x_f_9 = tl.load(x_f_row + 25 * X_STEP, mask=some, other=0.0)
         x_c_9 = tl.load(x_c_row + 25 * X_STEP, mask=some, other=0.0)
         x_o_9 = tl.load(x_o_row + 25 * X_STEP, mask=some, other=0.0)
-        cut_9 = flag_at(reset_row, t + 25, more, HAS_RESET)
+        cuts = with_flag(cuts, 9, reset_row, t + 25, more, HAS_RESET)
         x_f_10 = tl.load(x_f_row + 26 * X_STEP, mask=some, other=0.0)
         x_c_10 = tl.load(x_c_row + 26 * X_STEP, mask=some, other=0.0)
         x_o_10 = tl.load(x_o_row + 26 * X_STEP, mask=some, other=0.0)
-        cut_10 = flag_at(reset_row, t + 26, more, HAS_RESET)
+        cuts = with_flag(cuts, 10, reset_row, t + 26, more, HAS_RESET)
         x_f_11 = tl.load(x_f_row + 27 * X_STEP, mask=some, other=0.0)
         x_c_11 = tl.load(x_c_row + 27 * X_STEP, mask=some, other=0.0)
         x_o_11 = tl.load(x_o_row + 27 * X_STEP, mask=some, other=0.0)
-        cut_11 = flag_at(reset_row, t + 27, more, HAS_RESET)
+        cuts = with_flag(cuts, 11, reset_row, t + 27, more, HAS_RESET)
         x_f_12 = tl.load(x_f_row + 28 * X_STEP, mask=some, other=0.0)
         x_c_12 = tl.load(x_c_row + 28 * X_STEP, mask=some, other=0.0)
         x_o_12 = tl.load(x_o_row + 28 * X_STEP, mask=some, other=0.0)
-        cut_12 = flag_at(reset_row, t + 28, more, HAS_RESET)
+        cuts = with_flag(cuts, 12, reset_row, t + 28, more, HAS_RESET)
         x_f_13 = tl.load(x_f_row + 29 * X_STEP, mask=some, other=0.0)
         x_c_13 = tl.load(x_c_row + 29 * X_STEP, mask=some, other=0.0)
         x_o_13 = tl.load(x_o_row + 29 * X_STEP, mask=some, other=0.0)
-        cut_13 = flag_at(reset_row, t + 29, more, HAS_RESET)
+        cuts = with_flag(cuts, 13, reset_row, t + 29, more, HAS_RESET)
         x_f_14 = tl.load(x_f_row + 30 * X_STEP, mask=some, other=0.0)
         x_c_14 = tl.load(x_c_row + 30 * X_STEP, mask=some, other=0.0)
         x_o_14 = tl.load(x_o_row + 30 * X_STEP, mask=some, other=0.0)
-        cut_14 = flag_at(reset_row, t + 30, more, HAS_RESET)
+        cuts = with_flag(cuts, 14, reset_row, t + 30, more, HAS_RESET)
         x_f_15 = tl.load(x_f_row + 31 * X_STEP, mask=some, other=0.0)
         x_c_15 = tl.load(x_c_row + 31 * X_STEP, mask=some, other=0.0)
         x_o_15 = tl.load(x_o_row + 31 * X_STEP, mask=some, other=0.0)
-        cut_15 = flag_at(reset_row, t + 31, more, HAS_RESET)
+        cuts = with_flag(cuts, 15, reset_row, t + 31, more, HAS_RESET)
         c, h, m_c_c, m_c_h, m_h_c, m_h_h = advance(
-            c, h, m_c_c, m_c_h, m_h_c, m_h_h, now_x_f_0, now_x_c_0, now_x_o_0, a_f, a_c, a_o, p_f, p_o, now_cut_0,
-            c_row, h_row, 0, mask, HAS_RESET, JACOBIAN, COMPUTE,
+            c, h, m_c_c, m_c_h, m_h_c, m_h_h, now_x_f_0, now_x_c_0, now_x_o_0, a_f, a_c, a_o, p_f, p_o,
+            flag_of(now_cuts, 0), c_row, h_row, 0, mask, HAS_RESET, JACOBIAN, COMPUTE,
         )
         c, h, m_c_c, m_c_h, m_h_c, m_h_h = advance(
-            c, h, m_c_c, m_c_h, m_h_c, m_h_h, now_x_f_1, now_x_c_1, now_x_o_1, a_f, a_c, a_o, p_f, p_o, now_cut_1,
-            c_row, h_row, H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+            c, h, m_c_c, m_c_h, m_h_c, m_h_h, now_x_f_1, now_x_c_1, now_x_o_1, a_f, a_c, a_o, p_f, p_o,
+            flag_of(now_cuts, 1), c_row, h_row, H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
         )
         c, h, m_c_c, m_c_h, m_h_c, m_h_h = advance(
-            c, h, m_c_c, m_c_h, m_h_c, m_h_h, now_x_f_2, now_x_c_2, now_x_o_2, a_f, a_c, a_o, p_f, p_o, now_cut_2,
-            c_row, h_row, 2 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+            c, h, m_c_c, m_c_h, m_h_c, m_h_h, now_x_f_2, now_x_c_2, now_x_o_2, a_f, a_c, a_o, p_f, p_o,
+            flag_of(now_cuts, 2), c_row, h_row, 2 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
         )
         c, h, m_c_c, m_c_h, m_h_c, m_h_h = advance(
-            c, h, m_c_c, m_c_h, m_h_c, m_h_h, now_x_f_3, now_x_c_3, now_x_o_3, a_f, a_c, a_o, p_f, p_o, now_cut_3,
-            c_row, h_row, 3 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+            c, h, m_c_c, m_c_h, m_h_c, m_h_h, now_x_f_3, now_x_c_3, now_x_o_3, a_f, a_c, a_o, p_f, p_o,
+            flag_of(now_cuts, 3), c_row, h_row, 3 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
         )
         c, h, m_c_c, m_c_h, m_h_c, m_h_h = advance(
-            c, h, m_c_c, m_c_h, m_h_c, m_h_h, now_x_f_4, now_x_c_4, now_x_o_4, a_f, a_c, a_o, p_f, p_o, now_cut_4,
-            c_row, h_row, 4 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+            c, h, m_c_c, m_c_h, m_h_c, m_h_h, now_x_f_4, now_x_c_4, now_x_o_4, a_f, a_c, a_o, p_f, p_o,
+            flag_of(now_cuts, 4), c_row, h_row, 4 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
         )
         c, h, m_c_c, m_c_h, m_h_c, m_h_h = advance(
-            c, h, m_c_c, m_c_h, m_h_c, m_h_h, now_x_f_5, now_x_c_5, now_x_o_5, a_f, a_c, a_o, p_f, p_o, now_cut_5,
-            c_row, h_row, 5 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+            c, h, m_c_c, m_c_h, m_h_c, m_h_h, now_x_f_5, now_x_c_5, now_x_o_5, a_f, a_c, a_o, p_f, p_o,
+            flag_of(now_cuts, 5), c_row, h_row, 5 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
         )
         c, h, m_c_c, m_c_h, m_h_c, m_h_h = advance(
-            c, h, m_c_c, m_c_h, m_h_c, m_h_h, now_x_f_6, now_x_c_6, now_x_o_6, a_f, a_c, a_o, p_f, p_o, now_cut_6,
-            c_row, h_row, 6 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+            c, h, m_c_c, m_c_h, m_h_c, m_h_h, now_x_f_6, now_x_c_6, now_x_o_6, a_f, a_c, a_o, p_f, p_o,
+            flag_of(now_cuts, 6), c_row, h_row, 6 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
         )
         c, h, m_c_c, m_c_h, m_h_c, m_h_h = advance(
-            c, h, m_c_c, m_c_h, m_h_c, m_h_h, now_x_f_7, now_x_c_7, now_x_o_7, a_f, a_c, a_o, p_f, p_o, now_cut_7,
-            c_row, h_row, 7 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+            c, h, m_c_c, m_c_h, m_h_c, m_h_h, now_x_f_7, now_x_c_7, now_x_o_7, a_f, a_c, a_o, p_f, p_o,
+            flag_of(now_cuts, 7), c_row, h_row, 7 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
         )
         c, h, m_c_c, m_c_h, m_h_c, m_h_h = advance(
-            c, h, m_c_c, m_c_h, m_h_c, m_h_h, now_x_f_8, now_x_c_8, now_x_o_8, a_f, a_c, a_o, p_f, p_o, now_cut_8,
-            c_row, h_row, 8 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+            c, h, m_c_c, m_c_h, m_h_c, m_h_h, now_x_f_8, now_x_c_8, now_x_o_8, a_f, a_c, a_o, p_f, p_o,
+            flag_of(now_cuts, 8), c_row, h_row, 8 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
         )
         c, h, m_c_c, m_c_h, m_h_c, m_h_h = advance(
-            c, h, m_c_c, m_c_h, m_h_c, m_h_h, now_x_f_9, now_x_c_9, now_x_o_9, a_f, a_c, a_o, p_f, p_o, now_cut_9,
-            c_row, h_row, 9 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+            c, h, m_c_c, m_c_h, m_h_c, m_h_h, now_x_f_9, now_x_c_9, now_x_o_9, a_f, a_c, a_o, p_f, p_o,
+            flag_of(now_cuts, 9), c_row, h_row, 9 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
         )
         c, h, m_c_c, m_c_h, m_h_c, m_h_h = advance(
-            c, h, m_c_c, m_c_h, m_h_c, m_h_h, now_x_f_10, now_x_c_10, now_x_o_10, a_f, a_c, a_o, p_f, p_o, now_cut_10,
-            c_row, h_row, 10 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+            c, h, m_c_c, m_c_h, m_h_c, m_h_h, now_x_f_10, now_x_c_10, now_x_o_10, a_f, a_c, a_o, p_f, p_o,
+            flag_of(now_cuts, 10), c_row, h_row, 10 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
         )
         c, h, m_c_c, m_c_h, m_h_c, m_h_h = advance(
-            c, h, m_c_c, m_c_h, m_h_c, m_h_h, now_x_f_11, now_x_c_11, now_x_o_11, a_f, a_c, a_o, p_f, p_o, now_cut_11,
-            c_row, h_row, 11 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+            c, h, m_c_c, m_c_h, m_h_c, m_h_h, now_x_f_11, now_x_c_11, now_x_o_11, a_f, a_c, a_o, p_f, p_o,
+            flag_of(now_cuts, 11), c_row, h_row, 11 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
         )
         c, h, m_c_c, m_c_h, m_h_c, m_h_h = advance(
-            c, h, m_c_c, m_c_h, m_h_c, m_h_h, now_x_f_12, now_x_c_12, now_x_o_12, a_f, a_c, a_o, p_f, p_o, now_cut_12,
-            c_row, h_row, 12 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+            c, h, m_c_c, m_c_h, m_h_c, m_h_h, now_x_f_12, now_x_c_12, now_x_o_12, a_f, a_c, a_o, p_f, p_o,
+            flag_of(now_cuts, 12), c_row, h_row, 12 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
         )
         c, h, m_c_c, m_c_h, m_h_c, m_h_h = advance(
-            c, h, m_c_c, m_c_h, m_h_c, m_h_h, now_x_f_13, now_x_c_13, now_x_o_13, a_f, a_c, a_o, p_f, p_o, now_cut_13,
-            c_row, h_row, 13 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+            c, h, m_c_c, m_c_h, m_h_c, m_h_h, now_x_f_13, now_x_c_13, now_x_o_13, a_f, a_c, a_o, p_f, p_o,
+            flag_of(now_cuts, 13), c_row, h_row, 13 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
         )
         c, h, m_c_c, m_c_h, m_h_c, m_h_h = advance(
-            c, h, m_c_c, m_c_h, m_h_c, m_h_h, now_x_f_14, now_x_c_14, now_x_o_14, a_f, a_c, a_o, p_f, p_o, now_cut_14,
-            c_row, h_row, 14 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+            c, h, m_c_c, m_c_h, m_h_c, m_h_h, now_x_f_14, now_x_c_14, now_x_o_14, a_f, a_c, a_o, p_f, p_o,
+            flag_of(now_cuts, 14), c_row, h_row, 14 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
         )
         c, h, m_c_c, m_c_h, m_h_c, m_h_h = advance(
-            c, h, m_c_c, m_c_h, m_h_c, m_h_h, now_x_f_15, now_x_c_15, now_x_o_15, a_f, a_c, a_o, p_f, p_o, now_cut_15,
-            c_row, h_row, 15 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+            c, h, m_c_c, m_c_h, m_h_c, m_h_h, now_x_f_15, now_x_c_15, now_x_o_15, a_f, a_c, a_o, p_f, p_o,
+            flag_of(now_cuts, 15), c_row, h_row, 15 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
         )
         t += 16
         x_f_row += 16 * X_STEP
@@ -431,6 +428,182 @@ def walk_piece(
         x_o_row += 16 * X_STEP
         c_row += 16 * H_STEP
         h_row += 16 * H_STEP
+        if PIECES:
+            edge = ((t - start) % CHECK == 0) | (t >= stop)
+            if edge:
+                here = tl.cast((t - 1) // CHECK, tl.int64) * H_STEP
+                met = keep(c, h, c_check_row, h_check_row, here, mask, tol, MEET)
+    while (t < stop) & (met == 0):
+        x_f = tl.load(x_f_row, mask=mask, other=0.0)
+        x_c = tl.load(x_c_row, mask=mask, other=0.0)
+        x_o = tl.load(x_o_row, mask=mask, other=0.0)
+        cut = flag_at(reset_row, t, t < stop, HAS_RESET)
+        c, h, m_c_c, m_c_h, m_h_c, m_h_h = advance(
+            c, h, m_c_c, m_c_h, m_h_c, m_h_h, x_f, x_c, x_o, a_f, a_c, a_o, p_f, p_o, cut, c_row, h_row, 0, mask,
+            HAS_RESET, JACOBIAN, COMPUTE,
+        )
+        t += 1
+        x_f_row += X_STEP
+        x_c_row += X_STEP
+        x_o_row += X_STEP
+        c_row += H_STEP
+        h_row += H_STEP
+        if PIECES:
+            edge = ((t - start) % CHECK == 0) | (t >= stop)
+            if edge:
+                here = tl.cast((t - 1) // CHECK, tl.int64) * H_STEP
+                met = keep(c, h, c_check_row, h_check_row, here, mask, tol, MEET)
+    return c, h, m_c_c, m_c_h, m_h_c, m_h_h, t, met
+
+
+@triton.jit
+def walk_again(
+    c, h, m_c_c, m_c_h, m_h_c, m_h_h, x_f_row, x_c_row, x_o_row, a_f, a_c, a_o, p_f, p_o, c_row, h_row, c_check_row,
+    h_check_row, reset_row, start, stop, mask, tol, X_STEP: tl.constexpr, H_STEP: tl.constexpr, HAS_RESET: tl.constexpr,
+    PIECES: tl.constexpr, JACOBIAN: tl.constexpr, MEET: tl.constexpr, COMPUTE: tl.constexpr, CHECK: tl.constexpr,
+):
+    """Walks from start to stop, with MEET until the state meets the stored one. With PIECES it keeps a checkpoint
+    every CHECK steps (start is a multiple of that), with JACOBIAN the product of Jacobians."""
+    whole = start + (stop - start) // 8 * 8
+    some = mask & (start < whole)
+    x_f_row += tl.cast(start, tl.int64) * X_STEP
+    x_c_row += tl.cast(start, tl.int64) * X_STEP
+    x_o_row += tl.cast(start, tl.int64) * X_STEP
+    c_row += tl.cast(start, tl.int64) * H_STEP
+    h_row += tl.cast(start, tl.int64) * H_STEP
+    cuts = 0
+    x_f_0 = tl.load(x_f_row, mask=some, other=0.0)
+    x_c_0 = tl.load(x_c_row, mask=some, other=0.0)
+    x_o_0 = tl.load(x_o_row, mask=some, other=0.0)
+    cuts = with_flag(cuts, 0, reset_row, start, start < whole, HAS_RESET)
+    x_f_1 = tl.load(x_f_row + X_STEP, mask=some, other=0.0)
+    x_c_1 = tl.load(x_c_row + X_STEP, mask=some, other=0.0)
+    x_o_1 = tl.load(x_o_row + X_STEP, mask=some, other=0.0)
+    cuts = with_flag(cuts, 1, reset_row, start + 1, start < whole, HAS_RESET)
+    x_f_2 = tl.load(x_f_row + 2 * X_STEP, mask=some, other=0.0)
+    x_c_2 = tl.load(x_c_row + 2 * X_STEP, mask=some, other=0.0)
+    x_o_2 = tl.load(x_o_row + 2 * X_STEP, mask=some, other=0.0)
+    cuts = with_flag(cuts, 2, reset_row, start + 2, start < whole, HAS_RESET)
+    x_f_3 = tl.load(x_f_row + 3 * X_STEP, mask=some, other=0.0)
+    x_c_3 = tl.load(x_c_row + 3 * X_STEP, mask=some, other=0.0)
+    x_o_3 = tl.load(x_o_row + 3 * X_STEP, mask=some, other=0.0)
+    cuts = with_flag(cuts, 3, reset_row, start + 3, start < whole, HAS_RESET)
+    x_f_4 = tl.load(x_f_row + 4 * X_STEP, mask=some, other=0.0)
+    x_c_4 = tl.load(x_c_row + 4 * X_STEP, mask=some, other=0.0)
+    x_o_4 = tl.load(x_o_row + 4 * X_STEP, mask=some, other=0.0)
+    cuts = with_flag(cuts, 4, reset_row, start + 4, start < whole, HAS_RESET)
+    x_f_5 = tl.load(x_f_row + 5 * X_STEP, mask=some, other=0.0)
+    x_c_5 = tl.load(x_c_row + 5 * X_STEP, mask=some, other=0.0)
+    x_o_5 = tl.load(x_o_row + 5 * X_STEP, mask=some, other=0.0)
+    cuts = with_flag(cuts, 5, reset_row, start + 5, start < whole, HAS_RESET)
+    x_f_6 = tl.load(x_f_row + 6 * X_STEP, mask=some, other=0.0)
+    x_c_6 = tl.load(x_c_row + 6 * X_STEP, mask=some, other=0.0)
+    x_o_6 = tl.load(x_o_row + 6 * X_STEP, mask=some, other=0.0)
+    cuts = with_flag(cuts, 6, reset_row, start + 6, start < whole, HAS_RESET)
+    x_f_7 = tl.load(x_f_row + 7 * X_STEP, mask=some, other=0.0)
+    x_c_7 = tl.load(x_c_row + 7 * X_STEP, mask=some, other=0.0)
+    x_o_7 = tl.load(x_o_row + 7 * X_STEP, mask=some, other=0.0)
+    cuts = with_flag(cuts, 7, reset_row, start + 7, start < whole, HAS_RESET)
+    t = start
+    met = 0
+    while (t < whole) & (met == 0):
+        more = t + 8 < whole
+        some = mask & more
+        now_x_f_0 = x_f_0.to(COMPUTE)
+        now_x_c_0 = x_c_0.to(COMPUTE)
+        now_x_o_0 = x_o_0.to(COMPUTE)
+        now_x_f_1 = x_f_1.to(COMPUTE)
+        now_x_c_1 = x_c_1.to(COMPUTE)
+        now_x_o_1 = x_o_1.to(COMPUTE)
+        now_x_f_2 = x_f_2.to(COMPUTE)
+        now_x_c_2 = x_c_2.to(COMPUTE)
+        now_x_o_2 = x_o_2.to(COMPUTE)
+        now_x_f_3 = x_f_3.to(COMPUTE)
+        now_x_c_3 = x_c_3.to(COMPUTE)
+        now_x_o_3 = x_o_3.to(COMPUTE)
+        now_x_f_4 = x_f_4.to(COMPUTE)
+        now_x_c_4 = x_c_4.to(COMPUTE)
+        now_x_o_4 = x_o_4.to(COMPUTE)
+        now_x_f_5 = x_f_5.to(COMPUTE)
+        now_x_c_5 = x_c_5.to(COMPUTE)
+        now_x_o_5 = x_o_5.to(COMPUTE)
+        now_x_f_6 = x_f_6.to(COMPUTE)
+        now_x_c_6 = x_c_6.to(COMPUTE)
+        now_x_o_6 = x_o_6.to(COMPUTE)
+        now_x_f_7 = x_f_7.to(COMPUTE)
+        now_x_c_7 = x_c_7.to(COMPUTE)
+        now_x_o_7 = x_o_7.to(COMPUTE)
+        now_cuts, cuts = cuts, 0
+        x_f_0 = tl.load(x_f_row + 8 * X_STEP, mask=some, other=0.0)
+        x_c_0 = tl.load(x_c_row + 8 * X_STEP, mask=some, other=0.0)
+        x_o_0 = tl.load(x_o_row + 8 * X_STEP, mask=some, other=0.0)
+        cuts = with_flag(cuts, 0, reset_row, t + 8, more, HAS_RESET)
+        x_f_1 = tl.load(x_f_row + 9 * X_STEP, mask=some, other=0.0)
+        x_c_1 = tl.load(x_c_row + 9 * X_STEP, mask=some, other=0.0)
+        x_o_1 = tl.load(x_o_row + 9 * X_STEP, mask=some, other=0.0)
+        cuts = with_flag(cuts, 1, reset_row, t + 9, more, HAS_RESET)
+        x_f_2 = tl.load(x_f_row + 10 * X_STEP, mask=some, other=0.0)
+        x_c_2 = tl.load(x_c_row + 10 * X_STEP, mask=some, other=0.0)
+        x_o_2 = tl.load(x_o_row + 10 * X_STEP, mask=some, other=0.0)
+        cuts = with_flag(cuts, 2, reset_row, t + 10, more, HAS_RESET)
+        x_f_3 = tl.load(x_f_row + 11 * X_STEP, mask=some, other=0.0)
+        x_c_3 = tl.load(x_c_row + 11 * X_STEP, mask=some, other=0.0)
+        x_o_3 = tl.load(x_o_row + 11 * X_STEP, mask=some, other=0.0)
+        cuts = with_flag(cuts, 3, reset_row, t + 11, more, HAS_RESET)
+        x_f_4 = tl.load(x_f_row + 12 * X_STEP, mask=some, other=0.0)
+        x_c_4 = tl.load(x_c_row + 12 * X_STEP, mask=some, other=0.0)
+        x_o_4 = tl.load(x_o_row + 12 * X_STEP, mask=some, other=0.0)
+        cuts = with_flag(cuts, 4, reset_row, t + 12, more, HAS_RESET)
+        x_f_5 = tl.load(x_f_row + 13 * X_STEP, mask=some, other=0.0)
+        x_c_5 = tl.load(x_c_row + 13 * X_STEP, mask=some, other=0.0)
+        x_o_5 = tl.load(x_o_row + 13 * X_STEP, mask=some, other=0.0)
+        cuts = with_flag(cuts, 5, reset_row, t + 13, more, HAS_RESET)
+        x_f_6 = tl.load(x_f_row + 14 * X_STEP, mask=some, other=0.0)
+        x_c_6 = tl.load(x_c_row + 14 * X_STEP, mask=some, other=0.0)
+        x_o_6 = tl.load(x_o_row + 14 * X_STEP, mask=some, other=0.0)
+        cuts = with_flag(cuts, 6, reset_row, t + 14, more, HAS_RESET)
+        x_f_7 = tl.load(x_f_row + 15 * X_STEP, mask=some, other=0.0)
+        x_c_7 = tl.load(x_c_row + 15 * X_STEP, mask=some, other=0.0)
+        x_o_7 = tl.load(x_o_row + 15 * X_STEP, mask=some, other=0.0)
+        cuts = with_flag(cuts, 7, reset_row, t + 15, more, HAS_RESET)
+        c, h, m_c_c, m_c_h, m_h_c, m_h_h = advance(
+            c, h, m_c_c, m_c_h, m_h_c, m_h_h, now_x_f_0, now_x_c_0, now_x_o_0, a_f, a_c, a_o, p_f, p_o,
+            flag_of(now_cuts, 0), c_row, h_row, 0, mask, HAS_RESET, JACOBIAN, COMPUTE,
+        )
+        c, h, m_c_c, m_c_h, m_h_c, m_h_h = advance(
+            c, h, m_c_c, m_c_h, m_h_c, m_h_h, now_x_f_1, now_x_c_1, now_x_o_1, a_f, a_c, a_o, p_f, p_o,
+            flag_of(now_cuts, 1), c_row, h_row, H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+        )
+        c, h, m_c_c, m_c_h, m_h_c, m_h_h = advance(
+            c, h, m_c_c, m_c_h, m_h_c, m_h_h, now_x_f_2, now_x_c_2, now_x_o_2, a_f, a_c, a_o, p_f, p_o,
+            flag_of(now_cuts, 2), c_row, h_row, 2 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+        )
+        c, h, m_c_c, m_c_h, m_h_c, m_h_h = advance(
+            c, h, m_c_c, m_c_h, m_h_c, m_h_h, now_x_f_3, now_x_c_3, now_x_o_3, a_f, a_c, a_o, p_f, p_o,
+            flag_of(now_cuts, 3), c_row, h_row, 3 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+        )
+        c, h, m_c_c, m_c_h, m_h_c, m_h_h = advance(
+            c, h, m_c_c, m_c_h, m_h_c, m_h_h, now_x_f_4, now_x_c_4, now_x_o_4, a_f, a_c, a_o, p_f, p_o,
+            flag_of(now_cuts, 4), c_row, h_row, 4 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+        )
+        c, h, m_c_c, m_c_h, m_h_c, m_h_h = advance(
+            c, h, m_c_c, m_c_h, m_h_c, m_h_h, now_x_f_5, now_x_c_5, now_x_o_5, a_f, a_c, a_o, p_f, p_o,
+            flag_of(now_cuts, 5), c_row, h_row, 5 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+        )
+        c, h, m_c_c, m_c_h, m_h_c, m_h_h = advance(
+            c, h, m_c_c, m_c_h, m_h_c, m_h_h, now_x_f_6, now_x_c_6, now_x_o_6, a_f, a_c, a_o, p_f, p_o,
+            flag_of(now_cuts, 6), c_row, h_row, 6 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+        )
+        c, h, m_c_c, m_c_h, m_h_c, m_h_h = advance(
+            c, h, m_c_c, m_c_h, m_h_c, m_h_h, now_x_f_7, now_x_c_7, now_x_o_7, a_f, a_c, a_o, p_f, p_o,
+            flag_of(now_cuts, 7), c_row, h_row, 7 * H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+        )
+        t += 8
+        x_f_row += 8 * X_STEP
+        x_c_row += 8 * X_STEP
+        x_o_row += 8 * X_STEP
+        c_row += 8 * H_STEP
+        h_row += 8 * H_STEP
         if PIECES:
             edge = ((t - start) % CHECK == 0) | (t >= stop)
             if edge:
@@ -675,29 +848,42 @@ def segments_kernel(
     if moved > tol:
         tl.store(c_used_ptr + at, c_entry, mask=mask)
         tl.store(h_used_ptr + at, h_entry, mask=mask)
-        c = c_entry
-        h = h_entry
-        m_c_c = tl.zeros_like(c_entry) + 1.0
-        m_c_h = tl.zeros_like(c_entry) + 0.0
-        m_h_c = tl.zeros_like(c_entry) + 0.0
-        m_h_h = tl.zeros_like(c_entry) + 1.0
-        c, h, m_c_c, m_c_h, m_h_c, m_h_h, t, met = walk_piece(
-            c, h, m_c_c, m_c_h, m_h_c, m_h_h, x_f_row, x_c_row, x_o_row, a_f, a_c, a_o, p_f, p_o, c_row, h_row,
-            c_check_row, h_check_row, reset_row, start, stop, mask, tol, X_STEP, H_STEP, HAS_RESET, True, AGAIN, AGAIN,
-            COMPUTE, CHECK,
-        )
-        if met == 0:
-            tl.store(c_end_ptr + at, c, mask=mask)
-            tl.store(h_end_ptr + at, h, mask=mask)
-            if AGAIN:
+        if AGAIN:
+            c = c_entry
+            h = h_entry
+            m_c_c = tl.zeros_like(c_entry) + 1.0
+            m_c_h = tl.zeros_like(c_entry) + 0.0
+            m_h_c = tl.zeros_like(c_entry) + 0.0
+            m_h_h = tl.zeros_like(c_entry) + 1.0
+            c, h, m_c_c, m_c_h, m_h_c, m_h_h, t, met = walk_again(
+                c, h, m_c_c, m_c_h, m_h_c, m_h_h, x_f_row, x_c_row, x_o_row, a_f, a_c, a_o, p_f, p_o, c_row, h_row,
+                c_check_row, h_check_row, reset_row, start, stop, mask, tol, X_STEP, H_STEP, HAS_RESET, True, True,
+                True, COMPUTE, CHECK,
+            )
+            if met == 0:
+                tl.store(c_end_ptr + at, c, mask=mask)
+                tl.store(h_end_ptr + at, h, mask=mask)
                 tl.store(m_c_c_ptr + at, m_c_c, mask=mask)
                 tl.store(m_c_h_ptr + at, m_c_h, mask=mask)
                 tl.store(m_h_c_ptr + at, m_h_c, mask=mask)
                 tl.store(m_h_h_ptr + at, m_h_h, mask=mask)
-        if AGAIN:
             walked = tl.load(walked_ptr + program) + (t - start).to(tl.int32)
             tl.store(walked_ptr + program, walked)
             tl.store(rounds_ptr + program, tl.load(rounds_ptr + program) + 1)
+        else:
+            c = c_entry
+            h = h_entry
+            m_c_c = c_entry
+            m_c_h = c_entry
+            m_h_c = c_entry
+            m_h_h = c_entry
+            c, h, _m_c_c, _m_c_h, _m_h_c, _m_h_h, t, met = walk_piece(
+                c, h, m_c_c, m_c_h, m_h_c, m_h_h, x_f_row, x_c_row, x_o_row, a_f, a_c, a_o, p_f, p_o, c_row, h_row,
+                c_check_row, h_check_row, reset_row, start, stop, mask, tol, X_STEP, H_STEP, HAS_RESET, True, False,
+                False, COMPUTE, CHECK,
+            )
+            tl.store(c_end_ptr + at, c, mask=mask)
+            tl.store(h_end_ptr + at, h, mask=mask)
 
 
 @triton.jit(do_not_specialize=["pieces", "batches"])
@@ -783,7 +969,7 @@ def segments_finish_kernel(
             m_c_h = c_entry
             m_h_c = c_entry
             m_h_h = c_entry
-            c, h, _m_c_c, _m_c_h, _m_h_c, _m_h_h, t, met = walk_piece(
+            c, h, _m_c_c, _m_c_h, _m_h_c, _m_h_h, t, met = walk_again(
                 c, h, m_c_c, m_c_h, m_h_c, m_h_h, x_f_row, x_c_row, x_o_row, a_f, a_c, a_o, p_f, p_o, c_row, h_row,
                 c_check_row, h_check_row, reset_row, start, stop, mask, tol, X_STEP, H_STEP, HAS_RESET, True, False,
                 True, COMPUTE, CHECK,
@@ -920,68 +1106,70 @@ def backward_kernel(
     to_x_f_row += tl.cast(stop - 1, tl.int64) * H_STEP
     to_x_c_row += tl.cast(stop - 1, tl.int64) * H_STEP
     to_x_o_row += tl.cast(stop - 1, tl.int64) * H_STEP
+    cuts = 0
     x_f_0, x_c_0, x_o_0, c_0, h_0, g_c_0, g_h_0 = load_step(
         x_f_row, x_c_row, x_o_row, c_row, h_row, g_c_row, g_h_row, 0, 0, some, some, H_STEP, HAS_G_C, HAS_G_H,
     )
-    cut_0 = flag_at(reset_row, stop - 1, whole < stop, HAS_RESET)
+    cuts = with_flag(cuts, 0, reset_row, stop - 1, whole < stop, HAS_RESET)
     x_f_1, x_c_1, x_o_1, c_1, h_1, g_c_1, g_h_1 = load_step(
         x_f_row, x_c_row, x_o_row, c_row, h_row, g_c_row, g_h_row, -X_STEP, -H_STEP, some, some, H_STEP, HAS_G_C,
         HAS_G_H,
     )
-    cut_1 = flag_at(reset_row, stop - 2, whole < stop, HAS_RESET)
+    cuts = with_flag(cuts, 1, reset_row, stop - 2, whole < stop, HAS_RESET)
     x_f_2, x_c_2, x_o_2, c_2, h_2, g_c_2, g_h_2 = load_step(
         x_f_row, x_c_row, x_o_row, c_row, h_row, g_c_row, g_h_row, -2 * X_STEP, -2 * H_STEP, some, some, H_STEP,
         HAS_G_C, HAS_G_H,
     )
-    cut_2 = flag_at(reset_row, stop - 3, whole < stop, HAS_RESET)
+    cuts = with_flag(cuts, 2, reset_row, stop - 3, whole < stop, HAS_RESET)
     x_f_3, x_c_3, x_o_3, c_3, h_3, g_c_3, g_h_3 = load_step(
         x_f_row, x_c_row, x_o_row, c_row, h_row, g_c_row, g_h_row, -3 * X_STEP, -3 * H_STEP, some, some & (stop > 4),
         H_STEP, HAS_G_C, HAS_G_H,
     )
-    cut_3 = flag_at(reset_row, stop - 4, whole < stop, HAS_RESET)
+    cuts = with_flag(cuts, 3, reset_row, stop - 4, whole < stop, HAS_RESET)
     t = stop - 1
     while t >= whole:
         more = t - 4 >= whole
         some = mask & more
         now_x_f_0, now_x_c_0, now_x_o_0, now_c_0, now_h_0, now_g_c_0, now_g_h_0 = widen(
-            x_f_0, x_c_0, x_o_0, c_0, h_0, g_c_0, g_h_0, cut_0, c_first, h_first, t, False, HAS_RESET, COMPUTE,
+            x_f_0, x_c_0, x_o_0, c_0, h_0, g_c_0, g_h_0, flag_of(cuts, 0), c_first, h_first, t, False, HAS_RESET,
+            COMPUTE,
         )
-        now_cut_0 = cut_0
         now_x_f_1, now_x_c_1, now_x_o_1, now_c_1, now_h_1, now_g_c_1, now_g_h_1 = widen(
-            x_f_1, x_c_1, x_o_1, c_1, h_1, g_c_1, g_h_1, cut_1, c_first, h_first, t - 1, False, HAS_RESET, COMPUTE,
+            x_f_1, x_c_1, x_o_1, c_1, h_1, g_c_1, g_h_1, flag_of(cuts, 1), c_first, h_first, t - 1, False, HAS_RESET,
+            COMPUTE,
         )
-        now_cut_1 = cut_1
         now_x_f_2, now_x_c_2, now_x_o_2, now_c_2, now_h_2, now_g_c_2, now_g_h_2 = widen(
-            x_f_2, x_c_2, x_o_2, c_2, h_2, g_c_2, g_h_2, cut_2, c_first, h_first, t - 2, False, HAS_RESET, COMPUTE,
+            x_f_2, x_c_2, x_o_2, c_2, h_2, g_c_2, g_h_2, flag_of(cuts, 2), c_first, h_first, t - 2, False, HAS_RESET,
+            COMPUTE,
         )
-        now_cut_2 = cut_2
         now_x_f_3, now_x_c_3, now_x_o_3, now_c_3, now_h_3, now_g_c_3, now_g_h_3 = widen(
-            x_f_3, x_c_3, x_o_3, c_3, h_3, g_c_3, g_h_3, cut_3, c_first, h_first, t - 3, True, HAS_RESET, COMPUTE,
+            x_f_3, x_c_3, x_o_3, c_3, h_3, g_c_3, g_h_3, flag_of(cuts, 3), c_first, h_first, t - 3, True, HAS_RESET,
+            COMPUTE,
         )
-        now_cut_3 = cut_3
+        now_cuts, cuts = cuts, 0
         x_f_0, x_c_0, x_o_0, c_0, h_0, g_c_0, g_h_0 = load_step(
             x_f_row, x_c_row, x_o_row, c_row, h_row, g_c_row, g_h_row, -4 * X_STEP, -4 * H_STEP, some, some, H_STEP,
             HAS_G_C, HAS_G_H,
         )
-        cut_0 = flag_at(reset_row, t - 4, more, HAS_RESET)
+        cuts = with_flag(cuts, 0, reset_row, t - 4, more, HAS_RESET)
         x_f_1, x_c_1, x_o_1, c_1, h_1, g_c_1, g_h_1 = load_step(
             x_f_row, x_c_row, x_o_row, c_row, h_row, g_c_row, g_h_row, -5 * X_STEP, -5 * H_STEP, some, some, H_STEP,
             HAS_G_C, HAS_G_H,
         )
-        cut_1 = flag_at(reset_row, t - 5, more, HAS_RESET)
+        cuts = with_flag(cuts, 1, reset_row, t - 5, more, HAS_RESET)
         x_f_2, x_c_2, x_o_2, c_2, h_2, g_c_2, g_h_2 = load_step(
             x_f_row, x_c_row, x_o_row, c_row, h_row, g_c_row, g_h_row, -6 * X_STEP, -6 * H_STEP, some, some, H_STEP,
             HAS_G_C, HAS_G_H,
         )
-        cut_2 = flag_at(reset_row, t - 6, more, HAS_RESET)
+        cuts = with_flag(cuts, 2, reset_row, t - 6, more, HAS_RESET)
         x_f_3, x_c_3, x_o_3, c_3, h_3, g_c_3, g_h_3 = load_step(
             x_f_row, x_c_row, x_o_row, c_row, h_row, g_c_row, g_h_row, -7 * X_STEP, -7 * H_STEP, some, some & (t > 7),
             H_STEP, HAS_G_C, HAS_G_H,
         )
-        cut_3 = flag_at(reset_row, t - 7, more, HAS_RESET)
+        cuts = with_flag(cuts, 3, reset_row, t - 7, more, HAS_RESET)
         carry_c, carry_h, to_a_f, to_a_c, to_a_o, to_p_f, to_p_o = retreat(
-            carry_c, carry_h, now_x_f_0, now_x_c_0, now_x_o_0, now_c_0, now_h_0, now_g_c_0, now_g_h_0, now_cut_0, a_f,
-            a_c, a_o, p_f, p_o, to_x_f_row, to_x_c_row, to_x_o_row, 0, mask, HAS_RESET,
+            carry_c, carry_h, now_x_f_0, now_x_c_0, now_x_o_0, now_c_0, now_h_0, now_g_c_0, now_g_h_0,
+            flag_of(now_cuts, 0), a_f, a_c, a_o, p_f, p_o, to_x_f_row, to_x_c_row, to_x_o_row, 0, mask, HAS_RESET,
         )
         part_a_f = to_a_f
         part_a_c = to_a_c
@@ -989,8 +1177,8 @@ def backward_kernel(
         part_p_f = to_p_f
         part_p_o = to_p_o
         carry_c, carry_h, to_a_f, to_a_c, to_a_o, to_p_f, to_p_o = retreat(
-            carry_c, carry_h, now_x_f_1, now_x_c_1, now_x_o_1, now_c_1, now_h_1, now_g_c_1, now_g_h_1, now_cut_1, a_f,
-            a_c, a_o, p_f, p_o, to_x_f_row, to_x_c_row, to_x_o_row, -H_STEP, mask, HAS_RESET,
+            carry_c, carry_h, now_x_f_1, now_x_c_1, now_x_o_1, now_c_1, now_h_1, now_g_c_1, now_g_h_1,
+            flag_of(now_cuts, 1), a_f, a_c, a_o, p_f, p_o, to_x_f_row, to_x_c_row, to_x_o_row, -H_STEP, mask, HAS_RESET,
         )
         part_a_f = part_a_f + to_a_f
         part_a_c = part_a_c + to_a_c
@@ -998,8 +1186,9 @@ def backward_kernel(
         part_p_f = part_p_f + to_p_f
         part_p_o = part_p_o + to_p_o
         carry_c, carry_h, to_a_f, to_a_c, to_a_o, to_p_f, to_p_o = retreat(
-            carry_c, carry_h, now_x_f_2, now_x_c_2, now_x_o_2, now_c_2, now_h_2, now_g_c_2, now_g_h_2, now_cut_2, a_f,
-            a_c, a_o, p_f, p_o, to_x_f_row, to_x_c_row, to_x_o_row, -2 * H_STEP, mask, HAS_RESET,
+            carry_c, carry_h, now_x_f_2, now_x_c_2, now_x_o_2, now_c_2, now_h_2, now_g_c_2, now_g_h_2,
+            flag_of(now_cuts, 2), a_f, a_c, a_o, p_f, p_o, to_x_f_row, to_x_c_row, to_x_o_row, -2 * H_STEP, mask,
+            HAS_RESET,
         )
         part_a_f = part_a_f + to_a_f
         part_a_c = part_a_c + to_a_c
@@ -1007,8 +1196,9 @@ def backward_kernel(
         part_p_f = part_p_f + to_p_f
         part_p_o = part_p_o + to_p_o
         carry_c, carry_h, to_a_f, to_a_c, to_a_o, to_p_f, to_p_o = retreat(
-            carry_c, carry_h, now_x_f_3, now_x_c_3, now_x_o_3, now_c_3, now_h_3, now_g_c_3, now_g_h_3, now_cut_3, a_f,
-            a_c, a_o, p_f, p_o, to_x_f_row, to_x_c_row, to_x_o_row, -3 * H_STEP, mask, HAS_RESET,
+            carry_c, carry_h, now_x_f_3, now_x_c_3, now_x_o_3, now_c_3, now_h_3, now_g_c_3, now_g_h_3,
+            flag_of(now_cuts, 3), a_f, a_c, a_o, p_f, p_o, to_x_f_row, to_x_c_row, to_x_o_row, -3 * H_STEP, mask,
+            HAS_RESET,
         )
         part_a_f = part_a_f + to_a_f
         part_a_c = part_a_c + to_a_c
@@ -1040,10 +1230,9 @@ def backward_kernel(
         now_x_f, now_x_c, now_x_o, now_c, now_h, now_g_c, now_g_h = widen(
             x_f, x_c, x_o, c, h, g_c, g_h, cut, c_first, h_first, t, True, HAS_RESET, COMPUTE,
         )
-        now_cut = cut
         carry_c, carry_h, to_a_f, to_a_c, to_a_o, to_p_f, to_p_o = retreat(
-            carry_c, carry_h, now_x_f, now_x_c, now_x_o, now_c, now_h, now_g_c, now_g_h, now_cut, a_f, a_c, a_o, p_f,
-            p_o, to_x_f_row, to_x_c_row, to_x_o_row, 0, mask, HAS_RESET,
+            carry_c, carry_h, now_x_f, now_x_c, now_x_o, now_c, now_h, now_g_c, now_g_h, cut, a_f, a_c, a_o, p_f, p_o,
+            to_x_f_row, to_x_c_row, to_x_o_row, 0, mask, HAS_RESET,
         )
         sum_a_f, lost_a_f = add_compensated(sum_a_f, lost_a_f, to_a_f)
         sum_a_c, lost_a_c = add_compensated(sum_a_c, lost_a_c, to_a_c)

@@ -23,6 +23,7 @@ from ..triton_math import (
     exp,
     finite,
     flag_at,
+    flag_of,
     largest_size,
     largest_update,
     log1p,
@@ -32,6 +33,7 @@ from ..triton_math import (
     sigmoid,
     spread,
     tanh,
+    with_flag,
 )
 
 
@@ -263,26 +265,27 @@ def walk_piece(
     s_row += tl.cast(start, tl.int64) * H_STEP
     y_row += tl.cast(start, tl.int64) * H_STEP
     h_row += tl.cast(start, tl.int64) * H_STEP
+    cuts = 0
     x_i_0 = tl.load(x_i_row, mask=some, other=0.0)
     x_f_0 = tl.load(x_f_row, mask=some, other=0.0)
     x_z_0 = tl.load(x_z_row, mask=some, other=0.0)
     x_o_0 = tl.load(x_o_row, mask=some, other=0.0)
-    cut_0 = flag_at(reset_row, start, start < whole, HAS_RESET)
+    cuts = with_flag(cuts, 0, reset_row, start, start < whole, HAS_RESET)
     x_i_1 = tl.load(x_i_row + X_STEP, mask=some, other=0.0)
     x_f_1 = tl.load(x_f_row + X_STEP, mask=some, other=0.0)
     x_z_1 = tl.load(x_z_row + X_STEP, mask=some, other=0.0)
     x_o_1 = tl.load(x_o_row + X_STEP, mask=some, other=0.0)
-    cut_1 = flag_at(reset_row, start + 1, start < whole, HAS_RESET)
+    cuts = with_flag(cuts, 1, reset_row, start + 1, start < whole, HAS_RESET)
     x_i_2 = tl.load(x_i_row + 2 * X_STEP, mask=some, other=0.0)
     x_f_2 = tl.load(x_f_row + 2 * X_STEP, mask=some, other=0.0)
     x_z_2 = tl.load(x_z_row + 2 * X_STEP, mask=some, other=0.0)
     x_o_2 = tl.load(x_o_row + 2 * X_STEP, mask=some, other=0.0)
-    cut_2 = flag_at(reset_row, start + 2, start < whole, HAS_RESET)
+    cuts = with_flag(cuts, 2, reset_row, start + 2, start < whole, HAS_RESET)
     x_i_3 = tl.load(x_i_row + 3 * X_STEP, mask=some, other=0.0)
     x_f_3 = tl.load(x_f_row + 3 * X_STEP, mask=some, other=0.0)
     x_z_3 = tl.load(x_z_row + 3 * X_STEP, mask=some, other=0.0)
     x_o_3 = tl.load(x_o_row + 3 * X_STEP, mask=some, other=0.0)
-    cut_3 = flag_at(reset_row, start + 3, start < whole, HAS_RESET)
+    cuts = with_flag(cuts, 3, reset_row, start + 3, start < whole, HAS_RESET)
     t = start
     met = 0
     while (t < whole) & (met == 0):
@@ -292,59 +295,58 @@ def walk_piece(
         now_x_f_0 = x_f_0.to(COMPUTE)
         now_x_z_0 = x_z_0.to(COMPUTE)
         now_x_o_0 = x_o_0.to(COMPUTE)
-        now_cut_0 = cut_0
         now_x_i_1 = x_i_1.to(COMPUTE)
         now_x_f_1 = x_f_1.to(COMPUTE)
         now_x_z_1 = x_z_1.to(COMPUTE)
         now_x_o_1 = x_o_1.to(COMPUTE)
-        now_cut_1 = cut_1
         now_x_i_2 = x_i_2.to(COMPUTE)
         now_x_f_2 = x_f_2.to(COMPUTE)
         now_x_z_2 = x_z_2.to(COMPUTE)
         now_x_o_2 = x_o_2.to(COMPUTE)
-        now_cut_2 = cut_2
         now_x_i_3 = x_i_3.to(COMPUTE)
         now_x_f_3 = x_f_3.to(COMPUTE)
         now_x_z_3 = x_z_3.to(COMPUTE)
         now_x_o_3 = x_o_3.to(COMPUTE)
-        now_cut_3 = cut_3
+        now_cuts, cuts = cuts, 0
         x_i_0 = tl.load(x_i_row + 4 * X_STEP, mask=some, other=0.0)
         x_f_0 = tl.load(x_f_row + 4 * X_STEP, mask=some, other=0.0)
         x_z_0 = tl.load(x_z_row + 4 * X_STEP, mask=some, other=0.0)
         x_o_0 = tl.load(x_o_row + 4 * X_STEP, mask=some, other=0.0)
-        cut_0 = flag_at(reset_row, t + 4, more, HAS_RESET)
+        cuts = with_flag(cuts, 0, reset_row, t + 4, more, HAS_RESET)
         x_i_1 = tl.load(x_i_row + 5 * X_STEP, mask=some, other=0.0)
         x_f_1 = tl.load(x_f_row + 5 * X_STEP, mask=some, other=0.0)
         x_z_1 = tl.load(x_z_row + 5 * X_STEP, mask=some, other=0.0)
         x_o_1 = tl.load(x_o_row + 5 * X_STEP, mask=some, other=0.0)
-        cut_1 = flag_at(reset_row, t + 5, more, HAS_RESET)
+        cuts = with_flag(cuts, 1, reset_row, t + 5, more, HAS_RESET)
         x_i_2 = tl.load(x_i_row + 6 * X_STEP, mask=some, other=0.0)
         x_f_2 = tl.load(x_f_row + 6 * X_STEP, mask=some, other=0.0)
         x_z_2 = tl.load(x_z_row + 6 * X_STEP, mask=some, other=0.0)
         x_o_2 = tl.load(x_o_row + 6 * X_STEP, mask=some, other=0.0)
-        cut_2 = flag_at(reset_row, t + 6, more, HAS_RESET)
+        cuts = with_flag(cuts, 2, reset_row, t + 6, more, HAS_RESET)
         x_i_3 = tl.load(x_i_row + 7 * X_STEP, mask=some, other=0.0)
         x_f_3 = tl.load(x_f_row + 7 * X_STEP, mask=some, other=0.0)
         x_z_3 = tl.load(x_z_row + 7 * X_STEP, mask=some, other=0.0)
         x_o_3 = tl.load(x_o_row + 7 * X_STEP, mask=some, other=0.0)
-        cut_3 = flag_at(reset_row, t + 7, more, HAS_RESET)
+        cuts = with_flag(cuts, 3, reset_row, t + 7, more, HAS_RESET)
         s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h = advance(
             s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, now_x_i_0, now_x_f_0, now_x_z_0,
-            now_x_o_0, r_i, r_f, r_z, r_o, now_cut_0, s_row, y_row, h_row, 0, mask, HAS_RESET, JACOBIAN, COMPUTE,
+            now_x_o_0, r_i, r_f, r_z, r_o, flag_of(now_cuts, 0), s_row, y_row, h_row, 0, mask, HAS_RESET, JACOBIAN,
+            COMPUTE,
         )
         s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h = advance(
             s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, now_x_i_1, now_x_f_1, now_x_z_1,
-            now_x_o_1, r_i, r_f, r_z, r_o, now_cut_1, s_row, y_row, h_row, H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
+            now_x_o_1, r_i, r_f, r_z, r_o, flag_of(now_cuts, 1), s_row, y_row, h_row, H_STEP, mask, HAS_RESET, JACOBIAN,
+            COMPUTE,
         )
         s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h = advance(
             s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, now_x_i_2, now_x_f_2, now_x_z_2,
-            now_x_o_2, r_i, r_f, r_z, r_o, now_cut_2, s_row, y_row, h_row, 2 * H_STEP, mask, HAS_RESET, JACOBIAN,
-            COMPUTE,
+            now_x_o_2, r_i, r_f, r_z, r_o, flag_of(now_cuts, 2), s_row, y_row, h_row, 2 * H_STEP, mask, HAS_RESET,
+            JACOBIAN, COMPUTE,
         )
         s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h = advance(
             s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, now_x_i_3, now_x_f_3, now_x_z_3,
-            now_x_o_3, r_i, r_f, r_z, r_o, now_cut_3, s_row, y_row, h_row, 3 * H_STEP, mask, HAS_RESET, JACOBIAN,
-            COMPUTE,
+            now_x_o_3, r_i, r_f, r_z, r_o, flag_of(now_cuts, 3), s_row, y_row, h_row, 3 * H_STEP, mask, HAS_RESET,
+            JACOBIAN, COMPUTE,
         )
         t += 4
         x_i_row += 4 * X_STEP
@@ -354,6 +356,108 @@ def walk_piece(
         s_row += 4 * H_STEP
         y_row += 4 * H_STEP
         h_row += 4 * H_STEP
+        if PIECES:
+            edge = ((t - start) % CHECK == 0) | (t >= stop)
+            if edge:
+                here = tl.cast((t - 1) // CHECK, tl.int64) * H_STEP
+                met = keep(s, y, h, s_check_row, y_check_row, h_check_row, here, mask, tol, MEET)
+    while (t < stop) & (met == 0):
+        x_i = tl.load(x_i_row, mask=mask, other=0.0)
+        x_f = tl.load(x_f_row, mask=mask, other=0.0)
+        x_z = tl.load(x_z_row, mask=mask, other=0.0)
+        x_o = tl.load(x_o_row, mask=mask, other=0.0)
+        cut = flag_at(reset_row, t, t < stop, HAS_RESET)
+        s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h = advance(
+            s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, x_i, x_f, x_z, x_o, r_i, r_f, r_z,
+            r_o, cut, s_row, y_row, h_row, 0, mask, HAS_RESET, JACOBIAN, COMPUTE,
+        )
+        t += 1
+        x_i_row += X_STEP
+        x_f_row += X_STEP
+        x_z_row += X_STEP
+        x_o_row += X_STEP
+        s_row += H_STEP
+        y_row += H_STEP
+        h_row += H_STEP
+        if PIECES:
+            edge = ((t - start) % CHECK == 0) | (t >= stop)
+            if edge:
+                here = tl.cast((t - 1) // CHECK, tl.int64) * H_STEP
+                met = keep(s, y, h, s_check_row, y_check_row, h_check_row, here, mask, tol, MEET)
+    return s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, t, met
+
+
+@triton.jit
+def walk_again(
+    s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, x_i_row, x_f_row, x_z_row, x_o_row, r_i,
+    r_f, r_z, r_o, s_row, y_row, h_row, s_check_row, y_check_row, h_check_row, reset_row, start, stop, mask, tol,
+    X_STEP: tl.constexpr, H_STEP: tl.constexpr, HAS_RESET: tl.constexpr, PIECES: tl.constexpr, JACOBIAN: tl.constexpr,
+    MEET: tl.constexpr, COMPUTE: tl.constexpr, CHECK: tl.constexpr,
+):
+    """Walks from start to stop, with MEET until the state meets the stored one. With PIECES it keeps a checkpoint
+    every CHECK steps (start is a multiple of that), with JACOBIAN the product of Jacobians."""
+    whole = start + (stop - start) // 2 * 2
+    some = mask & (start < whole)
+    x_i_row += tl.cast(start, tl.int64) * X_STEP
+    x_f_row += tl.cast(start, tl.int64) * X_STEP
+    x_z_row += tl.cast(start, tl.int64) * X_STEP
+    x_o_row += tl.cast(start, tl.int64) * X_STEP
+    s_row += tl.cast(start, tl.int64) * H_STEP
+    y_row += tl.cast(start, tl.int64) * H_STEP
+    h_row += tl.cast(start, tl.int64) * H_STEP
+    cuts = 0
+    x_i_0 = tl.load(x_i_row, mask=some, other=0.0)
+    x_f_0 = tl.load(x_f_row, mask=some, other=0.0)
+    x_z_0 = tl.load(x_z_row, mask=some, other=0.0)
+    x_o_0 = tl.load(x_o_row, mask=some, other=0.0)
+    cuts = with_flag(cuts, 0, reset_row, start, start < whole, HAS_RESET)
+    x_i_1 = tl.load(x_i_row + X_STEP, mask=some, other=0.0)
+    x_f_1 = tl.load(x_f_row + X_STEP, mask=some, other=0.0)
+    x_z_1 = tl.load(x_z_row + X_STEP, mask=some, other=0.0)
+    x_o_1 = tl.load(x_o_row + X_STEP, mask=some, other=0.0)
+    cuts = with_flag(cuts, 1, reset_row, start + 1, start < whole, HAS_RESET)
+    t = start
+    met = 0
+    while (t < whole) & (met == 0):
+        more = t + 2 < whole
+        some = mask & more
+        now_x_i_0 = x_i_0.to(COMPUTE)
+        now_x_f_0 = x_f_0.to(COMPUTE)
+        now_x_z_0 = x_z_0.to(COMPUTE)
+        now_x_o_0 = x_o_0.to(COMPUTE)
+        now_x_i_1 = x_i_1.to(COMPUTE)
+        now_x_f_1 = x_f_1.to(COMPUTE)
+        now_x_z_1 = x_z_1.to(COMPUTE)
+        now_x_o_1 = x_o_1.to(COMPUTE)
+        now_cuts, cuts = cuts, 0
+        x_i_0 = tl.load(x_i_row + 2 * X_STEP, mask=some, other=0.0)
+        x_f_0 = tl.load(x_f_row + 2 * X_STEP, mask=some, other=0.0)
+        x_z_0 = tl.load(x_z_row + 2 * X_STEP, mask=some, other=0.0)
+        x_o_0 = tl.load(x_o_row + 2 * X_STEP, mask=some, other=0.0)
+        cuts = with_flag(cuts, 0, reset_row, t + 2, more, HAS_RESET)
+        x_i_1 = tl.load(x_i_row + 3 * X_STEP, mask=some, other=0.0)
+        x_f_1 = tl.load(x_f_row + 3 * X_STEP, mask=some, other=0.0)
+        x_z_1 = tl.load(x_z_row + 3 * X_STEP, mask=some, other=0.0)
+        x_o_1 = tl.load(x_o_row + 3 * X_STEP, mask=some, other=0.0)
+        cuts = with_flag(cuts, 1, reset_row, t + 3, more, HAS_RESET)
+        s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h = advance(
+            s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, now_x_i_0, now_x_f_0, now_x_z_0,
+            now_x_o_0, r_i, r_f, r_z, r_o, flag_of(now_cuts, 0), s_row, y_row, h_row, 0, mask, HAS_RESET, JACOBIAN,
+            COMPUTE,
+        )
+        s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h = advance(
+            s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, now_x_i_1, now_x_f_1, now_x_z_1,
+            now_x_o_1, r_i, r_f, r_z, r_o, flag_of(now_cuts, 1), s_row, y_row, h_row, H_STEP, mask, HAS_RESET, JACOBIAN,
+            COMPUTE,
+        )
+        t += 2
+        x_i_row += 2 * X_STEP
+        x_f_row += 2 * X_STEP
+        x_z_row += 2 * X_STEP
+        x_o_row += 2 * X_STEP
+        s_row += 2 * H_STEP
+        y_row += 2 * H_STEP
+        h_row += 2 * H_STEP
         if PIECES:
             edge = ((t - start) % CHECK == 0) | (t >= stop)
             if edge:
@@ -659,28 +763,30 @@ def segments_kernel(
         tl.store(s_used_ptr + at, s_entry, mask=mask)
         tl.store(y_used_ptr + at, y_entry, mask=mask)
         tl.store(h_used_ptr + at, h_entry, mask=mask)
-        s = s_entry
-        y = y_entry
-        h = h_entry
-        m_s_s = tl.zeros_like(s_entry) + 1.0
-        m_s_y = tl.zeros_like(s_entry) + 0.0
-        m_s_h = tl.zeros_like(s_entry) + 0.0
-        m_y_s = tl.zeros_like(s_entry) + 0.0
-        m_y_y = tl.zeros_like(s_entry) + 1.0
-        m_y_h = tl.zeros_like(s_entry) + 0.0
-        m_h_s = tl.zeros_like(s_entry) + 0.0
-        m_h_y = tl.zeros_like(s_entry) + 0.0
-        m_h_h = tl.zeros_like(s_entry) + 1.0
-        s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, t, met = walk_piece(
-            s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, x_i_row, x_f_row, x_z_row, x_o_row,
-            r_i, r_f, r_z, r_o, s_row, y_row, h_row, s_check_row, y_check_row, h_check_row, reset_row, start, stop,
-            mask, tol, X_STEP, H_STEP, HAS_RESET, True, AGAIN, AGAIN, COMPUTE, CHECK,
-        )
-        if met == 0:
-            tl.store(s_end_ptr + at, s, mask=mask)
-            tl.store(y_end_ptr + at, y, mask=mask)
-            tl.store(h_end_ptr + at, h, mask=mask)
-            if AGAIN:
+        if AGAIN:
+            s = s_entry
+            y = y_entry
+            h = h_entry
+            m_s_s = tl.zeros_like(s_entry) + 1.0
+            m_s_y = tl.zeros_like(s_entry) + 0.0
+            m_s_h = tl.zeros_like(s_entry) + 0.0
+            m_y_s = tl.zeros_like(s_entry) + 0.0
+            m_y_y = tl.zeros_like(s_entry) + 1.0
+            m_y_h = tl.zeros_like(s_entry) + 0.0
+            m_h_s = tl.zeros_like(s_entry) + 0.0
+            m_h_y = tl.zeros_like(s_entry) + 0.0
+            m_h_h = tl.zeros_like(s_entry) + 1.0
+            (
+                s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, t, met,
+            ) = walk_again(
+                s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, x_i_row, x_f_row, x_z_row,
+                x_o_row, r_i, r_f, r_z, r_o, s_row, y_row, h_row, s_check_row, y_check_row, h_check_row, reset_row,
+                start, stop, mask, tol, X_STEP, H_STEP, HAS_RESET, True, True, True, COMPUTE, CHECK,
+            )
+            if met == 0:
+                tl.store(s_end_ptr + at, s, mask=mask)
+                tl.store(y_end_ptr + at, y, mask=mask)
+                tl.store(h_end_ptr + at, h, mask=mask)
                 tl.store(m_s_s_ptr + at, m_s_s, mask=mask)
                 tl.store(m_s_y_ptr + at, m_s_y, mask=mask)
                 tl.store(m_s_h_ptr + at, m_s_h, mask=mask)
@@ -690,10 +796,32 @@ def segments_kernel(
                 tl.store(m_h_s_ptr + at, m_h_s, mask=mask)
                 tl.store(m_h_y_ptr + at, m_h_y, mask=mask)
                 tl.store(m_h_h_ptr + at, m_h_h, mask=mask)
-        if AGAIN:
             walked = tl.load(walked_ptr + program) + (t - start).to(tl.int32)
             tl.store(walked_ptr + program, walked)
             tl.store(rounds_ptr + program, tl.load(rounds_ptr + program) + 1)
+        else:
+            s = s_entry
+            y = y_entry
+            h = h_entry
+            m_s_s = s_entry
+            m_s_y = s_entry
+            m_s_h = s_entry
+            m_y_s = s_entry
+            m_y_y = s_entry
+            m_y_h = s_entry
+            m_h_s = s_entry
+            m_h_y = s_entry
+            m_h_h = s_entry
+            (
+                s, y, h, _m_s_s, _m_s_y, _m_s_h, _m_y_s, _m_y_y, _m_y_h, _m_h_s, _m_h_y, _m_h_h, t, met,
+            ) = walk_piece(
+                s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, x_i_row, x_f_row, x_z_row,
+                x_o_row, r_i, r_f, r_z, r_o, s_row, y_row, h_row, s_check_row, y_check_row, h_check_row, reset_row,
+                start, stop, mask, tol, X_STEP, H_STEP, HAS_RESET, True, False, False, COMPUTE, CHECK,
+            )
+            tl.store(s_end_ptr + at, s, mask=mask)
+            tl.store(y_end_ptr + at, y, mask=mask)
+            tl.store(h_end_ptr + at, h, mask=mask)
 
 
 @triton.jit(do_not_specialize=["pieces", "batches"])
@@ -807,7 +935,7 @@ def segments_finish_kernel(
             m_h_h = s_entry
             (
                 s, y, h, _m_s_s, _m_s_y, _m_s_h, _m_y_s, _m_y_y, _m_y_h, _m_h_s, _m_h_y, _m_h_h, t, met,
-            ) = walk_piece(
+            ) = walk_again(
                 s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, x_i_row, x_f_row, x_z_row,
                 x_o_row, r_i, r_f, r_z, r_o, s_row, y_row, h_row, s_check_row, y_check_row, h_check_row, reset_row,
                 start, stop, mask, tol, X_STEP, H_STEP, HAS_RESET, True, False, True, COMPUTE, CHECK,
@@ -968,16 +1096,17 @@ def backward_kernel(
     to_x_f_row += tl.cast(stop - 1, tl.int64) * H_STEP
     to_x_z_row += tl.cast(stop - 1, tl.int64) * H_STEP
     to_x_o_row += tl.cast(stop - 1, tl.int64) * H_STEP
+    cuts = 0
     x_i_0, x_f_0, x_z_0, x_o_0, s_0, y_0, h_0, g_s_0, g_y_0, g_h_0 = load_step(
         x_i_row, x_f_row, x_z_row, x_o_row, s_row, y_row, h_row, g_s_row, g_y_row, g_h_row, 0, 0, some, some, H_STEP,
         HAS_G_S, HAS_G_Y, HAS_G_H,
     )
-    cut_0 = flag_at(reset_row, stop - 1, whole < stop, HAS_RESET)
+    cuts = with_flag(cuts, 0, reset_row, stop - 1, whole < stop, HAS_RESET)
     x_i_1, x_f_1, x_z_1, x_o_1, s_1, y_1, h_1, g_s_1, g_y_1, g_h_1 = load_step(
         x_i_row, x_f_row, x_z_row, x_o_row, s_row, y_row, h_row, g_s_row, g_y_row, g_h_row, -X_STEP, -H_STEP, some,
         some & (stop > 2), H_STEP, HAS_G_S, HAS_G_Y, HAS_G_H,
     )
-    cut_1 = flag_at(reset_row, stop - 2, whole < stop, HAS_RESET)
+    cuts = with_flag(cuts, 1, reset_row, stop - 2, whole < stop, HAS_RESET)
     t = stop - 1
     while t >= whole:
         more = t - 2 >= whole
@@ -985,31 +1114,30 @@ def backward_kernel(
         (
             now_x_i_0, now_x_f_0, now_x_z_0, now_x_o_0, now_s_0, now_y_0, now_h_0, now_g_s_0, now_g_y_0, now_g_h_0,
         ) = widen(
-            x_i_0, x_f_0, x_z_0, x_o_0, s_0, y_0, h_0, g_s_0, g_y_0, g_h_0, cut_0, s_first, y_first, h_first, t, False,
-            HAS_RESET, COMPUTE,
+            x_i_0, x_f_0, x_z_0, x_o_0, s_0, y_0, h_0, g_s_0, g_y_0, g_h_0, flag_of(cuts, 0), s_first, y_first, h_first,
+            t, False, HAS_RESET, COMPUTE,
         )
-        now_cut_0 = cut_0
         (
             now_x_i_1, now_x_f_1, now_x_z_1, now_x_o_1, now_s_1, now_y_1, now_h_1, now_g_s_1, now_g_y_1, now_g_h_1,
         ) = widen(
-            x_i_1, x_f_1, x_z_1, x_o_1, s_1, y_1, h_1, g_s_1, g_y_1, g_h_1, cut_1, s_first, y_first, h_first, t - 1,
-            True, HAS_RESET, COMPUTE,
+            x_i_1, x_f_1, x_z_1, x_o_1, s_1, y_1, h_1, g_s_1, g_y_1, g_h_1, flag_of(cuts, 1), s_first, y_first, h_first,
+            t - 1, True, HAS_RESET, COMPUTE,
         )
-        now_cut_1 = cut_1
+        now_cuts, cuts = cuts, 0
         x_i_0, x_f_0, x_z_0, x_o_0, s_0, y_0, h_0, g_s_0, g_y_0, g_h_0 = load_step(
             x_i_row, x_f_row, x_z_row, x_o_row, s_row, y_row, h_row, g_s_row, g_y_row, g_h_row, -2 * X_STEP,
             -2 * H_STEP, some, some, H_STEP, HAS_G_S, HAS_G_Y, HAS_G_H,
         )
-        cut_0 = flag_at(reset_row, t - 2, more, HAS_RESET)
+        cuts = with_flag(cuts, 0, reset_row, t - 2, more, HAS_RESET)
         x_i_1, x_f_1, x_z_1, x_o_1, s_1, y_1, h_1, g_s_1, g_y_1, g_h_1 = load_step(
             x_i_row, x_f_row, x_z_row, x_o_row, s_row, y_row, h_row, g_s_row, g_y_row, g_h_row, -3 * X_STEP,
             -3 * H_STEP, some, some & (t > 3), H_STEP, HAS_G_S, HAS_G_Y, HAS_G_H,
         )
-        cut_1 = flag_at(reset_row, t - 3, more, HAS_RESET)
+        cuts = with_flag(cuts, 1, reset_row, t - 3, more, HAS_RESET)
         carry_s, carry_y, carry_h, to_r_i, to_r_f, to_r_z, to_r_o = retreat(
             carry_s, carry_y, carry_h, now_x_i_0, now_x_f_0, now_x_z_0, now_x_o_0, now_s_0, now_y_0, now_h_0, now_g_s_0,
-            now_g_y_0, now_g_h_0, now_cut_0, r_i, r_f, r_z, r_o, to_x_i_row, to_x_f_row, to_x_z_row, to_x_o_row, 0,
-            mask, HAS_RESET,
+            now_g_y_0, now_g_h_0, flag_of(now_cuts, 0), r_i, r_f, r_z, r_o, to_x_i_row, to_x_f_row, to_x_z_row,
+            to_x_o_row, 0, mask, HAS_RESET,
         )
         part_r_i = to_r_i
         part_r_f = to_r_f
@@ -1017,8 +1145,8 @@ def backward_kernel(
         part_r_o = to_r_o
         carry_s, carry_y, carry_h, to_r_i, to_r_f, to_r_z, to_r_o = retreat(
             carry_s, carry_y, carry_h, now_x_i_1, now_x_f_1, now_x_z_1, now_x_o_1, now_s_1, now_y_1, now_h_1, now_g_s_1,
-            now_g_y_1, now_g_h_1, now_cut_1, r_i, r_f, r_z, r_o, to_x_i_row, to_x_f_row, to_x_z_row, to_x_o_row,
-            -H_STEP, mask, HAS_RESET,
+            now_g_y_1, now_g_h_1, flag_of(now_cuts, 1), r_i, r_f, r_z, r_o, to_x_i_row, to_x_f_row, to_x_z_row,
+            to_x_o_row, -H_STEP, mask, HAS_RESET,
         )
         part_r_i = part_r_i + to_r_i
         part_r_f = part_r_f + to_r_f
@@ -1054,10 +1182,9 @@ def backward_kernel(
         ) = widen(
             x_i, x_f, x_z, x_o, s, y, h, g_s, g_y, g_h, cut, s_first, y_first, h_first, t, True, HAS_RESET, COMPUTE,
         )
-        now_cut = cut
         carry_s, carry_y, carry_h, to_r_i, to_r_f, to_r_z, to_r_o = retreat(
             carry_s, carry_y, carry_h, now_x_i, now_x_f, now_x_z, now_x_o, now_s, now_y, now_h, now_g_s, now_g_y,
-            now_g_h, now_cut, r_i, r_f, r_z, r_o, to_x_i_row, to_x_f_row, to_x_z_row, to_x_o_row, 0, mask, HAS_RESET,
+            now_g_h, cut, r_i, r_f, r_z, r_o, to_x_i_row, to_x_f_row, to_x_z_row, to_x_o_row, 0, mask, HAS_RESET,
         )
         sum_r_i, lost_r_i = add_compensated(sum_r_i, lost_r_i, to_r_i)
         sum_r_f, lost_r_f = add_compensated(sum_r_f, lost_r_f, to_r_f)
