@@ -45,9 +45,14 @@ def plan(
     Without model.vocab_size the vocabulary is that of data.tokenizer, or of the task of data.synthetic.
     """
     from paralm.config_files import load_config
+    from paralm.errors import UserError
     from paralm.planning import Planner, device_of, plan_model
     from paralm.synthetic import vocab_size_of
 
+    if tokens is not None and not tokens > 0:
+        raise UserError(f"--tokens: {tokens:g} is not above 0")
+    if price is not None and not price >= 0:
+        raise UserError(f"--price: {price:g} is below 0")
     name, bare = _preset(config)
     given = list(overrides or [])
     if bare:
@@ -103,8 +108,8 @@ def _show_memory(planner: Planner, found: RunPlan) -> None:
         f"{found.micro_batches} a step\n"
     )
     peak = found.memory.peak
-    rows = [(kind, f"{size / 2**30:.2f} GiB") for kind, size in peak.kinds.items() if size >= 2**20]
-    table(None, ("memory of a GPU", f"in {peak.name}"), [*rows, ("all", f"{peak.total / 2**30:.2f} GiB")])
+    rows = [(kind, _size(size)) for kind, size in peak.kinds.items() if size]
+    table(None, ("memory of a GPU", f"in {peak.name}"), [*rows, ("all", _size(peak.total))])
     usable = found.device.usable / 2**30
     if found.memory.host:
         say(f"\nin the host's memory: {found.memory.host / 2**30:.1f} GiB a GPU")
@@ -125,23 +130,35 @@ def _show_memory(planner: Planner, found: RunPlan) -> None:
     )
 
 
+def _size(count: float) -> str:
+    """``12.94 GiB``, ``3.2 MiB``."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**28 else f"{count / 2**20:.1f} MiB"
+
+
+def _amount(count: float) -> str:
+    """``27.8 GB``."""
+    text = quantity(count)
+    return f"{text[:-1]} {text[-1]}B" if text[-1].isalpha() else f"{text} B"
+
+
 def _show_time(found: RunPlan, budget: float, origin: str, price: float | None) -> None:
     time, tokens = found.time, found.tokens_per_step
     seconds = found.seconds_of(budget)
     rate = tokens / time.step
-    sent = ", ".join(f"{kind} {size / 1e9:.3g} GB" for kind, size in found.exchange.by_kind().items())
+    sent = ", ".join(f"{kind} {_amount(size)}" for kind, size in found.exchange.by_kind().items())
     hours = seconds / 3600 * found.gpus
+    days = f"{seconds / 86400:.3g} days, " if seconds > 86400 else ""
     rows = [
         ("FLOPs a token", f"{found.flops_per_token:.3g}"),
-        ("memory traffic a token", f"{found.bytes_per_token / 1e6:.3g} MB"),
+        ("memory traffic a token", _amount(found.bytes_per_token)),
         ("communication a step", f"{sent or 'none'}  (a rank's collectives)"),
-        ("step", f"{time.step:.3g} s: compute {time.compute:.3g}, communication that nothing hides {time.exposed:.3g} "
-                 f"of {time.communication:.3g}, update {time.update:.2g}"),
+        ("step", f"{time.step:.3g} s: compute {time.compute:.3g}, communication that nothing hides {time.exposed:.2g} "
+                 f"of {time.communication:.2g}, update {time.update:.2g}"),
         ("tokens", f"{quantity(tokens)} a step, {quantity(rate)} a second, {quantity(rate / found.gpus)} a GPU"),
         ("MFU", f"{found.mfu:.1%}"),
-        (f"{quantity(budget)} tokens ({origin})", f"{seconds / 86400:.3g} days ({duration(seconds)}), "
-                                                  f"{hours:,.0f} GPU hours"),
-        ("checkpoint", f"{found.checkpoint / 1e9:.3g} GB, {duration(found.checkpoint_seconds)} to write"),
+        (f"{quantity(budget)} tokens ({origin})", f"{days}{duration(seconds)}, "
+                                                  f"{quantity(hours)} GPU hours"),
+        ("checkpoint", f"{_amount(found.checkpoint)}, {duration(found.checkpoint_seconds)} to write"),
     ]  # fmt: skip
     if price is not None:
         rows.insert(7, ("cost", f"{hours * price:,.0f} at {price:g} a GPU hour"))
