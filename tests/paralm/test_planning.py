@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from paralm.planning import Planner, device_of
 from paralm.planning.cost import exchange
 from paralm.planning.ledger import Ledger
 from paralm.planning.memory import optimizer_costs, sizes_of
+from paralm.planning.shards import CountedShards
 from paralm.planning.trace import trace
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -241,3 +245,45 @@ def test_an_unknown_device_is_told_the_list() -> None:
     with pytest.raises(UserError, match="h100, h200, a100, mi300x"):
         device_of("b300")
     assert device_of("H100") == device_of("h100")
+
+
+SHARDED = [
+    {"name": "paragru"},
+    {"name": "paralstm"},
+    {"name": "mamba2", "d_state": 8, "head_dim": 16},
+    {"name": "mlstm", "n_heads": 2},
+    {"name": "lstm", "n_heads": 2},
+]
+
+
+@pytest.fixture(scope="module")
+def really_sent(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, int]]:
+    """By the second of three ranks, of each of SHARDED."""
+    meeting = tmp_path_factory.mktemp("shards") / "meeting"
+    command = [sys.executable, "-m", "tests.paralm.planning_shards_worker"]
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), "3", str(meeting), json.dumps(SHARDED)],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(3)
+    ]
+    found = [rank.communicate(timeout=200) for rank in ranks]
+    assert all(rank.returncode == 0 for rank in ranks), found[1][1][-2000:]
+    sent: list[dict[str, int]] = json.loads(found[1][0].strip().splitlines()[-1])
+    return sent
+
+
+@pytest.mark.parametrize("index", range(len(SHARDED)), ids=[spec["name"] for spec in SHARDED])
+def test_what_is_counted_between_shards_is_what_is_sent(index: int, really_sent: list[dict[str, int]]) -> None:
+    from paralm_kernels import dry_run
+
+    from tests.paralm.planning_shards_worker import sent_by
+
+    with dry_run():
+        counted = sent_by(SHARDED[index], CountedShards(3), "meta")
+    assert counted == really_sent[index]

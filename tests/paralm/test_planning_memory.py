@@ -27,11 +27,11 @@ MIXERS = {
 
 
 def configuration(mixer: str, ranks: int, stage: int = 1, **training: Any) -> Config:
-    rows = training.pop("micro_batch_size", 4)
+    rows = training.pop("micro_batch_size", 3)
     shape = {"seq_len": 256, "micro_batch_size": rows, "global_batch_size": rows * ranks, **training}
     return Config.model_validate(
         {
-            "model": {"d_model": 192, "n_layers": 6, "mixer": MIXERS[mixer]},
+            "model": {"d_model": 160, "n_layers": 5, "mixer": MIXERS[mixer]},
             "training": shape,
             "parallel": {"zero_stage": stage},
         }
@@ -51,7 +51,7 @@ def measured(config: Config, ranks: int) -> list[int]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tests.paralm.planning_worker", config.model_dump_json(), str(VOCABULARY), "3"]
+    command = [sys.executable, "-m", "tests.paralm.planning_worker", config.model_dump_json(), str(VOCABULARY), "2"]
     shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     workers = [
         subprocess.Popen(
@@ -78,7 +78,8 @@ CASES = [
     ("mamba2", 1, 1, {}),
     ("attention", 1, 1, {}),
     ("attention", 1, 1, {"activation_checkpointing": True}),
-    ("paragru", 2, 1, {"micro_batch_size": 2}),
+    ("paragru", 1, 1, {"precision": "bf16"}),
+    ("paragru", 2, 1, {}),
 ]
 
 
