@@ -30,7 +30,7 @@ LINK = 0.75
 """Of a link's bandwidth, in a collective; assumed."""
 RESERVED, FRAGMENTED = 1.5 * 2**30, 0.05
 """Bytes of the context and the libraries, and the part of a device that fragments leave unused; assumed."""
-HOST_LINK, HOST_UPDATE = 25e9, 3e9
+HOST_LINK, HOST_UPDATE = 25e9, 1e9
 """Of offloading, on one of eight ranks of a node: bytes a second over PCIe, elements a second of Adam; assumed."""
 STORAGE = 2e9
 """Bytes a second that a node writes of a checkpoint; assumed."""

@@ -151,6 +151,16 @@ class Planner:
             added |= self._strongest(added, step)
         return None
 
+    def others(self, first: Changes) -> list[tuple[Changes, RunPlan]]:
+        """Changes after the first that fit too, of those that need no further trace."""
+        every = [changes for step in self._remedies() for changes in step]
+        later = every[every.index(first) + 1 :] if first in every else []
+        free = [
+            changes for changes in later if all(key.startswith("parallel.") and "time" not in key for key in changes)
+        ]
+        found = ((changes, self._fitting(changes)) for changes in free)
+        return [(changes, plan) for changes, plan in found if plan is not None]
+
     def _strongest(self, added: Changes, step: list[Changes]) -> Changes:
         """The last of a kind that is possible beside what was added."""
         for changes in reversed(step):

@@ -195,6 +195,9 @@ def test_paragru_7b_on_one_node() -> None:
     changes, better = remedy
     assert changes == {"training.activation_checkpointing": True}
     assert better.fits
+    others = made.others(changes)
+    assert [other[0] for other in others][:2] == [{"parallel.zero_stage": 2}, {"parallel.zero_stage": 3}]
+    assert all(other.fits for _, other in others)
     assert better.memory.peak.total < found.memory.peak.total - 15 * 2**30
     assert better.time.step > found.time.step
     assert 0.2 < better.mfu < found.mfu < 0.8

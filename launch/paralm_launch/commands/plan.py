@@ -121,13 +121,12 @@ def _show_memory(planner: Planner, found: RunPlan) -> None:
     if remedy is None:
         say("nothing that was tried fits (checkpointing, ZeRO 3, micro-batch 1, time shards, offloading): more GPUs")
         return
-    changes, better = remedy
-    words = " ".join(f"{key}={str(value).lower()}" for key, value in changes.items())
-    host = f", {better.memory.host / 2**30:.1f} GiB of the host's" if better.memory.host else ""
-    say(
-        f"fits with: {words}  ({better.memory.peak.total / 2**30:.1f} GiB{host}, "
-        f"{better.time.step:.3g} s a step instead of {found.time.step:.3g} s)"
-    )
+    for lead, (changes, better) in zip(
+        ("fits with", *["or with"] * 9), [remedy, *planner.others(remedy[0])], strict=False
+    ):
+        words = " ".join(f"{key}={str(value).lower()}" for key, value in changes.items())
+        host = f", {_size(better.memory.host)} of the host's" if better.memory.host else ""
+        say(f"{lead}: {words}  ({_size(better.memory.peak.total)}{host}, {better.time.step:.3g} s a step)")
 
 
 def _size(count: float) -> str:

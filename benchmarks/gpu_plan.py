@@ -1,6 +1,6 @@
 """Does a GPU hold and take what `paralm plan` says?
 
-    .venv/bin/python benchmarks/plan.py --presets paragru_400m paragru_1.3b mamba2_1.3b
+    .venv/bin/python benchmarks/gpu_plan.py --presets paragru_400m paragru_1.3b mamba2_1.3b
 
 Real training steps of model presets on this machine's GPU (ZeRO 1, one rank, bf16), beside the plan for one GPU of that
 kind: the allocator's peak, and the median of a step's seconds. Writes benchmarks/results/plan_DEVICE.json.
@@ -74,17 +74,18 @@ def main() -> None:
     parser.add_argument("--stage", type=int, default=1)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--checkpointing", choices=["off", "on", "both"], default="both")
-    parser.add_argument("--device", default="h100", help="the plan's name of this machine's GPU")
+    parser.add_argument("--device", help="the plan's name of this machine's GPU; default: by its own name")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     import torch
 
     sys.path.insert(0, str(ROOT / "tools"))
-    from paralm.planning import Planner, device_of
+    from paralm.planning import DEVICES, Planner, device_of
 
     if not torch.cuda.is_available():
-        sys.exit("benchmarks/plan.py: needs a GPU; on a CPU tests/paralm/test_planning_memory.py compares")
+        sys.exit("benchmarks/gpu_plan.py: needs a GPU; on a CPU tests/paralm/test_planning_memory.py compares")
     name = torch.cuda.get_device_name()
+    options.device = options.device or next((key for key in DEVICES if key in name.lower()), "h100")
     rows = []
     held, took = f"{'planned':>9} {'held':>9} {'ratio':>5}", f"{'planned':>8} {'took':>8} {'ratio':>5}"
     print(f"{'model':18} {'again':5} {held}   {took} {'MFU':>5}")
@@ -105,7 +106,7 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     out = options.out or ROOT / "benchmarks" / "results" / f"plan_{name.replace(' ', '_')}.json"
     shape = {key: getattr(options, key) for key in ("length", "micro", "accumulate", "stage", "steps")}
-    record = {"command": " ".join(["python", "benchmarks/plan.py", *sys.argv[1:]]), "commit": commit.stdout.strip()}
+    record = {"command": " ".join(["python", "benchmarks/gpu_plan.py", *sys.argv[1:]]), "commit": commit.stdout.strip()}
     record |= {"device": name, "torch": torch.__version__, "shape": shape, "rows": rows}
     out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(f"written: {out}")
