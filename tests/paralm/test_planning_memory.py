@@ -80,6 +80,8 @@ CASES = [
     ("attention", 1, 1, {"activation_checkpointing": True}),
     ("paragru", 1, 1, {"precision": "bf16"}),
     ("paragru", 2, 1, {}),
+    ("mamba2", 2, 2, {}),
+    ("paragru", 1, 3, {}),
 ]
 
 
