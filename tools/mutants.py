@@ -4,14 +4,18 @@
 replaces it, and the test that must then fail. Each is planted in a copy of the tree. A defect that no test
 notices, a test that fails without it, or a text that no longer stands in its file makes the command fail.
 
-    python tools/mutants.py [--jobs 2] [--passed] [NAME …]
+    python tools/mutants.py [--jobs 2] [--passed] [--recorded] [--record] [NAME …]
 
 --passed: the whole suite has just passed on this tree, so the named tests need not be run without a defect first.
+--recorded: what ``tests/mutants_caught.json`` says was caught is left out, unless its file, its test's file, a conftest
+or the defect itself has changed since; but for a sixteenth of them. --record writes that file anew, as far as it goes.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -25,6 +29,7 @@ from pathlib import Path
 from queue import Queue
 
 ROOT = Path(__file__).resolve().parent.parent
+CAUGHT = ROOT / "tests" / "mutants_caught.json"
 PARTS = (
     "paralm",
     "kernels",
@@ -56,6 +61,28 @@ def load(path: Path) -> list[Mutant]:
         if count != 1 or mutant.old == mutant.new:
             raise SystemExit(f"mutants: {mutant.name}: its text stands {count} times in {mutant.file}, not once")
     return mutants
+
+
+def fingerprint(mutant: Mutant) -> str:
+    """Of the defect, and of the files whose change may let it pass; 16 hexadecimal digits."""
+    test = ROOT / mutant.test.split("::")[0]
+    conftests = [folder / "conftest.py" for folder in test.parents if folder.is_relative_to(ROOT / "tests")]
+    texts = [mutant.name, mutant.old, mutant.new, mutant.test]
+    texts += [path.read_text(encoding="utf-8") for path in (ROOT / mutant.file, test, *conftests) if path.exists()]
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+
+
+def caught_before() -> dict[str, str]:
+    """Fingerprints by name."""
+    found: dict[str, str] = json.loads(CAUGHT.read_text(encoding="utf-8")) if CAUGHT.exists() else {}
+    return found
+
+
+def write_caught(mutants: list[Mutant], caught: list[Mutant]) -> None:
+    """The record, with these in it, and without what is no defect of the table."""
+    record = caught_before() | {mutant.name: fingerprint(mutant) for mutant in caught}
+    kept = {mutant.name: record[mutant.name] for mutant in mutants if mutant.name in record}
+    CAUGHT.write_text(json.dumps(dict(sorted(kept.items())), indent=1) + "\n", encoding="utf-8")
 
 
 def copy_tree(target: Path) -> None:
@@ -96,12 +123,17 @@ def main() -> int:
     parser.add_argument("names", nargs="*", help="only these defects")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--passed", action="store_true", help="the named tests have just passed on this tree")
+    parser.add_argument("--recorded", action="store_true", help="leave out what is on record as caught, mostly")
+    parser.add_argument("--record", action="store_true", help="write what is caught to the record")
     arguments = parser.parse_args()
-    mutants = load(ROOT / "tests" / "mutants.toml")
+    table = mutants = load(ROOT / "tests" / "mutants.toml")
     unknown = set(arguments.names) - {m.name for m in mutants}
     if unknown:
         raise SystemExit(f"mutants: unknown: {', '.join(sorted(unknown))}; known: {', '.join(m.name for m in mutants)}")
     mutants = [m for m in mutants if not arguments.names or m.name in arguments.names]
+    if arguments.recorded:
+        known = caught_before()
+        mutants = [m for m in mutants if known.get(m.name) != (mark := fingerprint(m)) or mark.startswith("0")]
     with tempfile.TemporaryDirectory(prefix="paralm-mutants-") as folder:
         trees: Queue[Path] = Queue()
         for index in range(arguments.jobs):
@@ -109,7 +141,7 @@ def main() -> int:
             tree.mkdir()
             copy_tree(tree)
             trees.put(tree)
-        survived = 0
+        survived, found = 0, []
         with ThreadPoolExecutor(arguments.jobs) as pool:
             tests = [] if arguments.passed else sorted({m.test for m in mutants})
             shares = [tests[index :: arguments.jobs] for index in range(min(arguments.jobs, len(tests)))]
@@ -120,13 +152,17 @@ def main() -> int:
                     return 1
             for mutant, caught, output, seconds in pool.map(lambda m: attempt(m, trees), mutants):
                 survived += not caught
+                found += [mutant] if caught else []
                 print(
                     f"{'caught  ' if caught else 'SURVIVED'} {mutant.name:34} {seconds:5.1f} s  {mutant.test}",
                     flush=True,
                 )
                 if not caught:
                     print(output)
-    print(f"mutants: {len(mutants) - survived} caught, {survived} survived")
+    if arguments.record:
+        write_caught(table, found)
+    left = f", {len(table) - len(mutants)} on record or not asked for" if len(mutants) < len(table) else ""
+    print(f"mutants: {len(mutants) - survived} caught, {survived} survived{left}")
     return 1 if survived else 0
 
 

@@ -84,7 +84,8 @@ def fingerprint(launch: Any, target: str) -> str:
     import triton
 
     constexprs = {name: repr(value) for name, value in sorted(launch.constexprs.items())}
-    options = (launch.num_warps, launch.num_stages, sorted(launch.aligned), TARGETS[target], triton.__version__)
+    options: list[Any] = [launch.num_warps, launch.num_stages, sorted(launch.aligned), TARGETS[target]]
+    options += [triton.__version__, *([launch.maxnreg] if launch.maxnreg else [])]
     parts = [launch.function.cache_key, launch.signature, constexprs, options]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
@@ -130,6 +131,8 @@ def compile_launch(cell: str, launch: Any, target: str) -> Usage:
         aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned}
         source = ASTSource(launch.function, dict(launch.signature), dict(launch.constexprs), aligned)
         options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+        if launch.maxnreg is not None:
+            options["maxnreg"] = launch.maxnreg
         built = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
         read = _amd if "amdgcn" in built.asm else _nvidia
         usage = read(built.asm)

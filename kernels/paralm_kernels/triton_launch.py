@@ -30,6 +30,9 @@ LANES = {"cuda": 32, "hip": 64}
 """Threads of a warp."""
 CHECK = 32
 """Steps between the states in full precision at which a walk asks whether it has met the stored trajectory."""
+MAXNREG = {"segments_finish_kernel": 255, "backward_maps_kernel": 255, "segments_kernel again": 255}
+"""Kernels that hold much, and mostly have little to do: without a bound of ours NVIDIA's compiler rather spills a
+register or two than give up a place for one more warp. (A kernel that knows AGAIN by that, behind its name.)"""
 MODEL_WIDTH = 4096
 """Channels for which kernels are compiled ahead of a launch."""
 _MULTIPLES = ("channels", "x_stride_batch", "x_stride_time")
@@ -45,7 +48,7 @@ class Launch:
 
     signature: every argument's type, "constexpr" for those in constexprs. aligned: the arguments that Triton's launcher
     would see to be multiples of 16, for which it compiles wider loads. targets: those it is meant for (names as in
-    compiled.py), all if empty.
+    compiled.py), all if empty. maxnreg: registers a thread may have on NVIDIA, None: what its compiler thinks best.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Launch:
     num_stages: int = 1
     aligned: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
+    maxnreg: int | None = None
 
 
 @cache
@@ -111,6 +115,9 @@ class Kernels:
         kernel = getattr(self._module, name)
         every = {**self.given, **options, "BLOCK": block}
         arguments = {argument: every[argument] for argument in kernel.arg_names}
+        bound = MAXNREG.get(f"{name} again" if options.get("AGAIN") else name)
+        if bound is not None and torch.version.hip is None:
+            arguments["maxnreg"] = bound
         with on_device(self.problem.device):
             kernel[(self.programs(block, pieces),)](**arguments, num_warps=warps, num_stages=1)
 
@@ -189,5 +196,7 @@ def default_launches(cell: Cell, dtypes: Sequence[str] = ("bf16", "fp32")) -> li
                 launches.append(whole)
                 continue
             for vendor, targets in vendors.items():  # a walk: a thread for each channel
-                launches.append(replace(whole, num_warps=WALK_BLOCK // LANES[vendor], targets=targets))
+                bound = MAXNREG.get(label) if vendor == "cuda" else None
+                number = WALK_BLOCK // LANES[vendor]
+                launches.append(replace(whole, num_warps=number, targets=targets, maxnreg=bound))
     return launches

@@ -287,11 +287,11 @@ def segments_finish_kernel(names: Names) -> str:
     for h in names.state:
         lines += [f"        {h}_used = tl.load({h}_used_ptr + at, mask=mask, other=0.0)"]
         lines += [f"        moved = tl.maximum(moved, relative_change({h}_entry, {h}_used, mask))"]
-    lines += [f"        {h}_end = tl.load({h}_end_ptr + at, mask=mask, other=0.0)" for h in names.state]
-    lines += ["        if moved > tol:", *_walk(names, True, False, 12)]
+    end = [f"            {h}_end = tl.load({h}_end_ptr + at, mask=mask, other=0.0)" for h in names.state]
+    lines += ["        if moved > tol:", *_walk(names, True, False, 12), *end]
     lines += [f"            {h}_end = tl.where(met == 0, {h}, {h}_end)" for h in names.state]
     lines += ["            walked += (t - start).to(tl.int32)", "            pieces_walked += 1"]
-    lines += ["        else:", "            worst = tl.maximum(worst, moved)"]
+    lines += ["        else:", *end, "            worst = tl.maximum(worst, moved)"]
     lines += [f"        {h}_entry = {h}_end" for h in names.state]
     lines += [f"    tl.store({h}_final_ptr + here, {h}_entry, mask=mask)" for h in names.state]
     lines += [

@@ -1116,9 +1116,6 @@ def segments_finish_kernel(
         moved = tl.maximum(moved, relative_change(v_entry, v_used, mask))
         h_used = tl.load(h_used_ptr + at, mask=mask, other=0.0)
         moved = tl.maximum(moved, relative_change(h_entry, h_used, mask))
-        u_end = tl.load(u_end_ptr + at, mask=mask, other=0.0)
-        v_end = tl.load(v_end_ptr + at, mask=mask, other=0.0)
-        h_end = tl.load(h_end_ptr + at, mask=mask, other=0.0)
         if moved > tol:
             u = u_entry
             v = v_entry
@@ -1139,12 +1136,18 @@ def segments_finish_kernel(
                 b, a_v, a_o, p, q, u_row, v_row, h_row, u_check_row, v_check_row, h_check_row, reset_row, start, stop,
                 mask, tol, X_STEP, H_STEP, HAS_RESET, True, False, True, COMPUTE, CHECK,
             )
+            u_end = tl.load(u_end_ptr + at, mask=mask, other=0.0)
+            v_end = tl.load(v_end_ptr + at, mask=mask, other=0.0)
+            h_end = tl.load(h_end_ptr + at, mask=mask, other=0.0)
             u_end = tl.where(met == 0, u, u_end)
             v_end = tl.where(met == 0, v, v_end)
             h_end = tl.where(met == 0, h, h_end)
             walked += (t - start).to(tl.int32)
             pieces_walked += 1
         else:
+            u_end = tl.load(u_end_ptr + at, mask=mask, other=0.0)
+            v_end = tl.load(v_end_ptr + at, mask=mask, other=0.0)
+            h_end = tl.load(h_end_ptr + at, mask=mask, other=0.0)
             worst = tl.maximum(worst, moved)
         u_entry = u_end
         v_entry = v_end

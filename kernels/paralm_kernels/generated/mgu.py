@@ -742,7 +742,6 @@ def segments_finish_kernel(
         moved = 0.0
         h_used = tl.load(h_used_ptr + at, mask=mask, other=0.0)
         moved = tl.maximum(moved, relative_change(h_entry, h_used, mask))
-        h_end = tl.load(h_end_ptr + at, mask=mask, other=0.0)
         if moved > tol:
             h = h_entry
             m_h_h = h_entry
@@ -750,10 +749,12 @@ def segments_finish_kernel(
                 h, m_h_h, x_f_row, x_h_row, a_f, a_h, h_row, h_check_row, reset_row, start, stop, mask, tol, X_STEP,
                 H_STEP, HAS_RESET, True, False, True, COMPUTE, CHECK,
             )
+            h_end = tl.load(h_end_ptr + at, mask=mask, other=0.0)
             h_end = tl.where(met == 0, h, h_end)
             walked += (t - start).to(tl.int32)
             pieces_walked += 1
         else:
+            h_end = tl.load(h_end_ptr + at, mask=mask, other=0.0)
             worst = tl.maximum(worst, moved)
         h_entry = h_end
     tl.store(h_final_ptr + here, h_entry, mask=mask)

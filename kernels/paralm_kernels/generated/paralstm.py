@@ -960,8 +960,6 @@ def segments_finish_kernel(
         moved = tl.maximum(moved, relative_change(c_entry, c_used, mask))
         h_used = tl.load(h_used_ptr + at, mask=mask, other=0.0)
         moved = tl.maximum(moved, relative_change(h_entry, h_used, mask))
-        c_end = tl.load(c_end_ptr + at, mask=mask, other=0.0)
-        h_end = tl.load(h_end_ptr + at, mask=mask, other=0.0)
         if moved > tol:
             c = c_entry
             h = h_entry
@@ -974,11 +972,15 @@ def segments_finish_kernel(
                 c_check_row, h_check_row, reset_row, start, stop, mask, tol, X_STEP, H_STEP, HAS_RESET, True, False,
                 True, COMPUTE, CHECK,
             )
+            c_end = tl.load(c_end_ptr + at, mask=mask, other=0.0)
+            h_end = tl.load(h_end_ptr + at, mask=mask, other=0.0)
             c_end = tl.where(met == 0, c, c_end)
             h_end = tl.where(met == 0, h, h_end)
             walked += (t - start).to(tl.int32)
             pieces_walked += 1
         else:
+            c_end = tl.load(c_end_ptr + at, mask=mask, other=0.0)
+            h_end = tl.load(h_end_ptr + at, mask=mask, other=0.0)
             worst = tl.maximum(worst, moved)
         c_entry = c_end
         h_entry = h_end

@@ -917,9 +917,6 @@ def segments_finish_kernel(
         moved = tl.maximum(moved, relative_change(y_entry, y_used, mask))
         h_used = tl.load(h_used_ptr + at, mask=mask, other=0.0)
         moved = tl.maximum(moved, relative_change(h_entry, h_used, mask))
-        s_end = tl.load(s_end_ptr + at, mask=mask, other=0.0)
-        y_end = tl.load(y_end_ptr + at, mask=mask, other=0.0)
-        h_end = tl.load(h_end_ptr + at, mask=mask, other=0.0)
         if moved > tol:
             s = s_entry
             y = y_entry
@@ -940,12 +937,18 @@ def segments_finish_kernel(
                 x_o_row, r_i, r_f, r_z, r_o, s_row, y_row, h_row, s_check_row, y_check_row, h_check_row, reset_row,
                 start, stop, mask, tol, X_STEP, H_STEP, HAS_RESET, True, False, True, COMPUTE, CHECK,
             )
+            s_end = tl.load(s_end_ptr + at, mask=mask, other=0.0)
+            y_end = tl.load(y_end_ptr + at, mask=mask, other=0.0)
+            h_end = tl.load(h_end_ptr + at, mask=mask, other=0.0)
             s_end = tl.where(met == 0, s, s_end)
             y_end = tl.where(met == 0, y, y_end)
             h_end = tl.where(met == 0, h, h_end)
             walked += (t - start).to(tl.int32)
             pieces_walked += 1
         else:
+            s_end = tl.load(s_end_ptr + at, mask=mask, other=0.0)
+            y_end = tl.load(y_end_ptr + at, mask=mask, other=0.0)
+            h_end = tl.load(h_end_ptr + at, mask=mask, other=0.0)
             worst = tl.maximum(worst, moved)
         s_entry = s_end
         y_entry = y_end
