@@ -156,8 +156,11 @@ def step_time(
     # Products inside of fused kernels: once forward, twice backward, and once more where the forward is run again.
     fused = [flops / (device.bf16 * efficiency) for flops in traced.extra_flops]
     again = 3 if config.training.activation_checkpointing else 2
-    forward = [seconds(segment) + extra for segment, extra in zip(traced.forward, fused, strict=True)]
-    backward = [seconds(segment) + again * extra for segment, extra in zip(traced.backward, fused, strict=True)]
+    # Ranks that take turns over pieces of a micro-batch wait while the first pieces come and the last ones go.
+    pieces = min(config.training.micro_batch_size, config.parallel.time)
+    turns = [(config.parallel.time + pieces - 1) / pieces if relays else 1.0 for relays in traced.relays]
+    forward = [(seconds(s) + extra) * wait for s, extra, wait in zip(traced.forward, fused, turns, strict=True)]
+    backward = [(seconds(s) + again * extra) * w for s, extra, w in zip(traced.backward, fused, turns, strict=True)]
     ends = sum(map(seconds, (traced.embedding, traced.head, traced.head_backward, traced.embedding_backward)))
     back = sum(backward[kind] for kind in traced.layers)
     micro = ends + back + sum(forward[kind] for kind in traced.layers)

@@ -52,6 +52,8 @@ class Trace:
     resets: bool
     extra_flops: list[float]
     """Of each kind: forward matrix-product FLOPs inside of fused kernels."""
+    relays: list[bool]
+    """Of each kind: whether time shards take turns in it."""
 
 
 def trace(config: Config, vocab_size: int, on: On = "gpu", gradient_bytes: int = 0) -> Trace:
@@ -137,6 +139,7 @@ def _run(config: Config, vocab_size: int, on: On, gradient_bytes: int, steps: in
         sent=_totals(sent, counts),
         resets=resets,
         extra_flops=[f if seg.kernels else 0.0 for f, seg in zip(flops, forward, strict=True)],
+        relays=[shards is not None and not block.mixer.joins_shards for block in kinds],
     )
 
 
@@ -273,4 +276,5 @@ def _continued(half: Trace, whole: Trace, factor: float) -> Trace:
         sent=whole.sent,
         resets=whole.resets,
         extra_flops=[flops * factor for flops in whole.extra_flops],
+        relays=whole.relays,
     )

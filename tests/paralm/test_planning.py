@@ -155,6 +155,18 @@ def test_time_shards_count_what_a_rank_sends() -> None:
     assert half.tokens * 2 == alone.tokens
 
 
+def test_ranks_that_take_turns_wait_for_each_other() -> None:
+    """A dense recurrence over t shards with micro-batches of one row is no faster than on one rank."""
+    lstm = {"name": "lstm", "n_heads": 1}
+    shape = {"global_batch_size": 8, "micro_batch_size": 1, "seq_len": 512}
+    alone = planner(configuration(lstm, training=shape), 1).plan()
+    turns = planner(configuration(lstm, training=shape, parallel={"time": 4}), 4).plan()
+    joined = planner(configuration(training=shape, parallel={"time": 4}), 4).plan()
+    assert turns.traced.relays == [True]
+    assert joined.traced.relays == [False]
+    assert turns.time.compute > 0.9 * alone.time.compute
+
+
 def test_the_optimizers_states_are_those_it_makes() -> None:
     model = build_model(configuration().model, VOCABULARY, 0, "meta")
     total = sizes_of(model).total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -182,5 +183,9 @@ def _show_assumptions(found: RunPlan, efficiency: float) -> None:
             f"assumed of offloading, a GPU: {cost.HOST_LINK / 1e9:.0f} GB/s to the host, "
             f"{cost.HOST_UPDATE / 1e9:.0f}G elements a second updated there"
         )
+    if find_spec("triton") is None:
+        say("not traced: the fused kernels that a GPU runs (Triton is not installed here); memory and time are more")
+    if any(found.traced.relays):
+        say("time shards take turns in this model's mixers: a block is taken to wait for all of them")
     if not found.traced.resets:
         say("not traced: where documents start within a row (it decides how this model cuts time)")
