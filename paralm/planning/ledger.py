@@ -54,7 +54,7 @@ class Ledger(TorchDispatchMode):
     """Bytes held and moved inside it, by segment; :meth:`mark` begins the next.
 
     ``gradient_bytes``: of an element of a finished gradient, when the peak is looked for (0: they are not kept).
-    Questions for a value that does not exist (has it converged, is any true) are answered: 0 or False.
+    Questions for values that do not exist (has it converged, is any true, where does it start) are answered: 0, False.
     """
 
     def __init__(self, gradient_bytes: int = 0) -> None:
@@ -121,6 +121,8 @@ class Ledger(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default and (args[0].is_meta or type(args[0]) is not Tensor):
             return {torch.bool: False}.get(args[0].dtype, 0.0 if args[0].is_floating_point() else 0)
+        if func is torch.ops.aten._to_copy.default and args[0].is_meta and kwargs.get("device") == torch.device("cpu"):
+            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
         out = func(*args, **kwargs)
         outputs = [x for x in pytree.tree_leaves(out) if isinstance(x, Tensor)]
         for x in outputs:

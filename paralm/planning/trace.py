@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from paralm.batching import state_nbytes
 from paralm.config import Config
+from paralm.errors import ConfigError
 from paralm.models.hybrid import layer_mixers
 from paralm.models.lm import Block, LanguageModel, construct_model
 from paralm.models.mixers.base import shard_time
@@ -64,7 +65,11 @@ def trace(config: Config, vocab_size: int, on: On = "gpu", gradient_bytes: int =
         return _of_length(config, vocab_size, on, gradient_bytes, steps, resets=True)
     except (NotImplementedError, RuntimeError, TypeError):
         # Where documents start decides how some mixers cut time (Titans); without values nobody can say.
-        return _of_length(config, vocab_size, on, gradient_bytes, steps, resets=False)
+        try:
+            return _of_length(config, vocab_size, on, gradient_bytes, steps, resets=False)
+        except NotImplementedError as error:
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ConfigError(f"model: what it does depends on values, so it cannot be planned: {first}") from error
 
 
 def _of_length(config: Config, vocab_size: int, on: On, gradient_bytes: int, steps: int, resets: bool) -> Trace:

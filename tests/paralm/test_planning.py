@@ -167,6 +167,24 @@ def test_ranks_that_take_turns_wait_for_each_other() -> None:
     assert turns.time.compute > 0.9 * alone.time.compute
 
 
+@pytest.mark.parametrize("sections", [{"parallel": {"time": 2}}, {"training": {"initial_state": "passed"}}])
+def test_a_model_that_looks_at_its_state_is_planned_too(sections: dict[str, Any]) -> None:
+    mixer = {"name": "titans_mag", "n_heads": 2, "n_attention_heads": 2, "window": 16, "chunk_size": 16}
+    traced = trace(configuration(mixer, **sections), VOCABULARY)
+    assert traced.resets
+    assert traced.state_bytes > 0
+    assert traced.relays == ["parallel" in sections]
+
+
+def test_cuts_that_documents_decide_are_left_out_or_refused() -> None:
+    """Titans MAC cuts time where sequences start; nobody can say where without values."""
+    mixer = {"name": "titans_mac", "n_heads": 2, "n_attention_heads": 2, "chunk_size": 16}
+    assert not trace(configuration(mixer), VOCABULARY).resets
+    with pytest.raises(ConfigError, match="depends on values, so it cannot be planned") as caught:
+        trace(configuration(mixer, parallel={"time": 2}), VOCABULARY)
+    assert "\n" not in str(caught.value)
+
+
 def test_the_optimizers_states_are_those_it_makes() -> None:
     model = build_model(configuration().model, VOCABULARY, 0, "meta")
     total = sizes_of(model).total
