@@ -99,7 +99,8 @@ def test_the_version_stands_in_one_place() -> None:
 
 def test_the_extras_are_there() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert set(project["optional-dependencies"]) == {"dev", "peers", "eval", "serve", "ray", "ray-serve", "mpi", "corpus"}
+    extras = {"dev", "peers", "eval", "serve", "ray", "ray-serve", "mpi", "corpus"}
+    assert set(project["optional-dependencies"]) == extras
     assert all(project["optional-dependencies"].values())
 
 
