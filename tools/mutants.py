@@ -141,7 +141,7 @@ def main() -> int:
             tree.mkdir()
             copy_tree(tree)
             trees.put(tree)
-        survived, found = 0, []
+        survived = 0
         with ThreadPoolExecutor(arguments.jobs) as pool:
             tests = [] if arguments.passed else sorted({m.test for m in mutants})
             shares = [tests[index :: arguments.jobs] for index in range(min(arguments.jobs, len(tests)))]
@@ -152,15 +152,14 @@ def main() -> int:
                     return 1
             for mutant, caught, output, seconds in pool.map(lambda m: attempt(m, trees), mutants):
                 survived += not caught
-                found += [mutant] if caught else []
+                if caught and arguments.record:
+                    write_caught(table, [mutant])
                 print(
                     f"{'caught  ' if caught else 'SURVIVED'} {mutant.name:34} {seconds:5.1f} s  {mutant.test}",
                     flush=True,
                 )
                 if not caught:
                     print(output)
-    if arguments.record:
-        write_caught(table, found)
     left = f", {len(table) - len(mutants)} on record or not asked for" if len(mutants) < len(table) else ""
     print(f"mutants: {len(mutants) - survived} caught, {survived} survived{left}")
     return 1 if survived else 0
