@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ hypothesis.settings.register_profile("paralm", deadline=None, suppress_health_ch
 hypothesis.settings.load_profile("paralm")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
-os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")  # Ray's 30 s ran out once on a busy machine
+os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")
+# Ray keeps a token in the home folder, and a process that has read it once never again: with a home folder for each
+# test, the second cluster of a process would wait for one that knows another token.
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 _WORDS = ["the", "a", "of", "river", "stone", "light", "walks", "under", "over", "and", "then", "never", "sings", "old"]
 _WORDS += ["seven", "bridge", "12", "307", "because", "north", "cold", "wind", "letter", "answers", "door", "window"]

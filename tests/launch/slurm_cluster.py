@@ -197,7 +197,7 @@ class SlurmCluster:
         text = self.run("scontrol", "-o", "show", "job", job).stdout
         return int(text.partition("Restarts=")[2].split()[0])
 
-    def wait(self, job: str, state: str = "COMPLETED", patience: float = 150.0, log: Path | None = None) -> None:
+    def wait(self, job: str, state: str = "COMPLETED", patience: float = 400.0, log: Path | None = None) -> None:
         """Until the job is in ``state``; fails at once when it has ended in another."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
         deadline = time.monotonic() + patience

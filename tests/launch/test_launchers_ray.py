@@ -45,10 +45,7 @@ def cluster(home: Path) -> Iterator[Any]:
 
     before = {process.pid for process in psutil.Process().children(recursive=True)}
     node = {"num_cpus": 2, "node_ip_address": "127.0.0.1", "include_dashboard": False}
-    try:
-        made = Cluster(initialize_head=True, head_node_args=node)
-    except RuntimeError:  # its head did not come up: once in some dozen whole runs, on a busy machine
-        made = Cluster(initialize_head=True, head_node_args=node)
+    made = Cluster(initialize_head=True, head_node_args=node)
     made.second = made.add_node(num_cpus=2, node_ip_address="127.0.0.1")
     made.roots = [process for process in psutil.Process().children() if process.pid not in before]
     yield made

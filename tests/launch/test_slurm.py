@@ -253,7 +253,7 @@ def test_a_job_that_meets_its_time_limit_twice_has_the_losses_of_an_undisturbed_
     assert "requeued 2×" in paralm(cluster, folder, "status", "tiny", "--root", ".")
 
 
-def wait_for(condition: Callable[[], bool], patience: float = 150.0) -> None:
+def wait_for(condition: Callable[[], bool], patience: float = 400.0) -> None:
     deadline = time.monotonic() + patience
     while not condition():
         assert time.monotonic() < deadline
