@@ -33,6 +33,7 @@ CAUGHT = ROOT / "tests" / "mutants_caught.json"
 PARTS = (
     "paralm",
     "kernels",
+    "benchmarks",
     "data_pipeline",
     "launch",
     "configs",
