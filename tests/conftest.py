@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import random
-import secrets
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,21 @@ hypothesis.settings.load_profile("paralm")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")
-# Ray keeps a token in the home folder, and a process that has read it once never again: with a home folder for each
-# test, the second cluster of a process would wait for one that knows another token.
-os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def ran_alone(file: str, test: str) -> bool:
+    """Run a test in a process of its own, and say so; False in that process. Ray keeps what it learned of its first
+    cluster, its token and its addresses: the second one that a process starts in another home folder does not come up.
+    """
+    if os.environ.get("PARALM_TEST_ALONE") == "1":
+        return False
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"{file}::{test}"]
+    environment["PARALM_TEST_ALONE"] = "1"
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-5000:]
+    return True
+
 
 _WORDS = ["the", "a", "of", "river", "stone", "light", "walks", "under", "over", "and", "then", "never", "sings", "old"]
 _WORDS += ["seven", "bridge", "12", "307", "because", "north", "cold", "wind", "letter", "answers", "door", "window"]

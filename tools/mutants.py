@@ -7,8 +7,8 @@ notices, a test that fails without it, or a text that no longer stands in its fi
     python tools/mutants.py [--jobs 2] [--passed] [--recorded] [--record] [NAME …]
 
 --passed: the whole suite has just passed on this tree, so the named tests need not be run without a defect first.
---recorded: what ``tests/mutants_caught.json`` says was caught is left out, unless its file, its test's file, a conftest
-or the defect itself has changed since; but for a sixteenth of them. --record writes that file anew, as far as it goes.
+--recorded: what ``tests/mutants_caught.json`` says was caught is left out, unless its file, its test's file or the
+defect itself has changed since; but for a sixteenth of them. --record writes that file anew, as far as it goes.
 """
 
 from __future__ import annotations
@@ -67,9 +67,8 @@ def load(path: Path) -> list[Mutant]:
 def fingerprint(mutant: Mutant) -> str:
     """Of the defect, and of the files whose change may let it pass; 16 hexadecimal digits."""
     test = ROOT / mutant.test.split("::")[0]
-    conftests = [folder / "conftest.py" for folder in test.parents if folder.is_relative_to(ROOT / "tests")]
     texts = [mutant.name, mutant.old, mutant.new, mutant.test]
-    texts += [path.read_text(encoding="utf-8") for path in (ROOT / mutant.file, test, *conftests) if path.exists()]
+    texts += [path.read_text(encoding="utf-8") for path in (ROOT / mutant.file, test)]
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
 

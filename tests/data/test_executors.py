@@ -24,6 +24,7 @@ from paralm_data.preparation import Execution, Prepared
 from paralm_data.split import digest, is_held_out
 from paralm_data.steps import LengthRule, MinHashRule, StepsSpec
 
+from tests.conftest import ran_alone
 from tests.data.conftest import WORDS, sentences
 
 SPEC = TokenizerSpec(vocab_size=400, sample_bytes=60_000)
@@ -137,15 +138,7 @@ def test_how_the_input_is_cut_decides_no_document(big: Path, tmp_path: Path) -> 
 def test_ray_gives_the_same_bytes_and_survives_the_loss_of_a_worker(
     big: Path, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if os.environ.get("PARALM_TEST_ALONE") != "1":
-        # In a process of its own: Ray keeps what it learned of its first cluster, its token and its addresses.
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-        name = "test_ray_gives_the_same_bytes_and_survives_the_loss_of_a_worker"
-        alone = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
-        done = subprocess.run(
-            [*command, "-k", name], env={**alone, "PARALM_TEST_ALONE": "1"}, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stdout[-4000:]
+    if ran_alone(__file__, "test_ray_gives_the_same_bytes_and_survives_the_loss_of_a_worker"):
         return
     monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # which lets Ray keep to the loopback
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -33,11 +33,14 @@ def client(address: str) -> Any:
     """Of a cluster's Jobs API. Raises Unreachable, one line."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
+        from ray.exceptions import AuthenticationError
         from ray.job_submission import JobSubmissionClient
     except ImportError as error:
         raise RunError(f"'paralm submit ray' needs Ray ({error}); install paralm[ray]") from None
     try:
         return JobSubmissionClient(address)
+    except AuthenticationError as error:  # also of a cluster that is just being started: its token comes with it
+        raise _unreachable(address, error) from None
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise _unreachable(address, error) from None
 
