@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from support.retrieval import grids
 from support.streams import Stream, bounded, in_a_process_of_its_own, one_arena

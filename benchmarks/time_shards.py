@@ -43,12 +43,12 @@ def measure(options: argparse.Namespace) -> None:
     import torch
     import torch.distributed as dist
     from paralm_kernels import TimeShards
-    from support.mixer_case import _status, restart_peak
 
     from paralm.config import ModelConfig
     from paralm.models import build_mixer
     from paralm.models.mixers.base import shard_time
     from paralm.models.parameters import initialize
+    from tools.memory import held, restart_peak
 
     torch.set_num_threads(1)
     store = dist.FileStore(options.store, options.ranks)
@@ -76,7 +76,7 @@ def measure(options: argparse.Namespace) -> None:
             dist.barrier()
             before, start = restart_peak(), time.perf_counter()
             run(x)
-            seconds, peak = time.perf_counter() - start, _status("VmHWM") - before
+            seconds, peak = time.perf_counter() - start, held("VmHWM") - before
             sent = {} if shards is None else dict(shards.bytes_sent)
             every: list[Any] = [None] * options.ranks
             dist.all_gather_object(every, (peak, sum(sent.values()), seconds))

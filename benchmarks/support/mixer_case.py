@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
-import gc
 import resource
 import signal
 import sys
@@ -18,6 +15,8 @@ from typing import Any
 import torch
 from support import timing
 from support.mixer_subjects import Call, subjects
+
+from tools.memory import held, restart_peak
 
 SLOW = 10.0
 """Seconds of a call from which on it is run once only."""
@@ -34,20 +33,6 @@ def limit_memory(gigabytes: float) -> None:
     """Lets an allocation beyond it fail, on a machine that others use too."""
     size = int(gigabytes * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (size, size))
-
-
-def restart_peak() -> int:
-    """Bytes in memory now, from which the peak counts. Linux forgets a process's former peak when asked to."""
-    gc.collect()
-    with contextlib.suppress(AttributeError):  # of glibc: gives freed memory back
-        ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def _status(name: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024
 
 
 class Clock:
@@ -109,7 +94,7 @@ def measure(call: Call, parameters: list[torch.Tensor], length: int, options: ar
     once = not cuda and (first[0] > SLOW or 1.9 * first[0] > 0.9 * options.limit)
     found = [first] if once else repeated(run, options, clock, 0.0 if cuda else first[0])
     clock.limit(0)
-    peak = torch.cuda.max_memory_allocated() if cuda else _status("VmHWM")
+    peak = torch.cuda.max_memory_allocated() if cuda else held("VmHWM")
     values, passed = map(list, zip(*found, strict=True))
     return {
         "first": first[0],

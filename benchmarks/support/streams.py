@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from paralm.config import ModelConfig
 from paralm.evaluation.scoring import score
 from paralm.models import build_model
 from paralm.registry import MIXERS
+from tools.memory import forget_peak, held
 
 VOCAB = 64
 WARM = 10_000  # tokens; the peak after them is what the peak at the end is compared with
@@ -52,14 +52,6 @@ def bounded() -> list[str]:
     return [name for name, entry in MIXERS.entries().items() if entry.value.bounded_state]
 
 
-def memory(which: str) -> int:
-    """VmHWM (the peak) or VmRSS of this process, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{which}:"):
-            return 1024 * int(line.split()[1])
-    raise RuntimeError(f"/proc/self/status has no {which}")
-
-
 def stream(mixer: str, tokens: int, n_layers: int = 1, d_model: int = 16) -> dict[str, Any]:
     """Score one document of ``tokens`` tokens in this process, which should have done little before.
 
@@ -76,10 +68,10 @@ def stream(mixer: str, tokens: int, n_layers: int = 1, d_model: int = 16) -> dic
     def after(done: int, total: int) -> None:
         if done >= WARM // 4 and not seen:
             # From here on the peak is that of streaming: a higher one of the start would hide what grows later.
-            Path("/proc/self/clear_refs").write_text("5")
+            forget_peak()
             seen.update(reset=done)
         if done >= WARM and "warm" not in seen:
-            seen.update(warm=memory("VmHWM"), rss=memory("VmRSS"), done=done, started=time.process_time())
+            seen.update(warm=held("VmHWM"), rss=held("VmRSS"), done=done, started=time.process_time())
 
     loss = score(model, document, [0], rows=1, chunk=CHUNK, on_progress=after)  # type: ignore[arg-type]
     seconds = time.process_time() - seen["started"]
@@ -89,8 +81,8 @@ def stream(mixer: str, tokens: int, n_layers: int = 1, d_model: int = 16) -> dic
         "nats_per_token": float(loss.loss[0] / loss.tokens[0]),
         "tokens_per_s": (tokens - seen["done"]) / seconds,
         "peak_rss_warm": seen["warm"],
-        "peak_growth": memory("VmHWM") - seen["warm"],
-        "rss_growth": memory("VmRSS") - seen["rss"],
+        "peak_growth": held("VmHWM") - seen["warm"],
+        "rss_growth": held("VmRSS") - seen["rss"],
     }
 
 

@@ -16,17 +16,15 @@ normaliser's gradient is whole. Three faces with one result: `reference_chunkwis
 from __future__ import annotations
 
 import math
-from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import fused
 from .checks import DTYPES, compute_dtype, same_device, shape
 from .chunkwise_reference import loop
 from .chunkwise_torch import ChunkState, Plan, chunkwise_torch
-from .dry import on_gpu
 from .errors import ArgumentError
 
 METHODS = ("auto", "torch", "triton")
@@ -74,8 +72,9 @@ def chunkwise(
     every = (q, k, v, log_decay, gain, *begin)
     if q.shape[1] == 1 and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in every)):
         y, end = loop(q, k, v, log_decay, gain, begin, reset, normalized, eps, dtype)
-    elif method == "triton" or (method == "auto" and on_gpu(q) and _triton_is_there()):
-        y, end = _triton().chunkwise_triton(q, k, v, log_decay, gain, begin, reset, plan, strict=method == "triton")
+    elif method == "triton" or (method == "auto" and fused.by_default(q)):
+        run = fused.kernels("triton_chunkwise", "chunkwise: ").chunkwise_triton
+        y, end = run(q, k, v, log_decay, gain, begin, reset, plan, strict=method == "triton")
     else:
         y, end = chunkwise_torch(q, k, v, log_decay, gain, begin, reset, plan)
     return y, (end if normalized else end[0])
@@ -162,19 +161,3 @@ def _parts(state: Any, normalized: bool) -> tuple[Any, ...]:
         count = f" of {len(state)}" if isinstance(state, (tuple, list)) else ""
         raise ArgumentError(f"chunkwise: state must be a tuple (C, n, m), got {type(state).__name__}{count}")
     return tuple(state)
-
-
-def _triton() -> Any:
-    """The fused kernels; imported where they are used, as Triton is not on every platform."""
-    try:
-        from . import triton_chunkwise
-    except ImportError as error:
-        raise ArgumentError(
-            f"chunkwise: method 'triton' needs the package triton ({error}); use method='auto'"
-        ) from None
-    return triton_chunkwise
-
-
-@cache
-def _triton_is_there() -> bool:
-    return find_spec("triton") is not None

@@ -10,15 +10,13 @@ faster than a grouped torch.nn.functional.conv1d on a CPU. On a GPU the fused ke
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import fused
 from .checks import DTYPES, compute_dtype, same_device, shape
-from .dry import on_gpu
 from .errors import ArgumentError
 
 _CHUNK = 65536
@@ -49,17 +47,15 @@ def causal_conv(
     if method not in METHODS:
         raise ArgumentError(f"causal_conv: method is {method!r}; expected one of {', '.join(METHODS)}")
     dtype = _check(x, weight, bias, state, reset)
-    if method == "triton" or (method == "auto" and on_gpu(x) and _triton_is_there()):
-        _triton_solver().check_device(x.device)
-        fused = True
-    else:
-        fused = False
+    by_kernels = method == "triton" or (method == "auto" and fused.by_default(x))
+    if by_kernels:
+        fused.kernels("triton_solver", "causal_conv: ").check_device(x.device)
     taps = weight.shape[1]
     if state is None:
         state = x.new_zeros((x.shape[0], taps - 1, x.shape[2]))
     if bias is None:
         bias = weight.new_zeros(x.shape[2])
-    result: tuple[Tensor, Tensor] = _CausalConv.apply(x, weight, bias, state, reset, dtype, fused)
+    result: tuple[Tensor, Tensor] = _CausalConv.apply(x, weight, bias, state, reset, dtype, by_kernels)
     return result
 
 
@@ -140,14 +136,14 @@ class _CausalConv(torch.autograd.Function):
         state: Tensor,
         reset: Tensor | None,
         dtype: torch.dtype,
-        fused: bool,
+        by_kernels: bool,
     ) -> tuple[Tensor, Tensor]:
         taps = weight.shape[1]
         geometry = _Geometry(x, taps, reset)
         ctx.save_for_backward(x, weight, bias, state, reset)
-        ctx.dtype, ctx.fused = dtype, fused
+        ctx.dtype, ctx.by_kernels = dtype, by_kernels
         ctx.set_materialize_grads(False)
-        if fused:
+        if by_kernels:
             y = _kernels(x, weight, state, geometry, dtype).forward(bias)
             return y, _tail(x, state, geometry)
         rows, shift = weight.to(dtype).t().contiguous(), bias.to(dtype)
@@ -170,7 +166,7 @@ class _CausalConv(torch.autograd.Function):
         x, weight, bias, state, reset = ctx.saved_tensors
         dtype, taps = ctx.dtype, weight.shape[1]
         geometry = _Geometry(x, taps, reset)
-        if ctx.fused:
+        if ctx.by_kernels:
             return _backward_fused(x, weight, bias, state, geometry, grad_y, grad_tail, dtype)
         rows = weight.to(dtype).t().contiguous()
         grad_x = torch.zeros(x.shape, dtype=dtype, device=x.device)
@@ -240,25 +236,7 @@ def _backward_fused(
 
 
 def _kernels(x: Tensor, weight: Tensor, state: Tensor, geometry: _Geometry, dtype: torch.dtype) -> Any:
-    from .triton_conv import ConvKernels
-
-    return ConvKernels(x, weight, state, geometry.reset, dtype)
-
-
-def _triton_solver() -> Any:
-    """Imported where it is used, as Triton is not on every platform."""
-    try:
-        from . import triton_solver
-    except ImportError as error:
-        raise ArgumentError(
-            f"causal_conv: method 'triton' needs the package triton ({error}); use method='auto'"
-        ) from None
-    return triton_solver
-
-
-@cache
-def _triton_is_there() -> bool:
-    return find_spec("triton") is not None
+    return fused.kernels("triton_conv", "causal_conv: ").ConvKernels(x, weight, state, geometry.reset, dtype)
 
 
 def _tail(x: Tensor, state: Tensor, geometry: _Geometry) -> Tensor:

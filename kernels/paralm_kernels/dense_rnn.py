@@ -13,18 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
-from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from . import fused
 from .checks import DTYPES, compute_dtype, same_device, shape
 from .dense_cells import KINDS, DenseKind, Tensors
 from .dense_newton import newton_run
 from .dense_torch import DensePlan, decode, dense_torch
-from .dry import on_gpu
 from .errors import ArgumentError
 from .newton import NewtonOptions
 
@@ -79,8 +77,8 @@ def dense_rnn(
     plan = DensePlan(cell, dtype, keep)
     if method == "newton":
         plan = replace(plan, solve=newton_run(NewtonOptions(tile, tol, max_iter), on_failure))
-    if method == "triton" or (method == "auto" and on_gpu(inputs) and _triton_is_there()):
-        kernels = _triton()
+    if method == "triton" or (method == "auto" and fused.by_default(inputs)):
+        kernels = fused.kernels("triton_dense", "dense_rnn: ")
         largest = kernels.largest(inputs, weight)
         if weight.shape[-1] <= largest:
             result: tuple[Tensor, Tensors] = kernels.dense_triton(plan, inputs, weight, bias, begin, reset)
@@ -145,21 +143,6 @@ def _check_options(method: str, tol: float | None, max_iter: int | None, tile: i
             raise ArgumentError(f"dense_rnn: {name} is {value}; expected at least 1")
     if tol is not None and not tol > 0:
         raise ArgumentError(f"dense_rnn: tol is {tol}; expected a number above 0")
-
-
-def _triton() -> Any:
-    """The module with the kernels; imported where it is used, as Triton is not on every platform."""
-    try:
-        from . import triton_dense
-    except ImportError as error:
-        message = f"dense_rnn: method 'triton' needs the package triton ({error}); use method='auto'"
-        raise ArgumentError(message) from None
-    return triton_dense
-
-
-@cache
-def _triton_is_there() -> bool:
-    return find_spec("triton") is not None
 
 
 def _kind(kind: str) -> DenseKind:

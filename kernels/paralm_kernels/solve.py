@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, fused
 from .adjoint import Gradients, gradients
 from .cell import Cell, Tensors
 from .derive import derive
-from .dry import on_gpu
 from .errors import ArgumentError, NotConverged
 from .newton import NewtonOptions, solve_newton
 from .problem import Problem, SolveInfo
@@ -100,8 +97,8 @@ def solve(
         zeros = torch.zeros((batch, channel), dtype=dtype, device=given_inputs[0].device)
         given_state = tuple(zeros for _ in cell.state)
     if method.startswith("triton"):
-        _triton().check_device(given_inputs[0].device)
-        _triton().check_tile(method, tile)
+        fused.kernels("triton_solver").check_device(given_inputs[0].device)
+        fused.kernels("triton_solver").check_tile(method, tile)
     call = call_of(cell, method, NewtonOptions(tile, tol, max_iter), on_failure, dtype, given_inputs[0])
     results = _Solve.apply(call, reset, *given_inputs, *given_params, *given_state)
     count = len(cell.state)
@@ -129,7 +126,7 @@ def choose_method(x: Tensor) -> str:
     from 256 on and for short sequences.
     """
     batch, time, channel = x.shape
-    if on_gpu(x) and _triton_is_there():
+    if fused.by_default(x):
         return "triton"
     return "newton" if x.device.type == "cpu" and batch * channel <= 16 and time >= 1024 else "sequential"
 
@@ -142,9 +139,9 @@ def step(cell: Cell, state: Sequence[Tensor], inputs: Sequence[Tensor], params: 
     derived = derive(cell)
     state, inputs, params, dtype = checks.step_arguments(cell, state, inputs, params)
     tensors = (*state, *inputs, *params)
-    if state[0].device.type == "cuda" and _triton_is_there() and not _wants_gradient(tensors):
+    if state[0].device.type == "cuda" and fused.by_default(state[0]) and not _wants_gradient(tensors):
         converted = tuple(tuple(value.to(dtype) for value in group) for group in (state, params))
-        return _triton().decode(derived, converted[0], inputs, converted[1], dtype)
+        return fused.kernels("triton_solver").decode(derived, converted[0], inputs, converted[1], dtype)
     result = torch_code(derived).step(*(value.to(dtype) for value in (*state, *inputs, *params)))
     return tuple(result)
 
@@ -153,24 +150,12 @@ def _wants_gradient(tensors: Sequence[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def _triton() -> Any:
-    """The solver with fused kernels; imported where it is used, as Triton is not on every platform."""
-    try:
-        from . import triton_solver
-    except ImportError as error:
-        raise ArgumentError(f"method 'triton' needs the package triton ({error}); use method='auto'") from None
-    return triton_solver
-
-
-@cache
-def _triton_is_there() -> bool:
-    return find_spec("triton") is not None
-
-
 def run(call: Call, problem: Problem) -> tuple[Tensors, Tensors, SolveInfo]:
     """States, final state in the compute dtype, and how it went. Triton's states are in the dtype of the inputs."""
     if call.method.startswith("triton"):
-        solved: tuple[Tensors, Tensors, SolveInfo] = _triton().solve_triton(problem, call.method, call.options)
+        solved: tuple[Tensors, Tensors, SolveInfo] = fused.kernels("triton_solver").solve_triton(
+            problem, call.method, call.options
+        )
         return solved
     states, info = _run_torch(call, problem)
     return states, tuple(h[:, -1].clone() for h in states), info
@@ -196,7 +181,7 @@ def gradients_of(
 ) -> Gradients:
     """The adjoint that goes with the method: `adjoint.gradients`, or the fused kernels'."""
     if call.method.startswith("triton"):
-        result: Gradients = _triton().gradients_triton(
+        result: Gradients = fused.kernels("triton_solver").gradients_triton(
             problem, states, grad_states, grad_final, call.method, call.options
         )
         return result

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 import json
 import sys
 from pathlib import Path
@@ -16,26 +15,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def held(name: str) -> int:
-    """A line of /proc/self/status, in bytes."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024
-
-
-def restart_peak() -> int:
-    """Bytes held now, from which on Linux counts the peak anew."""
-    gc.collect()
-    with contextlib.suppress(AttributeError):  # of glibc: gives freed memory back
-        ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return held("VmRSS")
-
-
 def main(given: str, vocabulary: int, steps: int) -> None:
     import torch
 
     sys.path.insert(0, str(ROOT / "tools"))
     import synthetic
+    from memory import held, restart_peak
 
     from paralm.config import Config
 
