@@ -164,8 +164,8 @@ class MixtureLoader(StepLoader):
             return
         if any(limit is None for limit in self._limits):
             return
-        # A source retires up to a round before it is used up.
-        round_ = self.every * self.global_batch_size
+        # A source retires with less than this many windows left (_begin), and a round begins after the last step, too.
+        round_ = self.every * self.global_batch_size + len(self.sources)
         there = sum(max(0, limit - round_) for limit in self._limits if limit is not None)
         wanted = steps * self.global_batch_size
         if there < wanted:
