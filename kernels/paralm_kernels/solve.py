@@ -139,7 +139,7 @@ def step(cell: Cell, state: Sequence[Tensor], inputs: Sequence[Tensor], params: 
     derived = derive(cell)
     state, inputs, params, dtype = checks.step_arguments(cell, state, inputs, params)
     tensors = (*state, *inputs, *params)
-    if state[0].device.type == "cuda" and fused.by_default(state[0]) and not _wants_gradient(tensors):
+    if fused.by_default(state[0]) and not _wants_gradient(tensors):
         converted = tuple(tuple(value.to(dtype) for value in group) for group in (state, params))
         return fused.kernels("triton_solver").decode(derived, converted[0], inputs, converted[1], dtype)
     result = torch_code(derived).step(*(value.to(dtype) for value in (*state, *inputs, *params)))

@@ -116,7 +116,7 @@ def _segments(kernels: Kernels, choice: Choice, tol: float, options: NewtonOptio
     pieces, length, checks = choice.pieces, _length(time, choice.pieces), -(-time // CHECK)
     for what in ("_used", "_end", "_entry"):
         kernels.more((pointer, kernels.empty(pieces, batch, channels)) for pointer in names.ptr(names.state, what))
-    kernels.more((f"{m}_ptr", kernels.empty(pieces, batch, channels)) for m in names.product)
+    kernels.more((f"{m}_ptr", kernels.empty(pieces, batch, channels).zero_()) for m in names.product)
     kernels.more((pointer, kernels.empty(batch, checks, channels)) for pointer in names.ptr(names.state, "_check"))
     kernels.bounds()
     many, few = kernels.programs(kernels.walk_block, pieces), kernels.programs(kernels.walk_block)

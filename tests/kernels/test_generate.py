@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import linecache
 
 import pytest
@@ -12,8 +13,10 @@ from paralm_kernels import Cell, CellError, ParaGRU, cells
 pytest.importorskip("triton")
 
 from paralm_kernels import generate as generator
+from paralm_kernels.derive import derive
 from paralm_kernels.generate import FOLDER, generate, main, module
 from paralm_kernels.graph import Builder, Graph
+from paralm_kernels.triton_code import identifiers
 
 from .conftest import ALL_CELLS, USER_CELLS
 
@@ -99,6 +102,46 @@ def test_names_that_the_text_needs_are_renamed():
     text = generate(Awkward())
     assert "def step(time_, mask_, t_, block_, exp_):" in text
     assert "exp(" in text
+
+
+class Marked(Cell):
+    """Its names are found again in the text."""
+
+    name = "marked"
+    state, inputs, params = ("zqs", "zqt"), ("zqx", "zqy"), ("zqp",)
+
+    def step(self, state, inputs, params):
+        a, b = state
+        return torch.tanh(params[0] * a + inputs[0]) * b, torch.sigmoid(b + inputs[1]) * a
+
+    def box(self, state):
+        return (1.0, None)
+
+
+def names_in(text):
+    tree = list(ast.walk(ast.parse(text)))
+    found = {node.id for node in tree if isinstance(node, ast.Name)} | {n.arg for n in tree if isinstance(n, ast.arg)}
+    return found | {node.name for node in tree if isinstance(node, ast.FunctionDef)}
+
+
+def test_every_name_of_the_text_may_be_a_cells(monkeypatch):
+    """Whatever the text calls its own, or makes of a cell's names, a cell that uses it gets another."""
+    text = generate(Marked())
+    own = {name for name in names_in(text) if "zq" not in name and not name.isupper() and not name.startswith("_")}
+    made = {name.replace("zqs", "h") for name in names_in(text) if "zqs" in name and name != "zqs"}
+    made = {name for name in made if "zq" not in name and not name.startswith(("_", "next_", "grad_"))}
+    for taken in sorted((own | made) - set(dir(builtins)) - {"triton", "tl"}):
+
+        class Taking(Cell):
+            name = "taking"
+            state, inputs, params = ("h",), ("x",), (taken,)
+
+            def step(self, state, inputs, params):
+                return (torch.tanh(params[0] * state[0] + inputs[0]),)
+
+        chosen = identifiers(derive(Taking()))[taken]
+        assert chosen not in own | made, taken
+        assert chosen != taken
 
 
 def test_an_operation_without_a_form_is_refused_by_name(monkeypatch):
