@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import subprocess
@@ -91,6 +92,15 @@ def settings(corpus: Path, data_dir: Path | None, root: Path, **sections: Any) -
     for section, values in sections.items():
         base.setdefault(section, {}).update(values)
     return base
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below a folder, but for the lock."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
 
 
 def quiet(_: str) -> None:

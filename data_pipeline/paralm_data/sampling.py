@@ -14,13 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from paralm_data.duplicates import fates_of
 from paralm_data.progress import Delta
+from paralm_data.reading import Reading
 from paralm_data.scanning import KEPT, STEP_BYTES
 from paralm_data.scratch import Files, map_array, read_array
-from paralm_data.sources import Shard
 from paralm_data.split import digest
-from paralm_data.steps import StepsSpec
 from paralm_data.tokenizer_training import PIECE, Sample, keyed_pieces
 
 EVERY_KEY = 1 << 64
@@ -34,46 +32,23 @@ def bound_for(limit: int, total: int) -> int:
 
 
 @dataclass(frozen=True)
-class Draw:
-    """A task: the pieces of a shard's train documents whose keys are below ``bound``; ``choice``: the marker of its
-    fates; ``size``: bytes of its train text."""
+class Draw(Reading):
+    """A task: the pieces of a shard's train documents whose keys are below ``bound``."""
 
-    shard: Shard
-    steps: StepsSpec
-    choice: Path
-    size: int
     bound: int
-    folder: Path
-
-    @property
-    def label(self) -> str:
-        return self.shard.label
-
-    @property
-    def marker(self) -> Path:
-        return self.folder / self.choice.name
-
-    @property
-    def weight(self) -> float:
-        return float(self.size)
 
     def run(self) -> Generator[Delta, None, dict[str, Any]]:
         """Result: the number of pieces."""
-        skip = fates_of(self.choice) != KEPT
         count = documents = size = 0
         with Files(self.marker) as files:
-            for number, record in enumerate(self.shard.records(self.steps.max_document_bytes, skip.tolist())):
-                if skip[number]:
-                    continue
-                text = self.steps.normalized(record.text)
-                data = text.encode("utf-8")
+            for _, text, n_bytes in self.texts({KEPT}):
                 for key, piece in keyed_pieces(digest(text), text):
                     if key < self.bound:
                         encoded = piece.encode("utf-8")
                         files.write(".pieces", np.array([(key, len(encoded))], _PIECES).tobytes())
                         files.write(".texts", encoded)
                         count += 1
-                documents, size = documents + 1, size + len(data)
+                documents, size = documents + 1, size + n_bytes
                 if size >= STEP_BYTES:
                     yield Delta(documents, size, 0, size)
                     documents = size = 0

@@ -158,7 +158,7 @@ class Stages:
             key = key_of("draw", bound, *self._texts(survey))
             folder = self._scratch / f"draw-{key}"
             tasks = [
-                Draw(shard, self._steps, choice, size, bound, folder)
+                Draw(shard, self._steps, choice, size, folder, bound)
                 for shard, choice, size in zip(survey.shards, survey.choices, sizes)
             ]
             self.run("sampling", tasks)
@@ -179,7 +179,7 @@ class Stages:
         folder = self._scratch / f"tokenize-{key_of(sha256, sorted(fates.items()), *self._texts(survey))}"
         threads = self._threads or self._executor.threads(len(survey.shards))
         tasks = [
-            Tokenize(shard, steps, choice, survey.size(i, names), fates, model, sha256, folder, threads)
+            Tokenize(shard, steps, choice, survey.size(i, names), folder, fates, model, sha256, threads)
             for i, (shard, choice) in enumerate(zip(survey.shards, survey.choices))
         ]
         self.run(title, tasks)

@@ -11,12 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from paralm_data.duplicates import fates_of
 from paralm_data.errors import DataError
 from paralm_data.progress import Delta
+from paralm_data.reading import Reading
 from paralm_data.scratch import Files
-from paralm_data.sources import Shard
-from paralm_data.steps import StepsSpec
 from paralm_data.store_writer import pack
 from paralm_data.tokenizer import Tokenizer
 
@@ -32,51 +30,27 @@ def _tokenizer(path: Path, sha256: str) -> Tokenizer:
 
 
 @dataclass(frozen=True)
-class Tokenize:
+class Tokenize(Reading):
     """A task: the documents of a shard whose fate is in ``stores`` (fate → name) as tokens.
 
     For each name, ``.NAME.tokens``, ``.NAME.lengths`` (tokens of each document, with BOS and EOS) and ``.NAME.bytes``
-    (UTF-8 bytes of each document's text), all uint64 but the tokens. ``choice``: the marker of the shard's fates;
-    ``size``: bytes of the text. ``threads``: of sentencepiece; they decide nothing.
+    (UTF-8 bytes of each document's text), all uint64 but the tokens. ``threads``: of sentencepiece; they decide
+    nothing.
     """
 
-    shard: Shard
-    steps: StepsSpec
-    choice: Path
-    size: int
     stores: dict[int, str]
     model: Path
     sha256: str
-    folder: Path
     threads: int = 1
-
-    @property
-    def label(self) -> str:
-        return self.shard.label
-
-    @property
-    def marker(self) -> Path:
-        return self.folder / self.choice.name
-
-    @property
-    def weight(self) -> float:
-        return float(self.size)
 
     def run(self) -> Generator[Delta, None, dict[str, Any]]:
         """Result: of each store's tokens the number and the SHA-256."""
-        model, fates = _tokenizer(self.model, self.sha256), fates_of(self.choice)
-        names = [self.stores.get(int(fate)) for fate in fates]
+        model = _tokenizer(self.model, self.sha256)
         batch = _Batch()
         with Files(self.marker) as files:
             told: dict[str, list[Any]] = {name: [0, hashlib.sha256()] for name in self.stores.values()}
-            skip = [name is None for name in names]
-            for number, record in enumerate(self.shard.records(self.steps.max_document_bytes, skip)):
-                name = names[number]
-                if name is None:
-                    continue
-                if record.problem is not None:
-                    raise DataError(f"{self.shard.place(record)}: changed while it was prepared: {record.problem}")
-                batch.add(name, self.steps.normalized(record.text))
+            for fate, text, n_bytes in self.texts(self.stores):
+                batch.add(self.stores[fate], text, n_bytes)
                 if batch.size >= BATCH_BYTES:
                     yield self._write(batch, model, files, told)
                     batch = _Batch()
@@ -108,8 +82,7 @@ class _Batch:
     bytes: list[int] = field(default_factory=list)
     size: int = 0
 
-    def add(self, name: str, text: str) -> None:
-        n_bytes = len(text.encode("utf-8"))
+    def add(self, name: str, text: str, n_bytes: int) -> None:
         self.texts.append(text)
         self.names.append(name)
         self.bytes.append(n_bytes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -24,7 +23,7 @@ from paralm_data.preparation import Execution, Prepared
 from paralm_data.split import digest, is_held_out
 from paralm_data.steps import LengthRule, MinHashRule, StepsSpec
 
-from tests.conftest import ran_alone
+from tests.conftest import ran_alone, tree
 from tests.data.conftest import WORDS, sentences
 
 SPEC = TokenizerSpec(vocab_size=400, sample_bytes=60_000)
@@ -70,15 +69,6 @@ def run(folder: Path, out: Path, executor: str | LocalExecutor, workers: int, **
         "validation": {"whole": SourceSpec("jsonl", paths=(str(folder / "b.jsonl.gz"),))}, **changes,
     }  # fmt: skip
     return prepare(source, SPEC, out, 0.2, **asked)
-
-
-def tree(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below a folder, but for the lock."""
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != ".lock"
-    }
 
 
 @pytest.fixture(scope="module")

@@ -28,17 +28,11 @@ from paralm_data import (
     prepare,
 )
 from paralm_data.split import digest, is_held_out
+from paralm_data.stages import Stages
+
+from tests.conftest import tree
 
 SPEC = TokenizerSpec(vocab_size=400)
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, but for the lock."""
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != ".lock"
-    }
 
 
 def decoded(store: TokenStore, tokenizer: Tokenizer) -> list[str]:
@@ -290,3 +284,40 @@ def test_a_validation_set_has_a_plain_name(tmp_path: Path, source: SourceSpec, n
     with pytest.raises(DataError, match="validation set"):
         prepare(source, SPEC, tmp_path / "out", 0.2, {name: source})
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("stage", ["sampling", "tokenizing", "tokenizing more"])
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda lines: lines[:50], "it has 50 records, and had 160"),
+        (lambda lines: [*lines, lines[0]], "it has more than the 160 records it had before"),
+        (lambda lines: [line.replace("a", "aa") for line in lines], r"bytes, and had [\d,]+"),
+        (lambda lines: ["no json\n", *lines[1:]], r"jsonl:1: changed while it was prepared: not a JSON record"),
+    ],
+)
+def test_text_that_changes_under_a_preparation_is_refused(
+    tmp_path: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch, stage: str, change: Any, complaint: str
+) -> None:
+    """Between the reading that decides what is kept and a later one; what is stored is what was counted."""
+    good = jsonl(tmp_path / "good.jsonl", texts)
+    source = jsonl(tmp_path / "a.jsonl", texts)
+    one, more = (good, source) if stage.endswith("more") else (source, good)
+    original = Stages.run
+
+    def run(self: Stages, title: str, *arguments: Any, **options: Any) -> Any:
+        if title == stage:
+            lines = (tmp_path / "a.jsonl").read_text().splitlines(keepends=True)
+            (tmp_path / "a.jsonl").write_text("".join(change(lines)))
+        return original(self, title, *arguments, **options)
+
+    monkeypatch.setattr(Stages, "run", run)
+    with pytest.raises(DataError, match=complaint) as caught:
+        prepare(one, SPEC, tmp_path / "out", 0.2, {"more": more})
+    assert "changed while it was prepared" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    stores = {"train", "held_out", "validation"} if not stage.endswith("more") else {"validation/more"}
+    assert not any((tmp_path / "out" / name).exists() for name in stores)
+    monkeypatch.undo()
+    jsonl(tmp_path / "a.jsonl", texts)
+    assert tree(prepare(one, SPEC, tmp_path / "out", 0.2, {"more": more}).path)

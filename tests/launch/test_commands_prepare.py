@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
@@ -17,7 +16,7 @@ import yaml
 from paralm_launch import cli, preparing
 
 from paralm.config import Config
-from tests.conftest import write_corpus
+from tests.conftest import tree, write_corpus
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +37,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }  # fmt: skip
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     return folder
-
-
-def tree(folder: Path) -> dict[str, str]:
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != ".lock"
-    }
 
 
 @pytest.fixture(scope="module")

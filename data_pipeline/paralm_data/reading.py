@@ -1,0 +1,66 @@
+"""What the later readings of a shard share: the texts of the records that were kept, which must be what they were."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from paralm_data.duplicates import fates_of
+from paralm_data.errors import DataError
+from paralm_data.sources import Shard
+from paralm_data.steps import StepsSpec
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The base of tasks that read a shard again. ``choice``: the marker of its records' fates; ``size``: UTF-8 bytes of
+    the (normalised) text that is asked for, as the first reading counted them; ``folder``: of the stage.
+    """
+
+    shard: Shard
+    steps: StepsSpec
+    choice: Path
+    size: int
+    folder: Path
+
+    @property
+    def label(self) -> str:
+        return self.shard.label
+
+    @property
+    def marker(self) -> Path:
+        return self.folder / self.choice.name
+
+    @property
+    def weight(self) -> float:
+        return float(self.size)
+
+    def texts(self, wanted: Collection[int]) -> Iterator[tuple[int, str, int]]:
+        """(fate, text, its UTF-8 bytes) of each record whose fate is in ``wanted``, in order.
+
+        DataError, at the latest after the last one, for a shard that is not what it was when the fates were decided: of
+        another number of records or bytes, or with one that cannot be read any more.
+        """
+        fates = fates_of(self.choice)
+        skip = ~np.isin(fates, list(wanted))
+        count = size = 0
+        for record in self.shard.records(self.steps.max_document_bytes, skip.tolist()):
+            count += 1
+            if skip[count - 1]:
+                continue
+            if record.problem is not None:
+                raise self._changed(record.problem, self.shard.place(record))
+            text = self.steps.normalized(record.text)
+            n_bytes = len(text.encode("utf-8"))
+            size += n_bytes
+            yield int(fates[count - 1]), text, n_bytes
+        if count != len(fates):
+            raise self._changed(f"it has {count:,} records, and had {len(fates):,}")
+        if size != self.size:
+            raise self._changed(f"the text that is kept has {size:,} bytes, and had {self.size:,}")
+
+    def _changed(self, how: str, place: str = "") -> DataError:
+        return DataError(f"{place or self.label}: changed while it was prepared: {how}; the same command reads it anew")
