@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 from paralm_data import DataError, Progress, SourceSpec, TokenizerSpec, TokenStore, prepare
-from paralm_data.executors import ATTEMPTS, Event, Task
+from paralm_data.executors import ATTEMPTS, Event, Task, local
 from paralm_data.executors.local import LocalExecutor
 from paralm_data.preparation import Execution, Prepared
 from paralm_data.split import digest, is_held_out
@@ -280,6 +280,43 @@ def test_a_task_that_always_ends_its_worker_is_named(monkeypatch: pytest.MonkeyP
         list(executor.run([_Poison(), _Poison()]))  # type: ignore[list-item]
     assert f"poison.jsonl: the worker was ended by SIGKILL, {ATTEMPTS} times" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+class _Nothing:
+    """A task that is done at once."""
+
+    label, weight = "nothing", 1.0
+    marker = Path("/nonexistent")
+
+    def run(self) -> Any:
+        yield from ()
+        return {"pid": os.getpid()}
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_workers_that_died_between_two_stages_are_replaced(monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
+    """All of them; ``known``: whether the system says so before they are given a task."""
+    original = local.wait
+
+    def wait(connections: list[Any]) -> list[Any]:
+        assert connections, "there is no one to wait for, so it would be for ever"
+        return original(connections)
+
+    monkeypatch.setattr(local, "wait", wait)
+    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
+    tasks: list[Any] = [_Nothing() for _ in range(4)]
+    with LocalExecutor(2) as executor:
+        assert len([event for event in executor.run(tasks) if event.result]) == 4
+        dead = list(executor._workers)
+        assert dead
+        for worker in dead:
+            worker.process.kill()
+            worker.process.wait()
+            if not known:
+                monkeypatch.setattr(worker.process, "poll", lambda: None)
+        pids = [event.result["pid"] for event in executor.run(tasks) if event.result]
+        assert len(pids) == 4
+        assert not {worker.process.pid for worker in dead} & set(pids)
 
 
 def test_an_error_of_a_worker_is_the_error_of_the_call(big: Path, tmp_path: Path) -> None:

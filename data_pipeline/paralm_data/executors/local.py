@@ -82,6 +82,8 @@ class LocalExecutor(Executor):
             while finished < len(tasks):
                 self._feed(tasks, waiting)
                 busy = {w.connection: w for w in self._workers if w.index is not None}
+                if not busy:
+                    continue  # every one died between its last task and the next
                 for ready in wait(list(busy)):
                     assert isinstance(ready, Connection)
                     worker = busy[ready]
@@ -108,6 +110,8 @@ class LocalExecutor(Executor):
         return max(1, self.workers // max(1, tasks))
 
     def _feed(self, tasks: Sequence[Task], waiting: deque[int]) -> None:
+        for worker in [w for w in self._workers if w.index is None and w.process.poll() is not None]:
+            self._remove(worker)  # it died while it had nothing to do
         while waiting and len(self._workers) < self.workers and all(w.index is not None for w in self._workers):
             self._workers.append(worker := _Worker())
             worker.give(waiting[0], tasks[waiting[0]])
@@ -118,7 +122,7 @@ class LocalExecutor(Executor):
             try:
                 worker.give(waiting[0], tasks[waiting[0]])
                 waiting.popleft()
-            except OSError:  # it died while it had nothing to do
+            except OSError:  # it died just now
                 self._remove(worker)
 
     @staticmethod
