@@ -67,6 +67,8 @@ class MixtureConfig(Section):
                 raise ValueError(f"sources.{name}.weight is of weights: fixed; leave it out with {self.weights}")
             if self.at_end == "stop" and (source.max_epochs or 1) > 1:
                 raise ValueError(f"sources.{name}.max_epochs {source.max_epochs:g} needs at_end: repeat")
+        if all(source.weight == 0 for source in self.sources.values()):
+            raise ValueError("every source has weight 0; at least one needs a weight above 0")
         if self.temperature != 1.0 and self.weights != "temperature":
             raise ValueError(f"temperature {self.temperature:g} needs weights: temperature")
         if self.learned and self.target is None:

@@ -14,27 +14,28 @@ with the same tokenizer. As with one source, what is there and was made from the
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from paralm_data import manifest as manifests
-from paralm_data.atomic import write_file
+from paralm_data import minhash, rules
 from paralm_data.errors import DataError
 from paralm_data.executors import Executor, make_executor
 from paralm_data.inspection import tokenizer_of
-from paralm_data.preparation import ADVICE, MODEL_NAME, Execution, prepare
-from paralm_data.progress import Meter, Progress
+from paralm_data.preparation import Execution, is_prepared, locked, prepare, remove_unfinished
+from paralm_data.progress import Progress
 from paralm_data.scratch import NAME as SCRATCH
-from paralm_data.specs import SourceSpec, TokenizerSpec, differences
+from paralm_data.sources import shards
+from paralm_data.specs import SourceSpec, TokenizerSpec
 from paralm_data.stages import Stages
 from paralm_data.steps import StepsSpec
 from paralm_data.store import TokenStore
 from paralm_data.store_writer import StoreWriter
-from paralm_data.tokenizer import INFO_NAME, Tokenizer, read_info
-from paralm_data.tokenizer_training import Sample, train_model
+from paralm_data.tokenizer import Tokenizer
+from paralm_data.tokenizer_making import MODEL_NAME, check_same, has_tokenizer, train_on, write_tokenizer
+from paralm_data.tokenizer_training import Sample
 
 COPIED = 1024  # documents copied at once
 
@@ -101,12 +102,36 @@ def prepare_mixture(
         arguments = (held_out_fraction, dict(validation or {}), progress, steps or StepsSpec(), execution)
         plan = _Plan(sources, tokenizer, Path(out), *arguments)
         if executor.leads:
-            skipped = _make(plan, executor)
+            left = _work_left(plan)
+            with locked(plan.out) if left else contextlib.nullcontext():
+                if left:
+                    remove_unfinished(plan.out)
+                skipped = _make(plan, executor)
         else:
             executor.follow()
     train = {name: TokenStore.open(_train(plan.folder(name)), verify="size") for name in sources}
     held_out = TokenStore.open(plan.out / "held_out", verify="size")
     return PreparedMixture(plan.out, Tokenizer.load(plan.out / MODEL_NAME), train, held_out, skipped)
+
+
+def _work_left(plan: _Plan) -> bool:
+    """Whether anything is missing. DataError, before a byte is written, for a folder or a text that will not do."""
+    have = has_tokenizer(plan.out, _tokenizer_spec(plan, _given(plan, plan.there())))
+    model = plan.out / MODEL_NAME if have else plan.tokenizer.model
+    texts, further = plan.texts(), plan.validation
+    if model is None:  # then every text is read
+        if texts:
+            rules.check(plan.steps)
+            minhash.check(plan.steps.minhash)
+        for source in (*texts.values(), *further.values()):
+            shards(source)
+        return True
+    done = [have, (plan.out / "held_out").exists()]
+    for name, source in texts.items():
+        fraction, given = plan.held_out_fraction, TokenizerSpec(model=model)
+        done.append(is_prepared(source, given, plan.folder(name), fraction, further, plan.steps, plan.execution))
+        further = {}
+    return not all(done)
 
 
 def _make(plan: _Plan, executor: Executor) -> bool:
@@ -139,22 +164,11 @@ def _train(folder: Path) -> Path:
 def _tokenizer(plan: _Plan, there: Mapping[str, TokenStore], executor: Executor) -> tuple[Tokenizer, bool]:
     """The mixture's tokenizer, written to the folder, and whether it was there. DataError if that is another one."""
     found = _given(plan, there)
-    spec = _tokenizer_spec(plan) if found is None else {"model_sha256": found.sha256}
-    model, info = plan.out / MODEL_NAME, read_info(plan.out / INFO_NAME)
-    if model.exists():
-        changed = differences(info.get("spec", {}), spec)
-        if changed:
-            raise DataError(f"{model}: made from something else ({'; '.join(changed)}); {ADVICE}")
-        return Tokenizer.load(model), True
+    spec = _tokenizer_spec(plan, found)
+    if has_tokenizer(plan.out, spec):
+        return Tokenizer.load(plan.out / MODEL_NAME), True
     made, more = _trained(plan, executor) if found is None else (found, {})
-    ids = {"unk": made.unk_id, "bos": made.bos_id, "eos": made.eos_id, "pad": made.pad_id}
-    described = {
-        "sha256": made.sha256, "vocab_size": made.vocab_size, "ids": ids, "lossless": made.lossless, "spec": spec,
-        **more,
-    }  # fmt: skip
-    plan.out.mkdir(parents=True, exist_ok=True)
-    write_file(plan.out / INFO_NAME, (json.dumps(described, indent=2) + "\n").encode("utf-8"))
-    write_file(model, made.proto)
+    write_tokenizer(plan.out, made, spec, more)
     return made, False
 
 
@@ -165,8 +179,10 @@ def _given(plan: _Plan, there: Mapping[str, TokenStore]) -> Tokenizer | None:
     return tokenizer_of(next(iter(there.values()))) if there else None
 
 
-def _tokenizer_spec(plan: _Plan) -> dict[str, Any]:
-    """What a tokenizer is made from that is trained on the sources."""
+def _tokenizer_spec(plan: _Plan, given: Tokenizer | None) -> dict[str, Any]:
+    """What the tokenizer is made from: it is given, or trained on the sources."""
+    if given is not None:
+        return {"model_sha256": given.sha256}
     steps = plan.steps.without_shuffle().as_dict()
     return {
         "kind": plan.tokenizer.kind,
@@ -191,11 +207,7 @@ def _trained(plan: _Plan, executor: Executor) -> tuple[Tokenizer, dict[str, Any]
         part = stages.sample(stages.survey(source, held_out=plan.held_out_fraction), limit)
         for key, data in part.pieces():
             sample.add_piece(key, data)
-    meter = Meter("training the tokenizer", plan.progress)
-    proto = train_model(sample.texts(), plan.tokenizer.vocab_size, plan.tokenizer.kind)
-    meter.add(0, sample.n_bytes)
-    meter.done()
-    return Tokenizer(proto, MODEL_NAME), {"sampled_bytes": sample.n_bytes}
+    return train_on(sample, plan.tokenizer, plan.progress)
 
 
 def _union(plan: _Plan, model: Tokenizer) -> bool:
@@ -211,9 +223,7 @@ def _union(plan: _Plan, model: Tokenizer) -> bool:
     path = plan.out / "held_out"
     spec = {"mixture": {name: store.manifest.fingerprint for name, store in parts.items()}, "split": "held_out"}
     if path.exists():
-        changed = differences(manifests.read(path).source, spec)
-        if changed:
-            raise DataError(f"{path}: made from something else ({'; '.join(changed)}); {ADVICE}")
+        check_same(manifests.read(path).source, spec, path)
         return False
     with StoreWriter(path, model, spec) as writer:
         for store in parts.values():

@@ -34,23 +34,21 @@ from paralm_data import minhash, rules
 from paralm_data.atomic import write_file
 from paralm_data.errors import DataError, reason
 from paralm_data.executors import Executor, make_executor
-from paralm_data.progress import Meter, Progress
+from paralm_data.progress import Progress
 from paralm_data.scratch import NAME as SCRATCH
 from paralm_data.sources import shards
-from paralm_data.specs import SourceSpec, TokenizerSpec, differences
+from paralm_data.specs import SourceSpec, TokenizerSpec
 from paralm_data.split import Counts
 from paralm_data.stages import SPLITS, Stages, Survey
 from paralm_data.steps import StepsSpec
 from paralm_data.store import TokenStore
 from paralm_data.store_writer import TEMPORARY, StoreWriter
-from paralm_data.tokenizer import INFO_NAME, Tokenizer, read_info
-from paralm_data.tokenizer_training import train_model
+from paralm_data.tokenizer import Tokenizer
+from paralm_data.tokenizer_making import ADVICE, MODEL_NAME, check_same, has_tokenizer, train_on, write_tokenizer
 
-MODEL_NAME = "tokenizer.model"
 COUNTS_NAME = "preparation.json"
 # What a file system without locks says; there, parts still appear whole, by rename.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
-ADVICE = "give another data.dir, or remove this one to prepare it anew"
 
 
 @dataclass(frozen=True)
@@ -139,20 +137,14 @@ class _Plan:
         for name in self.names():
             path = self.store_path(name)
             if path.exists():
-                _same(manifests.read(path).source, self.store_spec(name), path)
+                check_same(manifests.read(path).source, self.store_spec(name), path)
             else:
                 absent.append(name)
         return absent
 
     def has_tokenizer(self) -> bool:
         """Whether the tokenizer is there. DataError if it was made from another spec."""
-        model, info = self.out / MODEL_NAME, read_info(self.out / INFO_NAME)
-        if not model.exists():
-            return False
-        if "spec" not in info:
-            raise DataError(f"{self.out / INFO_NAME}: missing or not whole beside {MODEL_NAME}; {ADVICE}")
-        _same(info["spec"], self.tokenizer_spec(), model)
-        return True
+        return has_tokenizer(self.out, self.tokenizer_spec())
 
     def work_left(self) -> bool:
         """Whether anything is missing. DataError, before a byte is written, for a folder or an input that will not
@@ -162,8 +154,6 @@ class _Plan:
             raise DataError(f"{self.out / MODEL_NAME}: missing, though stores beside it were made with it; {ADVICE}")
         if have_tokenizer:
             Tokenizer.load(self.out / MODEL_NAME)
-        else:
-            self.tokenizer_spec()
         if any(name in SPLITS for name in missing):
             rules.check(self.steps)
             minhash.check(self.steps.minhash)
@@ -201,15 +191,15 @@ def prepare(
         if not executor.leads:
             executor.follow()
         elif plan.work_left():
-            with _locked(plan.out):
-                _remove_unfinished(plan)
+            with locked(plan.out):
+                remove_unfinished(plan.out)
                 arguments = (plan.steps, execution.shard_bytes, execution.max_bad_records, execution.threads)
                 counts = _Preparation(plan, Stages(plan.out / SCRATCH, executor, progress, *arguments)).run()
                 shutil.rmtree(plan.out / SCRATCH, ignore_errors=True)
         else:
             skipped = True
             if (plan.out / SCRATCH).exists():  # of a preparation that ended between its last rename and its end
-                with _locked(plan.out):
+                with locked(plan.out):
                     shutil.rmtree(plan.out / SCRATCH, ignore_errors=True)
     model = Tokenizer.load(plan.out / MODEL_NAME)
     stores = {name: TokenStore.open(plan.store_path(name), verify="size") for name in plan.names()}
@@ -228,9 +218,9 @@ def is_prepared(
     steps: StepsSpec | None = None,
     execution: Execution | None = None,
 ) -> bool:
-    """Whether :func:`prepare` would have nothing to do. DataError where it would refuse the folder."""
+    """Whether :func:`prepare` would have nothing to do. DataError where it would refuse the folder or an input."""
     plan = _plan(source, tokenizer, out, held_out_fraction, validation, steps, execution or Execution(), None)
-    return plan.has_tokenizer() and not plan.missing()
+    return not plan.work_left()
 
 
 def _plan(
@@ -254,14 +244,8 @@ def _plan(
     return _Plan(source, tokenizer, Path(out), held_out_fraction, sources, steps or StepsSpec(), execution, progress)
 
 
-def _same(recorded: Any, wanted: dict[str, Any], path: Path) -> None:
-    changed = differences(recorded if isinstance(recorded, dict) else {}, wanted)
-    if changed:
-        raise DataError(f"{path}: made from something else ({'; '.join(changed)}); {ADVICE}")
-
-
 @contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
+def locked(out: Path) -> Iterator[None]:
     """Hold the folder: two preparations at once would do the work twice. Released by the system if we are killed."""
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -279,8 +263,9 @@ def _locked(out: Path) -> Iterator[None]:
         yield
 
 
-def _remove_unfinished(plan: _Plan) -> None:
-    for folder in (plan.out, plan.out / "validation"):
+def remove_unfinished(out: Path) -> None:
+    """Remove what a preparation that was killed left half written; the folder is to be held (:func:`locked`)."""
+    for folder in (out, out / "validation"):
         for path in folder.glob(f".*{TEMPORARY}*"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -313,25 +298,13 @@ class _Preparation:
 
     def _make_tokenizer(self) -> None:
         plan = self._plan
-        spec = plan.tokenizer_spec()
-        info: dict[str, Any] = {}
+        more: dict[str, Any] = {}
         if plan.tokenizer.model is not None:
             model = Tokenizer.load(plan.tokenizer.model)
         else:
             sample = self._stages.sample(self._source(), plan.tokenizer.sample_bytes)
-            meter = Meter("training the tokenizer", plan.progress)
-            proto = train_model(sample.texts(), plan.tokenizer.vocab_size, plan.tokenizer.kind)
-            meter.add(0, sample.n_bytes)
-            meter.done()
-            model, info = Tokenizer(proto, MODEL_NAME), {"sampled_bytes": sample.n_bytes}
-        ids = {"unk": model.unk_id, "bos": model.bos_id, "eos": model.eos_id, "pad": model.pad_id}
-        info = {
-            "sha256": model.sha256, "vocab_size": model.vocab_size, "ids": ids, "lossless": model.lossless,
-            "spec": spec, **info,
-        }  # fmt: skip
-        # The model last: where it is, what describes it is too.
-        write_file(plan.out / INFO_NAME, (json.dumps(info, indent=2) + "\n").encode("utf-8"))
-        write_file(plan.out / MODEL_NAME, model.proto)
+            model, more = train_on(sample, plan.tokenizer, plan.progress)
+        write_tokenizer(plan.out, model, plan.tokenizer_spec(), more)
 
     def _make_splits(self, model: Tokenizer, names: Sequence[str]) -> None:
         plan, survey = self._plan, self._source()

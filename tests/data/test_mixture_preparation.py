@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from paralm_data import (
     DataError,
     Prepared,
     PreparedMixture,
+    Progress,
     SourceSpec,
     Tokenizer,
     TokenizerSpec,
@@ -21,8 +23,8 @@ from paralm_data import (
     prepare,
     prepare_mixture,
 )
-from paralm_data.preparation import Execution
-from paralm_data.steps import StepsSpec
+from paralm_data.preparation import Execution, locked
+from paralm_data.steps import MinHashRule, StepsSpec
 
 from tests.data.conftest import sentences, snapshot
 
@@ -161,3 +163,65 @@ def test_what_is_refused(two: dict[str, SourceSpec], prepared: Prepared, tmp_pat
     model = TokenizerSpec(model=tmp_path / "made" / "tokenizer.model")
     with pytest.raises(DataError, match="made from something else"):
         make(fewer, tmp_path / "made", model)
+
+
+def test_what_a_killed_one_left_is_removed(two: dict[str, SourceSpec], given: TokenizerSpec, tmp_path: Path) -> None:
+    whole = snapshot(make(two, tmp_path / "data", given).path)
+    (tmp_path / "data" / "held_out").rename(tmp_path / "data" / ".held_out.tmp-1")
+    (tmp_path / "data" / ".tokenizer.json.tmp-2").write_bytes(b"{")
+    assert not make(two, tmp_path / "data", given).skipped
+    assert snapshot(tmp_path / "data") == whole
+
+
+def test_two_at_once_are_refused_and_two_that_find_all_there_are_not(
+    two: dict[str, SourceSpec], tmp_path: Path
+) -> None:
+    refused = []
+
+    def again(_: Progress) -> None:
+        with pytest.raises(DataError, match=f"^{tmp_path / 'data'}: another process is preparing it"):
+            make(two, tmp_path / "data")
+        refused.append(1)
+
+    make(two, tmp_path / "data", progress=again)
+    assert refused
+    with locked(tmp_path / "data"):
+        assert make(two, tmp_path / "data").skipped
+
+
+def test_every_source_is_looked_at_before_the_work_on_any(
+    two: dict[str, SourceSpec], given: TokenizerSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    absent = SourceSpec("jsonl", paths=(str(tmp_path / "absent.jsonl"),))
+    for spec in (SPEC, given):
+        with pytest.raises(DataError, match=r"absent\.jsonl"):
+            make({"one": two["one"], "b": absent}, tmp_path / "data", spec)
+        with pytest.raises(DataError, match=r"absent\.jsonl"):
+            make(two, tmp_path / "data", spec, validation={"more": absent})
+    monkeypatch.setitem(sys.modules, "rensa", None)
+    steps = StepsSpec(minhash=MinHashRule(enabled=True))
+    for spec in (SPEC, given):
+        with pytest.raises(DataError, match="minhash"):
+            make(two, tmp_path / "data", spec, steps=steps)
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_text_that_is_gone_when_all_is_made_is_not_asked_for(
+    two: dict[str, SourceSpec], given: TokenizerSpec, tmp_path: Path
+) -> None:
+    shutil.copy(two["one"].paths[0], tmp_path / "one.jsonl")
+    mine = {"one": SourceSpec("jsonl", paths=(str(tmp_path / "one.jsonl"),)), "two": two["two"]}
+    make(mine, tmp_path / "data", given)
+    (tmp_path / "one.jsonl").unlink()
+    assert make(mine, tmp_path / "data", given).skipped
+    shutil.rmtree(tmp_path / "data" / "held_out")
+    assert not make(mine, tmp_path / "data", given).skipped
+
+
+def test_a_tokenizer_without_its_description_is_named(
+    two: dict[str, SourceSpec], given: TokenizerSpec, tmp_path: Path
+) -> None:
+    make(two, tmp_path / "data", given)
+    (tmp_path / "data" / "tokenizer.json").unlink()
+    with pytest.raises(DataError, match=r"tokenizer\.json: missing or not whole beside tokenizer\.model"):
+        make(two, tmp_path / "data", given)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import paralm_data.preparation
+import paralm_data.tokenizer_making
 import pytest
 from paralm_data import (
     DataError,
@@ -70,8 +70,8 @@ def test_the_defaults_are_what_they_were(
         samples.extend(pieces)
         return prepared_model(iter(samples), vocab_size, kind)
 
-    prepared_model = paralm_data.preparation.train_model
-    monkeypatch.setattr("paralm_data.preparation.train_model", train_model)
+    prepared_model = paralm_data.tokenizer_making.train_model
+    monkeypatch.setattr("paralm_data.tokenizer_making.train_model", train_model)
     source = jsonl(tmp_path / "a.jsonl", [*texts, "", *texts[:9]])
     spec = TokenizerSpec(vocab_size=400, sample_bytes=20_000)
     result = prepare(source, spec, tmp_path / "out", 0.2, execution=Execution("local", 1, shard_bytes))

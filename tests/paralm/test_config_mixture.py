@@ -38,6 +38,10 @@ STORES = {"a": {"store": "a"}, "b": {"store": "b"}}
             {"mixture": {"sources": {"a": {"store": "a", "max_epochs": 2.0}}, "at_end": "stop"}},
             "sources.a.max_epochs 2 needs at_end: repeat",
         ),
+        (
+            {"mixture": {"sources": {"a": {"store": "a", "weight": 0.0}, "b": {"store": "b", "weight": 0}}}},
+            "every source has weight 0; at least one needs a weight above 0",
+        ),
         ({"mixture": {"sources": TWO}, "order": "lanes"}, "order: lanes is of one"),
         ({"mixture": {"sources": TWO}, "source": {"kind": "text", "paths": ["x"]}}, "'source' and 'mixture' both"),
         ({"mixture": {"sources": TWO}, "validation": {"a": TWO["a"]}}, "'a' is a source of the mixture and"),
