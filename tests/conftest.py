@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,18 @@ hypothesis.settings.load_profile("paralm")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")
+
+
+@pytest.fixture(autouse=True)
+def _environment() -> Iterator[None]:
+    """What a test, or a library in it, sets in the environment ends with it. (A ray.init() leaves RAY_AUTH_MODE=token:
+    the next cluster, of another home folder, would look for a token there.)
+    """
+    before = dict(os.environ)
+    yield
+    for key in os.environ.keys() - before.keys() - {"PYTEST_CURRENT_TEST"}:
+        del os.environ[key]
+    os.environ.update(before)
 
 
 def ran_alone(file: str, test: str) -> bool:

@@ -20,6 +20,7 @@ from paralm_data import (
     TokenizerSpec,
     TokenStore,
     inspect,
+    minhash,
     prepare,
     prepare_mixture,
 )
@@ -199,6 +200,7 @@ def test_every_source_is_looked_at_before_the_work_on_any(
         with pytest.raises(DataError, match=r"absent\.jsonl"):
             make(two, tmp_path / "data", spec, validation={"more": absent})
     monkeypatch.setitem(sys.modules, "rensa", None)
+    minhash._library.cache_clear()
     steps = StepsSpec(minhash=MinHashRule(enabled=True))
     for spec in (SPEC, given):
         with pytest.raises(DataError, match="minhash"):

@@ -54,7 +54,7 @@ class Head:
         self.folder = tempfile.mkdtemp(prefix="paralm-", dir="/tmp")  # short, for its sockets
         self.address = f"http://127.0.0.1:{self.dashboard}"
         self.environment = {
-            **os.environ,
+            **{key: value for key, value in os.environ.items() if not key.startswith("RAY_AUTH")},
             "HOME": str(home),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_worker_niceness": "0",  # of 15, Ray's default, a busy machine leaves nothing
