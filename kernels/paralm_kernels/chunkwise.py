@@ -60,7 +60,7 @@ def chunkwise(
     Returns y (batch, time, heads, d_v) in the dtype of v, and the state in the compute dtype. Memory: a backward pass
     keeps only the arguments and computes the states at the starts of chunks again. Raises ArgumentError.
     """
-    dtype = _check(q, k, v, log_decay, gain, state, reset, normalized)
+    dtype = check(q, k, v, log_decay, gain, state, reset, normalized)
     if method not in METHODS:
         raise ArgumentError(f"chunkwise: method is {method!r}; expected one of {', '.join(METHODS)}")
     if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
@@ -93,7 +93,7 @@ def reference_chunkwise(
     eps: float = 1e-6,
 ) -> tuple[Tensor, Any]:
     """`chunkwise` as a loop over time in plain torch under autograd: slow, obviously right. Same arguments."""
-    dtype = _check(q, k, v, log_decay, gain, state, reset, normalized)
+    dtype = check(q, k, v, log_decay, gain, state, reset, normalized)
     begin = _initial(q, v, dtype, normalized) if state is None else _state(state, dtype)
     y, end = loop(q, k, v, log_decay, gain, begin, reset, normalized, eps, dtype)
     return y, (end if normalized else end[0])
@@ -112,7 +112,7 @@ def _state(state: Tensor | tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) ->
     return tuple(part.to(dtype) for part in given)
 
 
-def _check(q: Any, k: Any, v: Any, log_decay: Any, gain: Any, state: Any, reset: Any, normalized: bool) -> torch.dtype:
+def check(q: Any, k: Any, v: Any, log_decay: Any, gain: Any, state: Any, reset: Any, normalized: bool) -> torch.dtype:
     """Refuses what cannot be computed, one line each; the dtype to compute in."""
     given = [("q", q), ("k", k), ("v", v), ("log_decay", log_decay), ("gain", gain)]
     for name, part in zip(("C", "n", "m") if normalized else ("S",), _parts(state, normalized), strict=False):

@@ -10,6 +10,7 @@ faster than a grouped torch.nn.functional.conv1d on a CPU. On a GPU the fused ke
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def causal_conv(
     """
     if method not in METHODS:
         raise ArgumentError(f"causal_conv: method is {method!r}; expected one of {', '.join(METHODS)}")
-    dtype = _check(x, weight, bias, state, reset)
+    dtype = check(x, weight, bias, state, reset)
     by_kernels = method == "triton" or (method == "auto" and fused.by_default(x))
     if by_kernels:
         fused.kernels("triton_solver", "causal_conv: ").check_device(x.device)
@@ -59,7 +60,7 @@ def causal_conv(
     return result
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, reset: Tensor | None) -> torch.dtype:
+def check(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, reset: Tensor | None) -> torch.dtype:
     given = [("x", x), ("weight", weight), ("bias", bias), ("state", state)]
     present = [(name, value) for name, value in given if value is not None]
     for name, value in present:
@@ -87,19 +88,27 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None,
     return compute_dtype([(f"causal_conv: {name}", (value,)) for name, value in present if value is not reset])
 
 
-class _Geometry:
+class Geometry:
     """Pieces of time, and which taps resets cut in them."""
 
     def __init__(self, x: Tensor, taps: int, reset: Tensor | None) -> None:
         self.batch, self.time, self.channel = x.shape
         self.reach = taps - 1
-        on_cpu = x.device.type == "cpu"
-        self.length = max(1, _CHUNK // (self.batch * self.channel)) if on_cpu else self.time
-        self.sequence: Tensor | None = None
+        self.on_cpu = x.device.type == "cpu"
+        self.length = max(1, _CHUNK // (self.batch * self.channel)) if self.on_cpu else self.time
         self.reset = reset
-        if reset is not None and not (on_cpu and not bool(reset.any())):
-            ids = reset.cumsum(1)  # which sequence a position belongs to; the state belongs to sequence 0
-            self.sequence = torch.cat((ids.new_zeros((self.batch, self.reach)), ids), 1)
+
+    @cached_property
+    def ids(self) -> Tensor | None:
+        """Which sequence a position belongs to, int32 (batch, time): a state belongs to sequence 0."""
+        return None if self.reset is None else self.reset.cumsum(1, dtype=torch.int32)
+
+    @cached_property
+    def sequence(self) -> Tensor | None:
+        """`ids` with the `reach` positions before; None if there is only one sequence."""
+        if self.ids is None or (self.on_cpu and not bool(self.ids[:, -1].any())):
+            return None
+        return torch.cat((self.ids.new_zeros((self.batch, self.reach)), self.ids), 1)
 
     def pieces(self) -> Iterator[tuple[int, int]]:
         for start in range(0, self.time, self.length):
@@ -139,13 +148,13 @@ class _CausalConv(torch.autograd.Function):
         by_kernels: bool,
     ) -> tuple[Tensor, Tensor]:
         taps = weight.shape[1]
-        geometry = _Geometry(x, taps, reset)
+        geometry = Geometry(x, taps, reset)
         ctx.save_for_backward(x, weight, bias, state, reset)
         ctx.dtype, ctx.by_kernels = dtype, by_kernels
         ctx.set_materialize_grads(False)
         if by_kernels:
             y = _kernels(x, weight, state, geometry, dtype).forward(bias)
-            return y, _tail(x, state, geometry)
+            return y, tail_of(x, state, geometry)
         rows, shift = weight.to(dtype).t().contiguous(), bias.to(dtype)
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         for start, stop in geometry.pieces():
@@ -158,14 +167,14 @@ class _CausalConv(torch.autograd.Function):
                 target.addcmul_(source if cut is None else source.masked_fill(cut, 0.0), rows[taps - 1 - back])
             if y.dtype != dtype:
                 y[:, start:stop] = target
-        return y, _tail(x, state, geometry)
+        return y, tail_of(x, state, geometry)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_y: Tensor | None, grad_tail: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, bias, state, reset = ctx.saved_tensors
         dtype, taps = ctx.dtype, weight.shape[1]
-        geometry = _Geometry(x, taps, reset)
+        geometry = Geometry(x, taps, reset)
         if ctx.by_kernels:
             return _backward_fused(x, weight, bias, state, geometry, grad_y, grad_tail, dtype)
         rows = weight.to(dtype).t().contiguous()
@@ -205,7 +214,7 @@ def _backward_fused(
     weight: Tensor,
     bias: Tensor,
     state: Tensor,
-    geometry: _Geometry,
+    geometry: Geometry,
     grad_y: Tensor | None,
     grad_tail: Tensor | None,
     dtype: torch.dtype,
@@ -235,11 +244,11 @@ def _backward_fused(
     return (*every, None, None, None)
 
 
-def _kernels(x: Tensor, weight: Tensor, state: Tensor, geometry: _Geometry, dtype: torch.dtype) -> Any:
-    return fused.kernels("triton_conv", "causal_conv: ").ConvKernels(x, weight, state, geometry.reset, dtype)
+def _kernels(x: Tensor, weight: Tensor, state: Tensor, geometry: Geometry, dtype: torch.dtype) -> Any:
+    return fused.kernels("triton_conv", "causal_conv: ").ConvKernels(x, weight, state, geometry.ids, dtype)
 
 
-def _tail(x: Tensor, state: Tensor, geometry: _Geometry) -> Tensor:
+def tail_of(x: Tensor, state: Tensor, geometry: Geometry) -> Tensor:
     """The last `reach` inputs, from the old state where the sequence is shorter; zero where a reset cut them off."""
     reach = geometry.reach
     tail = torch.cat((state.to(x.dtype), x[:, max(0, x.shape[1] - reach) :]), 1)

@@ -75,15 +75,33 @@ def solve(
 
     Raises ArgumentError (shapes, dtypes, devices, options), CellError (an unusable step), NotConverged.
     """
+    options = NewtonOptions(tile, tol, max_iter)
+    call, tensors = checked_call(cell, inputs, params, state, reset, method, options, on_failure, check_finite)
+    results = _Solve.apply(call, reset, *tensors)
+    return trajectory(call, results)
+
+
+def checked_call(
+    cell: Cell,
+    inputs: Sequence[Tensor],
+    params: Sequence[Tensor],
+    state: Sequence[Tensor] | None,
+    reset: Tensor | None,
+    method: str,
+    options: NewtonOptions,
+    on_failure: str,
+    check_finite: bool,
+) -> tuple[Call, Tensors]:
+    """All arguments of `solve` looked at; what is to be done, and (*inputs, *params, *state), zeros for no state."""
     if method not in METHODS:
         raise ArgumentError(f"method is {method!r}; expected one of {', '.join(METHODS)}")
     if on_failure not in ("raise", "sequential"):
         raise ArgumentError(f"on_failure is {on_failure!r}; expected 'raise' or 'sequential'")
-    for name, value in (("max_iter", max_iter), ("tile", tile)):
+    for name, value in (("max_iter", options.max_iter), ("tile", options.tile)):
         if value is not None and value < 1:
             raise ArgumentError(f"{name} is {value}; expected at least 1")
-    if tol is not None and not tol > 0:
-        raise ArgumentError(f"tol is {tol}; expected a number above 0")
+    if options.tol is not None and not options.tol > 0:
+        raise ArgumentError(f"tol is {options.tol}; expected a number above 0")
     derive(cell)
     given_inputs, given_params, given_state, dtype = checks.sequence_arguments(cell, inputs, params, state, reset)
     if check_finite:
@@ -98,10 +116,14 @@ def solve(
         given_state = tuple(zeros for _ in cell.state)
     if method.startswith("triton"):
         fused.kernels("triton_solver").check_device(given_inputs[0].device)
-        fused.kernels("triton_solver").check_tile(method, tile)
-    call = call_of(cell, method, NewtonOptions(tile, tol, max_iter), on_failure, dtype, given_inputs[0])
-    results = _Solve.apply(call, reset, *given_inputs, *given_params, *given_state)
-    count = len(cell.state)
+        fused.kernels("triton_solver").check_tile(method, options.tile)
+    call = call_of(cell, method, options, on_failure, dtype, given_inputs[0])
+    return call, (*given_inputs, *given_params, *given_state)
+
+
+def trajectory(call: Call, results: Tensors) -> Trajectory:
+    """Of a call that is done: its states, then its final states."""
+    count = len(call.cell.state)
     assert call.info is not None
     return Trajectory(results[:count], results[count:], call.info)
 

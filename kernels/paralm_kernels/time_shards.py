@@ -4,11 +4,13 @@
 sequence: `causal_conv`, `chunkwise`, `solve` (time_shards_solve.py), and `relay` for whatever carries a state. A part
 may be of any length, also unequal ones. `state` is the one before the whole sequence and counts on the first rank
 alone; the state that comes back is the one after the rank's own part, on the last rank the sequence's. Every rank calls
-the same functions in the same order, forward and backward.
+the same functions in the same order, forward and backward. What is wrong with the arguments is said by the rank that
+has them; where the other ranks' are right they wait for it, until the group's timeout.
 
 What is sent is of the size of a state, however long the sequence: an affine recurrence is one map a part,
 S ↦ e^{D} S + E, and each rank composes those of the ranks before it; a convolution takes the last inputs of the part
-before. Gradients come back by one sum over the ranks. `bytes_sent` counts them.
+before. Gradients come back by one sum over the ranks. A rank waits for each message, with nothing computed meanwhile.
+`bytes_sent` counts them.
 """
 
 from __future__ import annotations
@@ -23,8 +25,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from . import conv
-from .checks import compute_dtype
-from .chunkwise import chunkwise
+from .chunkwise import check, chunkwise
 from .errors import ArgumentError
 from .solve import Trajectory
 
@@ -91,21 +92,18 @@ class TimeShards:
         state: Tensor | None = None,
         reset: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """As :func:`paralm_kernels.causal_conv`. A part has at least as many steps as the convolution looks back;
-        ArgumentError on every rank otherwise."""
+        """As :func:`paralm_kernels.causal_conv`, after one message from the rank before. A part has at least as many
+        steps as the convolution looks back; ArgumentError otherwise."""
+        conv.check(x, weight, bias, state, reset)
         reach = weight.shape[1] - 1
-        shortest = -self.largest(-float(x.shape[1]), x.device)
-        if shortest < reach:
+        if x.shape[1] < reach:
             raise ArgumentError(
-                f"causal_conv over time shards: the shortest part has {shortest:.0f} steps, the convolution looks back "
+                f"causal_conv over time shards: this rank's part has {x.shape[1]} steps, the convolution looks back "
                 f"{reach}; use fewer time shards or longer sequences"
             )
         if reach == 0:
             return conv.causal_conv(x, weight, bias, state, reset)
-        tail = x[:, x.shape[1] - reach :]
-        if reset is not None:
-            ids = reset.cumsum(1)[:, -reach:]
-            tail = tail.masked_fill((ids != ids[:, -1:]).unsqueeze(-1), 0.0)
+        tail = conv.tail_of(x, x[:, :reach], conv.Geometry(x, reach + 1, reset))
         given = _zero_unless(self.first, state, tail)
 
         def entry(tails: Tensor, states: Tensor) -> tuple[Tensor]:
@@ -128,7 +126,7 @@ class TimeShards:
         **options: Any,
     ) -> tuple[Tensor, Any]:
         """As :func:`paralm_kernels.chunkwise`."""
-        dtype = compute_dtype([("q", (q,)), ("log_decay", (log_decay,)), ("gain", (gain,))])
+        dtype = check(q, k, v, log_decay, gain, state, reset, normalized)
         total, write = _suffix(log_decay.to(dtype), reset)
         entry: Any
         if normalized:
@@ -151,7 +149,7 @@ class TimeShards:
 
     def _normalized_entry(self, k: Tensor, v: Tensor, total: Tensor, logs: Tensor, state: Any) -> tuple[Tensor, ...]:
         """(C, n, m) before this rank's part; m is a constant in the gradient."""
-        m_end = logs.detach().amax(1)  # (batch, head); −∞ where a reset ends the part
+        m_end = logs.detach().amax(1)  # (batch, head); −∞ only if every gain is
         weight = (logs - _finite(m_end).unsqueeze(1)).exp()
         c_end, n_end = _written(k, v * weight.unsqueeze(-1)), _written(k, weight.unsqueeze(-1)).squeeze(-1)
         given = (None, None, None) if state is None else state
@@ -211,16 +209,24 @@ class TimeShards:
                 entry = self._take_over(like(part.stop - part.start), x)
             y, end = forward(x[part], entry, None if reset is None else reset[part])
             if not self.last:
-                leaves = pytree.tree_leaves(end)
-                y = y + _HandOn.apply(self, *(leaf.contiguous() for leaf in leaves)).to(y.dtype)
+                y = self._hand_on(end, y)
             outputs.append(y)
             ends.append(end)
         return torch.cat(outputs), pytree.tree_map(lambda *leaves: torch.cat(leaves), *ends)
 
     def _take_over(self, like: Any, x: Tensor) -> Any:
         leaves, structure = pytree.tree_flatten(like)
-        anchor = x.new_zeros((), requires_grad=torch.is_grad_enabled())
-        return pytree.tree_unflatten(list(_TakeOver.apply(self, anchor, *leaves)), structure)
+        return pytree.tree_unflatten(list(_TakeOver.apply(self, _anchor(x), *leaves)), structure)
+
+    def _hand_on(self, end: Any, y: Tensor) -> Tensor:
+        """y, whose backward pass takes the gradients of the state that was handed on."""
+        zero: Tensor = _HandOn.apply(self, _anchor(y), *(leaf.contiguous() for leaf in pytree.tree_leaves(end)))
+        return y + zero.to(y.dtype)
+
+
+def _anchor(x: Tensor) -> Tensor:
+    """Makes both ends of a message part of the backward pass, even where one of them has nothing to learn."""
+    return x.new_zeros((), requires_grad=torch.is_grad_enabled())
 
 
 def _finite(x: Tensor) -> Tensor:
@@ -301,7 +307,7 @@ class _HandOn(torch.autograd.Function):
     output, so that this happens before anything that the output's gradient is used for."""
 
     @staticmethod
-    def forward(ctx: Any, shards: TimeShards, *leaves: Tensor) -> Tensor:
+    def forward(ctx: Any, shards: TimeShards, anchor: Tensor, *leaves: Tensor) -> Tensor:
         for leaf in leaves:
             shards.count("relay", leaf)
             dist.send(leaf.detach(), shards.neighbour(1), group=shards.group)
@@ -315,4 +321,4 @@ class _HandOn(torch.autograd.Function):
             grads.append(torch.empty_like(leaf) if leaf.is_floating_point() else None)
             if grads[-1] is not None:
                 dist.recv(grads[-1], ctx.shards.neighbour(1), group=ctx.shards.group)
-        return None, *grads
+        return None, None, *grads

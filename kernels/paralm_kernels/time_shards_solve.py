@@ -22,12 +22,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import checks
 from .cell import Cell, Tensors
-from .derive import derive
 from .newton import NewtonOptions
 from .problem import Problem, SolveInfo
-from .solve import Trajectory, call_of, gradients_of, problem_of, run
+from .solve import Trajectory, checked_call, gradients_of, problem_of, run, trajectory
 
 if TYPE_CHECKING:
     from .time_shards import TimeShards
@@ -53,21 +51,15 @@ def solve_sharded(
     max_iter: int | None = None,
     tile: int | None = None,
     on_failure: Any = "raise",
+    check_finite: bool = False,
 ) -> Trajectory:
     """`paralm_kernels.solve` of a sequence of which every rank holds a part; arguments as there, `state` on the first
     rank. `info.iterations` counts the rounds of walks over the ranks, `info.rewalked` this rank's steps walked again
     over its own, `info.last_update` what the last join moved an entry. Raises as `solve`."""
-    derive(cell)
-    given_inputs, given_params, given_state, dtype = checks.sequence_arguments(cell, inputs, params, state, reset)
-    if given_state is None or not shards.first:
-        batch, _, channel = given_inputs[0].shape
-        zeros = torch.zeros((batch, channel), dtype=dtype, device=given_inputs[0].device)
-        given_state = tuple(zeros for _ in cell.state)
-    call = call_of(cell, method, NewtonOptions(tile, tol, max_iter), on_failure, dtype, given_inputs[0])
-    results = _Sharded.apply(shards, call, reset, *given_inputs, *given_params, *given_state)
-    count = len(cell.state)
-    assert call.info is not None
-    return Trajectory(results[:count], results[count:], call.info)
+    state, options = state if shards.first else None, NewtonOptions(tile, tol, max_iter)
+    call, tensors = checked_call(cell, inputs, params, state, reset, method, options, on_failure, check_finite)
+    results = _Sharded.apply(shards, call, reset, *tensors)
+    return trajectory(call, results)
 
 
 class _Sharded(torch.autograd.Function):

@@ -21,12 +21,12 @@ BLOCK_TIME, BLOCK_CHANNELS, WARPS = 32, 64, 4
 
 class ConvKernels:
     """The arguments that both kernels share. x: (batch, time, channel) of any strides; state (batch, taps − 1,
-    channel); reset: bool (batch, time) or None; dtype: to compute in."""
+    channel); ids: int32 (batch, time), the sequence a step belongs to, or None for one; dtype: to compute in."""
 
-    def __init__(self, x: Tensor, weight: Tensor, state: Tensor, reset: Tensor | None, dtype: torch.dtype) -> None:
+    def __init__(self, x: Tensor, weight: Tensor, state: Tensor, ids: Tensor | None, dtype: torch.dtype) -> None:
         self.x = x if x.stride(2) == 1 else x.contiguous()
         self.weight, self.state = weight.contiguous(), state.contiguous()
-        self.ids = None if reset is None else reset.to(torch.int32).cumsum(1, dtype=torch.int32)
+        self.ids = ids
         self.batch, self.time, self.channels = x.shape
         self.steps = triton.cdiv(self.time, BLOCK_TIME)
         self.dtype = dtype
@@ -41,7 +41,7 @@ class ConvKernels:
             "stride_batch": self.x.stride(0),
             "stride_time": self.x.stride(1),
             "TAPS": weight.shape[1],
-            "HAS_RESET": reset is not None,
+            "HAS_RESET": ids is not None,
             "COMPUTE": COMPUTE[dtype],
             "BLOCK_T": BLOCK_TIME,
             "BLOCK_C": BLOCK_CHANNELS,

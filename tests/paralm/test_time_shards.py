@@ -41,6 +41,12 @@ def cases() -> list[dict[str, Any]]:
     found.append({"name": "paragru", "keys": {"gate_spread": -6.0}, "time": 24} | {"uneven": True, "resets": "none"})
     found[-1]["state"] = True
     found += [{**found[1], "keys": {"method": "newton"}, "name": name} for name in ("paragru", "paralstm")]
+    for name in BOUNDED:
+        keys = SMALL.get(name, {})
+        found.append({**found[1], "name": name, "keys": keys, "dtype": "float32"})
+        found.append({**found[0], "name": name, "keys": keys, "frozen": True})
+        reach = {"d_conv": 2} if "d_conv" in MIXERS.get(name).config.model_fields else {}
+        found.append({**found[0], "name": name, "keys": {**keys, **reach}, "time": "one step a rank"})
     for time in (24, 96):
         found += [{**found[0], "name": name, "keys": SMALL.get(name, {}), "time": time} for name in BOUNDED]
     return found
@@ -74,8 +80,10 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def test_parts_are_the_whole(results: dict[str, Any]) -> None:
     """Unequal parts, resets on a cut and beside it, a given state, cells that remember."""
     for case, row in zip(cases(), results["rows"], strict=True):
-        for what, deviation in row.items():
-            assert what == "bytes" or deviation <= 1e-9, (case, what, deviation)
+        for what, deviation in row["deviations"].items():
+            # of a sum whose terms cancel, float32 keeps less than 1e-5 on one rank too
+            bound = 1e-5 + 4 * row["rounding"][what] if case.get("dtype") == "float32" else 1e-9
+            assert deviation <= bound, (case, what, deviation, row["rounding"][what])
 
 
 def test_what_is_sent_does_not_grow_with_the_sequence(results: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ from paralm.models.parameters import initialize
 
 BATCH, D_MODEL = 4, 16
 DTYPE = torch.float64
+"""In which numbers are drawn; a case may compute in another."""
 
 
 def normal(*shape: int, seed: int) -> Tensor:
@@ -46,10 +47,10 @@ def resets_of(kind: str, time: int, cuts: list[int]) -> Tensor | None:
     return reset
 
 
-def given_state(mixer: Any, seed: int) -> Any:
+def given_state(mixer: Any, seed: int, dtype: torch.dtype) -> Any:
     """A state that a run has left, as a leaf that wants gradients."""
     with torch.no_grad():
-        _, state = mixer(normal(BATCH, 7, D_MODEL, seed=seed))
+        _, state = mixer(normal(BATCH, 7, D_MODEL, seed=seed).to(dtype))
     return pytree.tree_map(lambda x: x.clone().requires_grad_() if x.is_floating_point() else x, state)
 
 
@@ -57,76 +58,117 @@ def score(y: Tensor, weights: Tensor, end: Any = None) -> Tensor:
     total = (y * weights).sum()
     for index, leaf in enumerate(() if end is None else pytree.tree_leaves(end)):
         if leaf.is_floating_point():
-            total = total + (leaf * normal(*leaf.shape, seed=50 + index)).sum()
+            total = total + (leaf * normal(*leaf.shape, seed=50 + index).to(leaf.dtype)).sum()
     return total
 
 
-def run_case(case: dict[str, Any], rank: int, world_size: int) -> dict[str, float]:
-    """On the first rank: the largest deviations from the whole, by what deviates."""
-    time = case["time"]
-    cuts = cuts_of(time, world_size, case["uneven"])
-    start, stop = ([0, *cuts])[rank], cuts[rank]
-    x, weights = normal(BATCH, time, D_MODEL, seed=1), normal(BATCH, time, D_MODEL, seed=2)
-    reset = resets_of(case["resets"], time, cuts)
+class Case:
+    """A case's inputs and its mixer, in its own numbers."""
 
-    def build() -> Any:
-        made = build_mixer({"name": case["name"], **case["keys"]}, ModelConfig(d_model=D_MODEL), 0).to(DTYPE)
+    def __init__(self, case: dict[str, Any], world_size: int) -> None:
+        self.case, self.frozen = case, bool(case.get("frozen", False))
+        self.dtype = getattr(torch, case.get("dtype", "float64"))
+        self.time = world_size if case["time"] == "one step a rank" else case["time"]
+        self.cuts = cuts_of(self.time, world_size, case["uneven"])
+        self.x, self.weights = (normal(BATCH, self.time, D_MODEL, seed=seed).to(self.dtype) for seed in (1, 2))
+        self.reset = resets_of(case["resets"], self.time, self.cuts)
+        self.state = given_state(self.build(), 4, self.dtype) if case["state"] else None
+
+    def build(self) -> Any:
+        keys = {"name": self.case["name"], **self.case["keys"]}
+        made = build_mixer(keys, ModelConfig(d_model=D_MODEL), 0).to(self.dtype)
         initialize(made, 3)
         with torch.no_grad():
             for index, parameter in enumerate(made.parameters()):
-                parameter.add_(normal(*parameter.shape, seed=100 + index), alpha=0.1)
-        return made
+                parameter.add_(normal(*parameter.shape, seed=100 + index).to(self.dtype), alpha=0.1)
+        return made.requires_grad_(not self.frozen)
 
-    mixer = build()
-    state = given_state(mixer, 4) if case["state"] else None
+    def on_one_rank(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What is compared, of the same inputs and weights computed in ``dtype``."""
+
+        def leaf(value: Any) -> Any:
+            if value is None or not value.is_floating_point():
+                return value
+            return value.detach().to(dtype).requires_grad_(value.requires_grad)
+
+        mixer, state = self.build().to(dtype), pytree.tree_map(leaf, self.state)
+        x, scale = self.x.to(dtype).clone().requires_grad_(), torch.ones((), dtype=dtype, requires_grad=True)
+        y, end = mixer(x, state, self.reset)
+        score(y * scale, self.weights.to(dtype), end).backward()
+        return {
+            "outputs": y.detach(),
+            "gradient of scale": gradient(scale),
+            "gradient of inputs": gradient(x),
+            **{f"gradient of {name}": gradient(parameter) for name, parameter in mixer.named_parameters()},
+            **{f"final state {index}": value.detach() for index, value in enumerate(pytree.tree_leaves(end))},
+            **{f"gradient of state {index}": gradient(value) for index, value in enumerate(leaves_of(state))},
+        }
+
+
+def leaves_of(state: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(state) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def gradient(leaf: Tensor) -> Tensor:
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.detach()
+
+
+def run_case(case: dict[str, Any], rank: int, world_size: int) -> dict[str, Any]:
+    """On the first rank: for what is compared, the largest deviation from the whole in float64, and that of the whole
+    in the case's own numbers.
+    """
+    made = Case(case, world_size)
+    start, stop = ([0, *made.cuts])[rank], made.cuts[rank]
+    mixer = made.build()
+    scale = torch.ones((), dtype=made.dtype, requires_grad=True)  # trained even where the mixer is not
     shards = TimeShards()
     shard_time(mixer, shards)
-    part = x[:, start:stop].clone().requires_grad_()
-    y, end = mixer.over_time(part, state if rank == 0 else None, None if reset is None else reset[:, start:stop])
+    part = made.x[:, start:stop].clone().requires_grad_(not made.frozen)
+    reset = None if made.reset is None else made.reset[:, start:stop]
+    y, end = mixer.over_time(part, made.state if rank == 0 else None, reset)
     last = rank == world_size - 1
-    score(y, weights[:, start:stop], end if last else None).backward()
-    for parameter in mixer.parameters():
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
+    score(y * scale, made.weights[:, start:stop], end if last else None).backward()
+    for parameter in (*mixer.parameters(), scale):
+        parameter.grad = gradient(parameter)
         dist.all_reduce(parameter.grad)
-    own = {"y": y.detach(), "x": part.grad, "bytes": sum(shards.bytes_sent.values())}
+    own = {"y": y.detach(), "x": gradient(part), "bytes": sum(shards.bytes_sent.values())}
     if last:
         own["end"] = [leaf.detach() for leaf in pytree.tree_leaves(end)]
-    if rank == 0 and state is not None:
-        own["state"] = [leaf.grad for leaf in pytree.tree_leaves(state) if leaf.is_floating_point()]
     every: list[Any] = [None] * world_size
     dist.gather_object(own, every if rank == 0 else None)
     if rank:
         return {}
-    whole = build()
-    if state is not None:
-        state = pytree.tree_map(lambda v: v.detach().clone().requires_grad_(v.requires_grad), state)
-    whole_x = x.clone().requires_grad_()
-    expected, expected_end = whole(whole_x, state, reset)
-    score(expected, weights, expected_end).backward()
-    found = {
-        "outputs": worst(torch.cat([one["y"] for one in every], 1), expected),
-        "inputs' gradient": worst(torch.cat([one["x"] for one in every], 1), whole_x.grad),
-        "final state": max(
-            worst(a, b) for a, b in zip(every[-1]["end"], pytree.tree_leaves(expected_end), strict=True)
-        ),
+    got = {
+        "outputs": torch.cat([one["y"] for one in every], 1),
+        "gradient of scale": gradient(scale),
+        **{f"gradient of {name}": gradient(parameter) for name, parameter in mixer.named_parameters()},
+        **{f"final state {index}": value for index, value in enumerate(every[-1]["end"])},
+        **{f"gradient of state {index}": gradient(value) for index, value in enumerate(leaves_of(made.state))},
     }
-    for (name, a), b in zip(mixer.named_parameters(), whole.parameters(), strict=True):
-        found[f"gradient of {name}"] = worst(a.grad, torch.zeros_like(b) if b.grad is None else b.grad)
-    if state is not None:
-        leaves = [leaf for leaf in pytree.tree_leaves(state) if leaf.is_floating_point()]
-        for index, (a, b) in enumerate(zip(own["state"], leaves, strict=True)):
-            zero = torch.zeros_like(b)
-            found[f"gradient of state {index}"] = worst(zero if a is None else a, zero if b.grad is None else b.grad)
-    return {**found, "bytes": float(max(one["bytes"] for one in every))}
+    if not made.frozen:
+        got["gradient of inputs"] = torch.cat([one["x"] for one in every], 1)
+    exact = made.on_one_rank(torch.float64)
+    whole = exact if made.dtype == torch.float64 else made.on_one_rank(made.dtype)
+    if made.frozen:
+        del exact["gradient of inputs"]
+    assert got.keys() == exact.keys()
+    return {
+        "deviations": {what: worst(got[what], exact[what]) for what in exact},
+        "rounding": {what: worst(whole[what], exact[what]) for what in exact},
+        "bytes": max(one["bytes"] for one in every),
+    }
 
 
 def worst(got: Tensor, expected: Tensor) -> float:
-    """The largest deviation, relative to the largest element or to one."""
+    """The largest deviation, relative to the largest element; itself where all should be zero."""
+    assert got.shape == expected.shape
     got, expected = got.detach().double(), expected.detach().double()
     same = (got == expected) | (got.isinf() & expected.isinf() & (got.sign() == expected.sign()))
     deviation = torch.where(same, torch.zeros_like(got), (got - expected).abs())
-    return float(deviation.max() / expected[expected.isfinite()].abs().max().clamp(min=1.0)) if got.numel() else 0.0
+    if not got.numel():
+        return 0.0
+    largest = float(expected.masked_fill(expected.isinf(), 0.0).abs().max())
+    return float(deviation.max()) / (largest or 1.0)
 
 
 def main() -> None:
