@@ -186,7 +186,7 @@ def test_of_a_pipeline_that_is_refused_midway_nothing_is_left(paralm: Paralm, sb
     code, _, err = paralm("submit", "slurm", "run.yaml", "--pipeline")
     assert (code, err) == (2, "error: SLURM: no\n")
     assert (sbatch / "scancel").read_text().split() == ["101"]
-    assert not Path("runs").exists() or not list(Path("runs").rglob("*.*"))
+    assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize(
@@ -205,6 +205,15 @@ def test_of_a_pipeline_that_is_refused_midway_nothing_is_left(paralm: Paralm, sb
         (("run.yaml", "--stage", "evaluate"), "runs/tiny: no run to evaluate"),
         (("run.yaml", "--pipeline", "cluster.evaluate.what=[perplxity]"), "perplxity"),
         (("run.yaml", "--pipeline", "cluster.evaluate.what=['perplexity max_toknes=3']"), "max_toknes"),
+        (("run.yaml", "parallel.time=2"), "parallel.time: 2 time shards do not divide 1 ranks"),
+        (("run.yaml", "parallel.time=2", "cluster.nodes=9"), "parallel.time: 2 time shards do not divide 9 ranks"),
+        (("run.yaml", "--pipeline", "cluster.evaluate.what=['report eval.bogus=3']"), "eval.bogus: unknown key"),
+        (("run.yaml", "--pipeline", "cluster.evaluate.what=['report eval.max_tokens=few']"), "eval.max_tokens: "),
+        (("run.yaml", "--pipeline", "cluster.evaluate.what=['report run.seed=3']"), "takes settings of eval.*"),
+        (
+            ("tracking/parity_paragru", "--pipeline", "cluster.evaluate.what=['report eval.max_tokens=3']"),
+            "evaluation 'tracking' has no such setting",
+        ),
         (("run.yaml", "--site", "none.yaml"), "none.yaml: no such file"),
         (("tracking/parity_paragru", "--stage", "prepare"), "there is nothing to prepare"),
     ],
@@ -233,7 +242,10 @@ def test_without_slurm_or_refused_by_it_is_one_line(
         "error: SLURM: invalid partition specified: nope; Batch job submission failed: Invalid partition name "
         "specified (cluster.partition)\n"
     )
-    assert not Path("runs/tiny").exists(), "a submission that was refused leaves nothing"
+    assert not Path("runs").exists(), "a submission that was refused leaves nothing"
+    Path("runs").mkdir()
+    assert paralm("submit", "slurm", "run.yaml", "cluster.partition=nope")[0] == 2
+    assert not list(Path("runs").iterdir()), "but the folders that were there"
     monkeypatch.setenv("PATH", "/nowhere")
     code, _, err = paralm("submit", "slurm", "run.yaml")
     assert (code, err) == (
@@ -278,6 +290,24 @@ def test_status_and_cancel_by_run_and_by_id(paralm: Paralm, sbatch: Path) -> Non
     assert "COMPLETED" in out, "when SLURM has forgotten a job, its own notes tell"
     assert "requeued 1×" in out
     assert "nothing to cancel: 101 is COMPLETED" in paralm("cancel", "tiny")[1]
+
+
+@pytest.mark.parametrize("refuses", ["none", "unknown", "every"])
+def test_squeue_is_asked_once_for_all_jobs(sbatch: Path, refuses: str) -> None:
+    """A version that refuses a list for one id, or for many, is asked one by one."""
+    rows = "".join(f"{job}|N/A|RUNNING|0:01|10:00|n1|None\n" for job in (1, 3))
+    (sbatch / "squeue").write_text(rows)
+    refused = {"none": "*none*", "unknown": "*2*|4", "every": "*"}[refuses]
+    invalid = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
+    (sbatch.parent / "bin" / "squeue").write_text(
+        f'#!/bin/bash\necho "$6" >>{sbatch}/asked\ncase "$6" in {refused}) {invalid};; esac\n'
+        f'grep -E "^(${{6//,/|}})\\|" {sbatch}/squeue; true\n'
+    )
+    found = slurm.statuses(["1", "2", "3"])
+    assert found == ({} if refuses == "every" else {job: [Status("RUNNING", "0:01", "10:00", "n1")] for job in "13"})
+    asked = (sbatch / "asked").read_text().split()
+    assert asked == ["1,2,3", *([] if refuses == "none" else ["1", "2", "3"])]
+    assert not slurm.statuses(["4"])
 
 
 def test_logs_are_the_last_lines_and_of_an_array_say_whose(paralm: Paralm, sbatch: Path) -> None:
@@ -338,7 +368,7 @@ def test_a_ray_job_is_one_script(paralm: Paralm) -> None:
     code, _, err = paralm("submit", "ray", "run.yaml", "--address", "http://127.0.0.1:9")
     assert (code, err.count("\n")) == (2, 1)
     assert "http://127.0.0.1:9: no Ray cluster answers there" in err
-    assert not Path("runs/tiny").exists()
+    assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize(
@@ -348,7 +378,7 @@ def test_a_ray_job_is_one_script(paralm: Paralm) -> None:
         ([Status("FAILED", reason="exit code 75"), None, Status("SUCCEEDED")], 3, ""),
         ([Status("FAILED", reason="exit code 2")], 1, "is FAILED, exit code 2"),
         ([Status("STOPPED")], 1, "was stopped; the same command continues"),
-        ([None] * 9, 3, "its cluster is gone; 2 jobs have saved nothing new"),
+        ([None] * 9, 3, "its cluster is gone; 3 jobs have saved nothing new"),
     ],
 )
 def test_a_job_that_is_kept_is_submitted_again_where_that_can_help(
@@ -377,3 +407,80 @@ def test_a_job_that_is_kept_is_submitted_again_where_that_can_help(
     assert words in err
     assert len(set(submitted)) == jobs
     assert ("said by 1" in out) == (ends[0] is not None)
+
+
+@pytest.mark.parametrize("arrived", [True, False])
+def test_a_job_whose_answer_was_lost_is_not_submitted_twice(
+    paralm: Paralm, monkeypatch: pytest.MonkeyPatch, arrived: bool
+) -> None:
+    from paralm_launch.cluster import ray_jobs, submit
+
+    sent: list[str] = []
+    there: set[str] = set()
+    asked: list[int] = []
+
+    class Client:
+        def submit_job(self, entrypoint: str, submission_id: str, **more: Any) -> str:
+            assert Path(entrypoint.split()[-1]).is_file()
+            sent.append(submission_id)
+            if len(sent) > 1 or arrived:
+                there.add(submission_id)
+            if len(sent) == 1:
+                raise ConnectionError("the answer is lost")
+            return submission_id
+
+    def status(address: str, job: str) -> Status | None:
+        asked.append(len(sent))
+        if len(asked) == 1:
+            raise ray_jobs.Unreachable("not yet")
+        return Status("SUCCEEDED") if job in there else None
+
+    monkeypatch.setattr(ray_jobs, "client", lambda address: Client())
+    monkeypatch.setattr(ray_jobs, "status", status)
+    monkeypatch.setattr(submit.time, "sleep", lambda seconds: None)
+    code, out, err = paralm("submit", "ray", "run.yaml", "--address", "http://127.0.0.1:9", "--keep")
+    assert (code, err) == (0, "")
+    assert "may have arrived; trying again" in out
+    assert sent == [sent[0]] * (1 if arrived else 2), "another try has the same name"
+    (job,) = records.jobs_of(Path("runs/tiny"))
+    assert job.id == sent[0]
+    assert job.file(".sh").is_file()
+
+
+def test_a_job_that_may_be_there_is_on_record(paralm: Paralm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without --keep the command ends; what may run has its script, and 'paralm cancel' reaches it."""
+    from paralm_launch.cluster import ray_jobs
+
+    class Client:
+        def submit_job(self, **more: Any) -> str:
+            raise ConnectionError("the answer is lost")
+
+    monkeypatch.setattr(ray_jobs, "client", lambda address: Client())
+    code, _, err = paralm("submit", "ray", "run.yaml", "--address", "http://127.0.0.1:9")
+    (job,) = records.jobs_of(Path("runs/tiny"))
+    assert code == 2
+    assert f"job {job.id} may have arrived" in err
+    assert err.count("\n") == 1
+    assert job.file(".sh").is_file()
+    monkeypatch.setattr(ray_jobs, "status", lambda address, name: Status("RUNNING"))
+    assert "is RUNNING; cancel it" in paralm("submit", "ray", "run.yaml", "--address", "http://127.0.0.1:9")[2]
+
+
+def test_a_ray_job_that_cannot_be_recorded_is_not_left_running(paralm: Paralm, monkeypatch: pytest.MonkeyPatch) -> None:
+    from paralm_launch.cluster import ray_jobs
+
+    running: set[str] = set()
+
+    def submit(address: str, job: str, *more: Any) -> str:
+        running.add(job)
+        return job
+
+    def write(job: Job) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ray_jobs, "submit", submit)
+    monkeypatch.setattr(ray_jobs, "stop", lambda address, job: running.discard(job))
+    monkeypatch.setattr(records, "write", write)
+    assert paralm("submit", "ray", "run.yaml", "--address", "http://127.0.0.1:9")[0] != 0
+    assert not running
+    assert not Path("runs").exists()

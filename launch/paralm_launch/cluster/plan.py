@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from paralm.config import Config
 from paralm.config_cluster import EvaluateJobConfig, JobConfig
-from paralm.config_files import dump_yaml
+from paralm.config_files import dump_yaml, load_config
 from paralm.errors import ConfigError, RunError
 from paralm.user_modules import load_modules
 from paralm_launch.cluster import records
@@ -40,12 +41,12 @@ class Planned:
 
 def check(config: Config, stages: Sequence[str]) -> None:
     """Refuse, in one line, what could not work once the job runs. Raises UserError."""
-    from paralm.evaluation.suite import get_evaluation
-    from paralm.key_values import read_key_values
     from paralm.training.engine import deepspeed_config
+    from paralm.training.grid import check_ranks
     from paralm_launch import pipeline
 
     pipeline.check_start(config)
+    check_ranks(config, config.cluster.ranks)
     deepspeed_config(config, config.cluster.ranks, 1)
     if "train" in stages and "prepare" not in stages and config.data.synthetic is None:
         from paralm.data_sets import check_prepared
@@ -58,12 +59,22 @@ def check(config: Config, stages: Sequence[str]) -> None:
             raise RunError(f"{config.run_dir}: no run to evaluate; train it first, or submit with --pipeline")
         load_modules(config.imports)
         for text in config.cluster.evaluate.what:
-            name, *settings = text.split()
-            if name != "report":
-                evaluation = get_evaluation(name)
-                read_key_values(evaluation.Settings, f"evaluation '{name}'", settings)
-            elif bad := [s for s in settings if not s.startswith("eval.")]:
-                raise ConfigError(f"cluster.evaluate.what: report takes settings of eval.*, not '{bad[0]}'")
+            _check_evaluation(config, *text.split())
+
+
+def _check_evaluation(config: Config, name: str, *settings: str) -> None:
+    """As ``paralm eval`` will read it once the run is trained."""
+    from paralm.evaluation.suite import get_evaluation
+    from paralm.key_values import read_key_values
+
+    if name == "report" and config.data.synthetic is None:
+        if bad := [s for s in settings if not s.startswith("eval.")]:
+            raise ConfigError(f"cluster.evaluate.what: report takes settings of eval.*, not '{bad[0]}'")
+        own = f"eval={json.dumps(config.eval.model_dump(mode='json'))}"
+        load_config([], [own, *settings], build=False)
+        return
+    name = "tracking" if name == "report" else name  # what the report of a run of a task measures
+    read_key_values(get_evaluation(name).Settings, f"evaluation '{name}'", settings)
 
 
 def plan_slurm(config: Config, stages: Sequence[str]) -> list[Planned]:

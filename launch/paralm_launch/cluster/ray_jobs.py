@@ -17,6 +17,10 @@ class Unreachable(RunError):
     """No Ray cluster answers at the address."""
 
 
+class UnansweredError(Unreachable):
+    """The job was sent and no answer came: the cluster may have it."""
+
+
 def address_of(config: Config, given: str | None) -> str:
     """Of the Jobs API: given, or of the configuration, or of the environment."""
     found = given or config.cluster.ray or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
@@ -51,9 +55,12 @@ def _unreachable(address: str, error: Exception) -> Unreachable:
 
 
 def submit(address: str, job: str, entrypoint: str, grace: float, run: str) -> str:
-    """Submit and return the job's id. ``grace``: seconds a stopped job gets to save before it is killed."""
+    """Submit and return the job's id. ``grace``: seconds a stopped job gets to save before it is killed. Raises
+    Unreachable where nothing was sent, UnansweredError where it may have arrived, RunError where Ray refuses it.
+    """
+    there = client(address)
     try:
-        submitted: str = client(address).submit_job(
+        submitted: str = there.submit_job(
             entrypoint=entrypoint,
             submission_id=job,
             # Ray gives a job three seconds otherwise.
@@ -64,7 +71,7 @@ def submit(address: str, job: str, entrypoint: str, grace: float, run: str) -> s
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise RunError(f"Ray refused the job: {lines[-1].strip() if lines else type(error).__name__}") from None
     except (ConnectionError, OSError) as error:
-        raise _unreachable(address, error) from None
+        raise UnansweredError(f"{_unreachable(address, error)}; job {job} may have arrived") from None
     return submitted
 
 

@@ -49,6 +49,10 @@ class Status:
         return self.state in ACTIVE
 
 
+class _UnknownJobError(RunError):
+    """SLURM knows no job of an id that it was asked for."""
+
+
 def submit(script: Path, after: Sequence[str] = ()) -> str:
     """Hand a script to sbatch and return the job's id. Raises RunError, one line, with SLURM's words."""
     options = [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []
@@ -61,13 +65,21 @@ def statuses(ids: Sequence[str]) -> dict[str, list[Status]]:
     if not ids:
         return {}
     found: dict[str, list[Status]] = {}
-    for job in ids:  # squeue refuses a list in which it knows none
-        found.update(parse_squeue(_call("squeue", "-h", "-r", "-t", "all", "-j", job, "-o", _SQUEUE, forgotten=True)))
+    try:
+        found = _queued(",".join(ids))
+    except _UnknownJobError:  # refuses the list, for one of them or for all
+        for job in ids if len(ids) > 1 else ():
+            with contextlib.suppress(_UnknownJobError):
+                found.update(_queued(job))
     lost = [job for job in ids if job not in found]
     if lost:
         with contextlib.suppress(RunError):  # a site without accounting
             found.update(parse_sacct(_call("sacct", "-n", "-P", "-X", "-j", ",".join(lost), "-o", _SACCT)))
     return found
+
+
+def _queued(jobs: str) -> dict[str, list[Status]]:
+    return parse_squeue(_call("squeue", "-h", "-r", "-t", "all", "-j", jobs, "-o", _SQUEUE))
 
 
 def parse_squeue(text: str) -> dict[str, list[Status]]:
@@ -101,8 +113,8 @@ def cancel(ids: Iterable[str]) -> None:
         _call("scancel", *ids)
 
 
-def _call(program: str, *arguments: str, forgotten: bool = False) -> str:
-    """Run one of SLURM's programs and return what it printed. ``forgotten``: an unknown job prints nothing."""
+def _call(program: str, *arguments: str) -> str:
+    """Run one of SLURM's programs and return what it printed. Raises RunError, one line, with its words."""
     try:
         done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False, timeout=300)
     except FileNotFoundError:
@@ -113,9 +125,8 @@ def _call(program: str, *arguments: str, forgotten: bool = False) -> str:
         ) from None
     if done.returncode == 0:
         return done.stdout
-    if forgotten and "Invalid job id" in done.stderr:
-        return ""
-    raise RunError(f"SLURM: {complaint(program, done.stderr) or f'{program} ended with code {done.returncode}'}")
+    kind = _UnknownJobError if "Invalid job id" in done.stderr else RunError
+    raise kind(f"SLURM: {complaint(program, done.stderr) or f'{program} ended with code {done.returncode}'}")
 
 
 def complaint(program: str, text: str) -> str:

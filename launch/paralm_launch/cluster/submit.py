@@ -37,11 +37,11 @@ def to_slurm(planned: Sequence[Planned]) -> list[Job]:
     written: list[Path] = []
     try:
         for plan in planned:
-            written += _write(plan)
+            _write(plan, written)
             after = tuple(made[index].id for index in plan.after)
             made.append(_job(plan, slurm.submit(plan.file(plan.ending), after), after))
-            records.write(made[-1])
             written.append(made[-1].file(".json"))
+            records.write(made[-1])
     except BaseException:
         with contextlib.suppress(UserError):
             slurm.cancel(job.id for job in made)
@@ -51,19 +51,49 @@ def to_slurm(planned: Sequence[Planned]) -> list[Job]:
 
 
 def to_ray(plan: Planned, config: Config, address: str) -> Job:
-    """Submit one Ray job. Raises RunError, one line."""
-    written = _write(plan)
-    name = f"paralm-{plan.run.name}-{records.stem(plan.number, plan.name)}-{time.time_ns() // 10**6 % 10**8:08d}"
-    try:
-        script = shlex.quote(str(plan.file(plan.ending)))
-        run = str(plan.run.absolute())
-        submitted = ray_jobs.submit(address, name, f"bash {script}", config.launcher.stop_grace, run)
-    except BaseException:
-        _remove(written)
-        raise
-    job = _job(plan, submitted, (), address)
-    records.write(job)
-    return job
+    """Submit one Ray job. Raises RunError, one line; UnansweredError where the job may be there all the same: then it
+    is recorded, so that ``paralm status`` tells and ``paralm cancel`` reaches it.
+    """
+    return _RaySubmission(lambda: plan, config, address)()
+
+
+class _RaySubmission:
+    """One job on its way to Ray. Called again after an answer was lost, it asks for the job by its name first."""
+
+    def __init__(self, plan: Callable[[], Planned], config: Config, address: str) -> None:
+        self._plan, self._grace, self._address = plan, config.launcher.stop_grace, address
+        self._sent: Job | None = None
+
+    def __call__(self) -> Job:
+        if self._sent is None:
+            return self._begin(self._plan())
+        if ray_jobs.status(self._address, self._sent.id) is None:
+            self._submit(self._sent)  # by the same name: Ray takes it once
+        return self._sent
+
+    def _begin(self, plan: Planned) -> Job:
+        stamp = f"{time.time_ns() // 10**6 % 10**8:08d}"
+        job = _job(plan, f"paralm-{plan.run.name}-{records.stem(plan.number, plan.name)}-{stamp}", (), self._address)
+        written: list[Path] = []
+        try:
+            _write(plan, written)
+            written.append(job.file(".json"))
+            records.write(job)
+            self._submit(job)
+        except ray_jobs.UnansweredError:
+            self._sent = job
+            raise
+        except BaseException as error:
+            if not isinstance(error, UserError):  # a signal, while it was on its way
+                with contextlib.suppress(UserError):
+                    ray_jobs.stop(self._address, job.id)
+            _remove(written)
+            raise
+        return job
+
+    def _submit(self, job: Job) -> None:
+        script = shlex.quote(str(job.file(".sh").absolute()))
+        ray_jobs.submit(self._address, job.id, f"bash {script}", self._grace, str(job.run.absolute()))
 
 
 def _job(plan: Planned, job: str, after: tuple[str, ...], address: str | None = None) -> Job:
@@ -72,29 +102,29 @@ def _job(plan: Planned, job: str, after: tuple[str, ...], address: str | None = 
     return Job(plan.run, plan.number, plan.name, backend, job, plan.tasks, after, os.getcwd(), when, address)
 
 
-def _write(plan: Planned) -> list[Path]:
-    """The script and the configuration, beside the record to be."""
+def _write(plan: Planned, written: list[Path]) -> None:
+    """The script and the configuration, beside the record to be. ``written`` gets what is made, folders too."""
     path = plan.file(plan.ending)
     try:
+        written += [folder for folder in reversed(path.parents) if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("x", encoding="utf-8") as file:
+            written.append(path)
             file.write(plan.script)
         if plan.config is not None:
+            written.append(plan.file(".yaml"))
             plan.file(".yaml").write_text(plan.config, encoding="utf-8")
     except FileExistsError:
         raise RunError(f"{path}: another submission of this run is under way") from None
     except OSError as error:
         raise RunError(f"{path}: cannot be written: {error.strerror or error}") from None
-    return [path, *([plan.file(".yaml")] if plan.config is not None else [])]
 
 
 def _remove(written: Sequence[Path]) -> None:
-    """A submission that was refused leaves nothing."""
-    for path in written:
-        path.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        written[0].parent.rmdir()
-        written[0].parent.parent.rmdir()
+    """A submission that was refused leaves nothing. Folders that others have begun to fill stay."""
+    for path in reversed(written):
+        with contextlib.suppress(OSError):
+            path.rmdir() if path.is_dir() else path.unlink()
 
 
 def keep_on_ray(
@@ -103,9 +133,10 @@ def keep_on_ray(
     """Submit, show what the job says, and submit it again when it was preempted or its cluster was lost, until it is
     done. ``patience``: seconds to wait for a cluster that does not answer. Raises RunError when it ends otherwise.
     """
-    step, fruitless = -1, 0
+    before = max(checkpoint.steps(config.run_dir / "checkpoints"), default=0)
+    step, fruitless, idle = -1, 0, 0  # the first may save nothing for free; idle: those that did save nothing
     while True:
-        job = _patiently(lambda: to_ray(plan(), config, address), say, patience)
+        job = _patiently(_RaySubmission(plan, config, address), say, patience)
         say(f"job {job.id} → {job.run}")
         found = watch.follow_ray(job, say, patience)
         if found is not None and found.state == "SUCCEEDED":
@@ -117,9 +148,10 @@ def keep_on_ray(
             raise RunError(f"job {job.id} is {found.state}, {found.reason}; see 'paralm logs {job.run}'")
         why = found.reason if found is not None else "its cluster is gone"
         reached = max(checkpoint.steps(job.run / "checkpoints"), default=0)
+        idle = 0 if reached > max(step, before) else idle + 1
         step, fruitless = reached, 0 if reached > step else fruitless + 1
         if fruitless > config.launcher.max_failures:
-            raise RunError(f"job {job.id}: {why}; {fruitless} jobs have saved nothing new; see 'paralm logs {job.run}'")
+            raise RunError(f"job {job.id}: {why}; {idle} jobs have saved nothing new; see 'paralm logs {job.run}'")
         say(f"job {job.id}: {why}; submitted again")
 
 
