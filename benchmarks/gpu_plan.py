@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -85,7 +86,11 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("benchmarks/gpu_plan.py: needs a GPU; on a CPU tests/paralm/test_planning_memory.py compares")
     name = torch.cuda.get_device_name()
-    options.device = options.device or next((key for key in DEVICES if key in name.lower()), "h100")
+    options.device = options.device or next((key for key in DEVICES if key in re.findall(r"\w+", name.lower())), None)
+    if options.device is None:
+        sys.exit(
+            f"benchmarks/gpu_plan.py: '{name}' is not known; say what it is planned as: --device {'|'.join(DEVICES)}"
+        )
     rows = []
     held, took = f"{'planned':>9} {'held':>9} {'ratio':>5}", f"{'planned':>8} {'took':>8} {'ratio':>5}"
     print(f"{'model':18} {'again':5} {held}   {took} {'MFU':>5}")

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from paralm.config import Config
 from paralm.errors import UserError
 from paralm.planning.ledger import Segment
-from paralm.planning.memory import OptimizerCosts, Sizes
+from paralm.planning.memory import LIVE_PARAMETERS, PERSISTENT, OptimizerCosts, Sizes, raw_number
 from paralm.planning.trace import Trace
 from paralm.training.engine import grad_accum_steps
 
@@ -107,12 +107,10 @@ def exchange(config: Config, sizes: Sizes, sent: Mapping[str, int], ranks: int) 
     # Of the matrices, to their owners and back; none where every rank has all of them.
     matrices = 2 * 4 * -(-sizes.matrices // ranks) if config.optimizer.name == "muon" and stage and ranks > 1 else 0
     if stage == 3:
-        from paralm.planning.memory import LIVE_PARAMETERS
-
         options = config.parallel.deepspeed.get("zero_optimization", {})
-        small = int(options.get("stage3_param_persistence_threshold", 100_000))
+        small = raw_number(options, "stage3_param_persistence_threshold", PERSISTENT)
         cut = sum(size for group in sizes.groups for size in group if size >= small)
-        again = 2 if n > int(options.get("stage3_max_reuse_distance", LIVE_PARAMETERS)) else 1
+        again = 2 if n > raw_number(options, "stage3_max_reuse_distance", LIVE_PARAMETERS) else 1
         gathered = width * (cut * again * micros + (n - cut)) if ranks > 1 else 0
         return Exchange(0, 4 * n * micros, gathered, matrices, shards)
     reductions = micros if stage == 2 else 1

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from paralm.config import Config
+from paralm.errors import ConfigError
 from paralm.models.lm import LanguageModel
 from paralm.planning.ledger import Ledger
 from paralm.planning.trace import On, Trace
@@ -139,6 +140,18 @@ def gradient_bytes(config: Config, on: On) -> int:
     return 4 if stage == 1 and config.training.precision == "fp32" and not overlap else 0
 
 
+def raw_number(options: Mapping[str, Any], key: str, default: int) -> int:
+    """Of ``parallel.deepspeed.zero_optimization``. Raises ConfigError for what is none, such as DeepSpeed's 'auto'."""
+    value = options.get(key, default)
+    try:
+        return int(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ConfigError(
+            f"parallel.deepspeed.zero_optimization.{key}: {value!r} is no number, which a plan needs; give one, or "
+            "leave the key out"
+        ) from None
+
+
 class _Rank:
     """What a rank holds all the time, during a backward pass and in the update."""
 
@@ -188,14 +201,13 @@ class _Rank:
             held["gradients"] = 4 * self.n if full else 0 if self.offloads else 4 * self.part
         return held
 
-    def _three(self, name: str, default: int | None = None) -> int:
+    def _three(self, name: str, default: int = 0) -> int:
         known = {"param_persistence_threshold": PERSISTENT, "max_live_parameters": LIVE_PARAMETERS}
-        value = self.told["zero_optimization"].get(f"stage3_{name}", known.get(name, default))
-        return int(value)
+        return raw_number(self.told["zero_optimization"], f"stage3_{name}", known.get(name, default))
 
     def _bucket(self) -> int:
         """Elements; on a CPU only what is written to is memory."""
-        size = int(self.told["zero_optimization"].get("reduce_bucket_size", 0))
+        size = raw_number(self.told["zero_optimization"], "reduce_bucket_size", 0)
         return size if self.on == "gpu" else min(size, self.n)
 
     def backward(self, finished: int) -> dict[str, int]:

@@ -41,9 +41,11 @@ class Parts:
     flops_per_token: float
 
 
-def plan_model(config: ModelConfig, vocab_size: int, seq_len: int) -> Parts:
-    """Count. Raises ConfigError, one line, for a model that cannot be."""
-    model = build_model(config, vocab_size, seed=0, device="meta")
+def plan_model(config: ModelConfig, vocab_size: int, seq_len: int, model: LanguageModel | None = None) -> Parts:
+    """Count. ``model``: that of ``config``, where it is built already. Raises ConfigError, one line, for a model that
+    cannot be.
+    """
+    model = model or build_model(config, vocab_size, seed=0, device="meta")
     parts = list(_parts(model, config))
     total = sum(parameter.numel() for parameter in model.parameters())
     counted = sum(part.parameters for part in parts)

@@ -67,22 +67,11 @@ class CountedShards(TimeShards):
         self.bytes_sent["agreement"] = self.bytes_sent.get("agreement", 0) + 8 * ROUNDS
         return solved
 
-    def relay(
-        self,
-        forward: Callable[[Tensor, Any, Tensor | None], tuple[Tensor, Any]],
-        like: Callable[[int], Any],
-        x: Tensor,
-        state: Any = None,
-        reset: Tensor | None = None,
-    ) -> tuple[Tensor, Any]:
-        count = min(len(x), self.size)
-        rows = [slice(i * len(x) // count, (i + 1) * len(x) // count) for i in range(count)]
-        outputs, ends = [], []
-        for part in rows:
-            y, end = forward(x[part], like(part.stop - part.start), None if reset is None else reset[part])
-            leaves = pytree.tree_leaves(end)
-            self.count("relay", *leaves)
-            self.count("relay, gradient", *(leaf for leaf in leaves if leaf.is_floating_point()))
-            outputs.append(y)
-            ends.append(end)
-        return torch.cat(outputs), pytree.tree_map(lambda *leaves: torch.cat(leaves), *ends)
+    def _take_over(self, like: Any, x: Tensor) -> Any:
+        return like
+
+    def _hand_on(self, end: Any, y: Tensor) -> Tensor:
+        leaves = pytree.tree_leaves(end)
+        self.count("relay", *leaves)
+        self.count("relay, gradient", *(leaf for leaf in leaves if leaf.is_floating_point()))
+        return y

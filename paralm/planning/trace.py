@@ -24,7 +24,7 @@ from paralm.errors import ConfigError
 from paralm.models.hybrid import layer_mixers
 from paralm.models.lm import Block, LanguageModel, construct_model
 from paralm.models.mixers.base import shard_time
-from paralm.planning.ledger import Ledger, Segment, gpu_attention
+from paralm.planning.ledger import Ledger, Segment, Work, gpu_attention
 from paralm.planning.shards import CountedShards
 
 On = Literal["gpu", "cpu"]
@@ -256,8 +256,6 @@ def _continued(half: Trace, whole: Trace, factor: float) -> Trace:
         return round(b + (b - a) * more)
 
     def segment(a: Segment, b: Segment) -> Segment:
-        from paralm.planning.ledger import Work
-
         scale = number(a.moved, b.moved) / max(1, b.moved)
         kernels = number(len(a.work), len(b.work)) / max(1, len(b.work))
         work = [Work(w.flops * factor / kernels, round(w.moved * scale / kernels), w.wide) for w in b.work]

@@ -51,7 +51,12 @@ def test_values_laid_over_a_preset_count(capsys: pytest.CaptureFixture[str]) -> 
     assert "16 × H100" in out
 
 
-def test_a_run_s_configuration_is_planned_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_s_configuration_is_planned_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from paralm.planning import parts
+
+    monkeypatch.delattr(parts, "build_model")  # the planner's model is the only one that is built
     path = tmp_path / "run.yaml"
     training = {"max_steps": 7, "seq_len": 32, "global_batch_size": 4, "micro_batch_size": 4}
     path.write_text(yaml.safe_dump({"model": {"d_model": 32, "n_layers": 2}, "training": training}))
@@ -72,6 +77,23 @@ def test_a_run_s_configuration_is_planned_as_it_is(tmp_path: Path, capsys: pytes
         (["paragru_10m", "--efficiency", "1.5"], "--efficiency: 1.5 is not above 0 and at most 1"),
         (["paragru_10m", "--tokens", "-1"], "--tokens: -1 is not above 0"),
         (["paragru_10m", "--price", "-1"], "--price: -1 is below 0"),
+        (["paragru_10m", "--tokens", "inf"], "--tokens: inf is not above 0 and finite"),
+        (["paragru_10m", "--price", "inf"], "--price: inf is below 0 or not finite"),
+        (
+            [
+                "paragru_10m",
+                "parallel.zero_stage=2",
+                "parallel.deepspeed={zero_optimization: {reduce_bucket_size: auto}}",
+            ],
+            "parallel.deepspeed.zero_optimization.reduce_bucket_size: 'auto' is no number",
+        ),
+        *(
+            (
+                ["paragru_10m", "parallel.zero_stage=3", f"parallel.deepspeed={{zero_optimization: {{{key}: auto}}}}"],
+                f"parallel.deepspeed.zero_optimization.{key}: 'auto' is no number",
+            )
+            for key in ("stage3_max_reuse_distance", "stage3_param_persistence_threshold", "stage3_max_live_parameters")
+        ),
     ],
 )
 def test_what_cannot_be_is_one_line(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -254,8 +254,9 @@ def test_more_gpus_take_less_time() -> None:
     eight, more = (planner(configuration(training={"global_batch_size": 512}), gpus).plan() for gpus in (8, 64))
     assert eight.micro_batches == 8 * more.micro_batches
     assert more.time.compute == pytest.approx(eight.time.compute / 8)
-    slow = planner(configuration(training={"global_batch_size": 512}), 8, efficiency=0.1).plan()
-    assert slow.time.compute >= eight.time.compute
+    wide = configuration(model={"d_model": 2048, "n_layers": 1})  # products take longer than their launch
+    fast, slow = (planner(wide, 8, efficiency=share).plan() for share in (0.8, 0.1))
+    assert slow.time.compute > fast.time.compute
 
 
 @pytest.mark.parametrize(
@@ -278,6 +279,25 @@ def test_an_unknown_device_is_told_the_list() -> None:
     with pytest.raises(UserError, match="h100, h200, a100, mi300x"):
         device_of("b300")
     assert device_of("H100") == device_of("h100")
+
+
+@pytest.mark.parametrize("name", ["NVIDIA B300", "NVIDIA GH200 480GB"])
+def test_the_benchmark_plans_no_unknown_gpu_as_another(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu_plan
+
+    def measure(config: Config, steps: int) -> dict[str, Any]:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(gpu_plan, "measure", measure)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    monkeypatch.setattr(sys, "argv", ["gpu_plan.py", "--presets", "paragru_10m", "--checkpointing", "off"])
+    with pytest.raises(SystemExit, match=r"'NVIDIA .*--device"):
+        gpu_plan.main()
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    with pytest.raises(AssertionError, match="measured"):
+        gpu_plan.main()
 
 
 SHARDED = [

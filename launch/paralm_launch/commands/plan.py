@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from math import isfinite
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -48,12 +49,13 @@ def plan(
     from paralm.config_files import load_config
     from paralm.errors import UserError
     from paralm.planning import Planner, device_of, plan_model
+    from paralm.planning.run import TOKENS_PER_PARAMETER
     from paralm.synthetic import vocab_size_of
 
-    if tokens is not None and not tokens > 0:
-        raise UserError(f"--tokens: {tokens:g} is not above 0")
-    if price is not None and not price >= 0:
-        raise UserError(f"--price: {price:g} is below 0")
+    if tokens is not None and not (isfinite(tokens) and tokens > 0):
+        raise UserError(f"--tokens: {tokens:g} is not above 0 and finite")
+    if price is not None and not (isfinite(price) and price >= 0):
+        raise UserError(f"--price: {price:g} is below 0 or not finite")
     name, bare = _preset(config)
     given = list(overrides or [])
     if bare:
@@ -63,12 +65,12 @@ def plan(
     made = load_config(name, given).config
     vocabulary = vocab_size_of(made.data)
     planner = Planner(made, vocabulary, chosen, gpus, efficiency)
-    _show_parts(plan_model(made.model, vocabulary, made.training.seq_len))
+    _show_parts(plan_model(made.model, vocabulary, made.training.seq_len, planner.model))
     found = planner.plan()
     _show_memory(planner, found)
     budget, origin = tokens, "--tokens"
     if budget is None and bare:
-        budget, origin = 20.0 * found.sizes.total, "20 a parameter"
+        budget, origin = float(TOKENS_PER_PARAMETER * found.sizes.total), f"{TOKENS_PER_PARAMETER} a parameter"
     elif budget is None:
         budget, origin = float(made.training.max_steps * found.tokens_per_step), "training.max_steps"
     _show_time(found, budget, origin, price)
