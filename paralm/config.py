@@ -325,6 +325,10 @@ class LauncherConfig(Section):
     mpirun: list[str] = Field(default_factory=list, description="mpi: further arguments of mpirun")
     max_preemptions: int = Field(default=-1, ge=-1, description="ray: starts after a node was preempted; -1: any")
     address: str | None = Field(default=None, description="ray: an existing cluster; default: one for this run")
+    nodes_timeout: PositiveFloat = Field(
+        default=900.0,
+        description="ray: seconds that nodes which the ranks need may be missing; then training ends",
+    )
     cpus_per_rank: PositiveFloat = Field(default=1.0, description="ray: reserved for each rank")
     gpus_per_rank: NonNegativeFloat | None = Field(default=None, description="ray: default: 1 where there are GPUs")
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"

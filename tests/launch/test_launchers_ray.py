@@ -10,7 +10,11 @@ from typing import Any
 
 import psutil
 import pytest
+from paralm_launch.launchers.ray_room import Need, Shortage
 
+from paralm.config import LauncherConfig
+from paralm.errors import StoppedError
+from paralm.training.rendezvous import LostRanksError
 from tests.conftest import ran_alone
 from tests.launch.launching import Start, finish, losses, outside_the_loopback, wait_for_step
 
@@ -106,3 +110,69 @@ def test_a_killed_worker_is_started_again_and_a_cluster_of_its_own_goes(
     _, left = psutil.wait_procs(everything, timeout=30)
     assert left == []
     assert not (run / "launches").exists()
+
+
+@pytest.mark.slow
+def test_a_cluster_without_what_the_ranks_need_is_left_after_a_while(home: Path, start: Start, tmp_path: Path) -> None:
+    more = ("launcher.gpus_per_rank=1", "launcher.nodes_timeout=6", "run.root=.")
+    process = start("launcher.kind=ray", "launcher.ranks=1", *more, prefix=("env", "-C", str(tmp_path)))
+    output = finish(process, 4)
+    lacks = "Ray: the nodes there are have room for 0 of 1 ranks of 1 CPU and 1 GPU"
+    assert f"{lacks}; waiting 6 s for nodes (launcher.nodes_timeout)" in output
+    assert f"error: {lacks}, for 6 s (launcher.nodes_timeout); add nodes, or set launcher.ranks" in output
+    assert "Traceback" not in output
+    assert not (tmp_path / "tiny" / "launches").exists()
+
+
+def nodes(*cpus: float, dead: int = 0) -> list[dict[str, Any]]:
+    """As of ``ray.nodes()``."""
+    return [{"Alive": index >= dead, "Resources": {"CPU": count, "memory": 1.0}} for index, count in enumerate(cpus)]
+
+
+@pytest.mark.parametrize(
+    ("there", "placement", "room"),
+    [
+        (nodes(4, 4), "PACK", 4),
+        (nodes(4, 4, dead=1), "SPREAD", 2),
+        (nodes(3, 5), "PACK", 3),
+        (nodes(3, 5), "STRICT_PACK", 2),
+        (nodes(3, 5, 1), "STRICT_SPREAD", 2),
+        ([{"Alive": True, "Resources": {}}], "PACK", 0),
+        ([], "STRICT_PACK", 0),
+    ],
+)
+def test_room_is_counted_by_node(there: list[dict[str, Any]], placement: str, room: int) -> None:
+    assert Need(3, {"CPU": 2.0}, placement).room(there) == room
+    assert Need(3, {"CPU": 0.0}, "PACK").room(there) == 3 * sum(node["Alive"] for node in there)
+
+
+def test_nodes_that_come_back_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was saved meanwhile decides whether another start can go on."""
+    now, there, steps = [0.0], [nodes(2, 2)], [7]
+    said: list[str] = []
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    settings = LauncherConfig(nodes_timeout=60)
+    made = Shortage(Need(4, {"CPU": 1.0}, "PACK"), lambda: there[0], settings, said.append, lambda: steps[0])
+
+    def until(seconds: float) -> None:
+        while now[0] < seconds:
+            now[0] += 0.2
+            made.look()
+
+    until(1000)
+    assert not said
+    there[0] = nodes(2, 2, dead=1)
+    until(1050)
+    there[0] = nodes(2, 2)
+    until(1100)
+    assert said == [
+        "Ray: the nodes there are have room for 2 of 4 ranks of 1 CPU; waiting 60 s for nodes (launcher.nodes_timeout)",
+        "Ray: the cluster has room for 4 ranks of 1 CPU again",
+    ]
+    there[0] = nodes(2, 2, dead=1)
+    with pytest.raises(LostRanksError, match="add nodes"):
+        until(1200)
+    assert 1160 < now[0] < 1170
+    steps[0] = 8
+    with pytest.raises(StoppedError, match=r"room for 2 of 4 .* for 60 s .* the same command continues"):
+        until(1200)

@@ -197,9 +197,15 @@ def test_preparation_and_evaluation_begin_again_after_the_limit(cluster: SlurmCl
 
 
 def test_ray_in_an_allocation_begins_and_ends_with_the_job(
-    cluster: SlurmCluster, corpus: Path, prepared: Path, reference: list[float], tmp_path: Path
+    cluster: SlurmCluster,
+    corpus: Path,
+    prepared: Path,
+    reference: list[float],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     write_run(tmp_path, corpus, prepared, cluster={"nodes": 2, "start": "ray"})
+    monkeypatch.setitem(cluster.environment, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # as a Ray of one machine has it
     paralm(cluster, tmp_path, "submit", "slurm", "run.yaml")
     job = submitted(tmp_path)["train"]
     cluster.wait(job.id, log=job.file(".log"), patience=400)

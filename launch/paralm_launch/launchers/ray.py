@@ -22,6 +22,7 @@ from paralm_launch.launchers.parent import Launch, number_of_ranks, worker_envir
 
 if TYPE_CHECKING:
     from paralm.training.loop import TrainResult
+    from paralm_launch.launchers.ray_room import Need
 
 _PASSED_ON = ("PYTHONPATH", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "DS_ACCELERATOR")
 
@@ -95,7 +96,18 @@ def start(ray: Any, config: Config, ranks: int) -> bool:
     return True
 
 
-def _trainer(ray: Any, config: Config, launch: Launch, ranks: int) -> Any:
+def _need(ray: Any, config: Config, ranks: int) -> Need:
+    from paralm_launch.launchers.ray_room import Need
+
+    settings = config.launcher
+    gpus = settings.gpus_per_rank
+    if gpus is None:
+        gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
+    resources = {"CPU": settings.cpus_per_rank, **({"GPU": gpus} if gpus else {})}
+    return Need(ranks, resources, settings.placement)
+
+
+def _trainer(config: Config, launch: Launch, need: Need) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.backend import Backend
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -111,10 +123,6 @@ def _trainer(ray: Any, config: Config, launch: Launch, ranks: int) -> Any:
             return NoGroup
 
     settings = config.launcher
-    gpus = settings.gpus_per_rank
-    if gpus is None:
-        gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
-    resources = {"CPU": settings.cpus_per_rank, **({"GPU": gpus} if gpus else {})}
     storage = settings.storage or launch.exchange.path / "ray"
     failures: dict[str, Any] = {
         "max_failures": settings.max_failures,
@@ -125,10 +133,10 @@ def _trainer(ray: Any, config: Config, launch: Launch, ranks: int) -> Any:
         train_loop_config={"folder": os.getcwd(), "exchange": str(launch.exchange.path)},
         torch_config=NoGroupConfig(),
         scaling_config=ScalingConfig(
-            num_workers=ranks,
-            use_gpu=bool(gpus),
-            resources_per_worker=resources,
-            placement_strategy=settings.placement,
+            num_workers=need.ranks,
+            use_gpu="GPU" in need.resources,
+            resources_per_worker=dict(need.resources),
+            placement_strategy=need.placement,
         ),
         run_config=RunConfig(
             name=launch.exchange.path.name,
@@ -142,6 +150,9 @@ def _trainer(ray: Any, config: Config, launch: Launch, ranks: int) -> Any:
 def ray(config: Config, on_progress: Callable[[dict[str, Any]], None], say: Callable[[str], None]) -> TrainResult:
     """Train on ``launcher.ranks`` workers of Ray Train."""
     module = import_ray(config)
+    from paralm.training import checkpoint
+    from paralm_launch.launchers.ray_room import Shortage
+
     ranks = number_of_ranks(config)
     ours = False
 
@@ -152,11 +163,17 @@ def ray(config: Config, on_progress: Callable[[dict[str, Any]], None], say: Call
     with Launch(config, on_progress, say, end) as launch:
         ours = start(module, config, ranks)
         launch.take_signals()  # Ray took SIGTERM
+        need = _need(module, config, ranks)
+
+        def saved() -> int:
+            return max(checkpoint.steps(config.run_dir / "checkpoints"), default=0)
+
+        shortage = Shortage(need, module.nodes, config.launcher, launch.say, saved)
         problem: list[BaseException] = []
 
         def fit() -> None:
             try:
-                _trainer(module, config, launch, ranks).fit()
+                _trainer(config, launch, need).fit()
             except BaseException as error:
                 problem.append(error)
 
@@ -165,6 +182,8 @@ def ray(config: Config, on_progress: Callable[[dict[str, Any]], None], say: Call
         thread.start()
         while thread.is_alive():
             thread.join(0.2)
+            if not launch.stopping and not launch.exchange.outcomes():
+                shortage.look()
         reason = "Ray ended the training"
         if problem:
             error = problem[0]
