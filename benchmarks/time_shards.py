@@ -4,9 +4,9 @@
 
 One layer, forward and backward, whose sequence of 1K to 64K steps lies on 1, 2 or 4 gloo ranks of this machine, one
 thread a rank, float32. Counted on every rank: bytes given to collectives and neighbours (`TimeShards.bytes_sent`), the
-rounds of walks, the part of the steps walked again, and the peak of memory above what stands before (Linux's, of the
-process, after a short call that brings libraries into memory). Seconds are of one call on shared cores: they say that
-ranks work at the same time, not how fast. Peaks include torch's own buffers, so short sequences say little about 1/t.
+rounds of walks, and the peak of memory above what stands before (Linux's, of the process, after a short call that
+brings libraries into memory). Seconds are of one call on shared cores. Peaks include torch's own buffers, so short
+sequences say little about 1/t.
 Writes benchmarks/results/time_shards.json.
 """
 

@@ -60,14 +60,18 @@ def check_prepared(data: DataConfig, folder: Path) -> None:
             raise RunError(f"{path}: missing; run 'paralm data prepare' first")
 
 
-def open_loader(config: Config, folder: Path, rank: int = 0, world_size: int = 1) -> Loader | MixtureLoader:
-    """The loader of the run's text. Raises DataError, one line; see :class:`MixtureLoader`."""
+def open_loader(
+    config: Config, folder: Path, rank: int = 0, world_size: int = 1, part: slice | None = None
+) -> Loader | MixtureLoader:
+    """The loader of the run's text, of all or a ``part`` of the steps of a rank's rows. Raises DataError, one line; see
+    :class:`MixtureLoader`.
+    """
     training, data = config.training, config.data
     stores = {name: TokenStore.open(path, verify=data.verify) for name, path in train_paths(data, folder).items()}
     rows = (training.seq_len, training.global_batch_size, config.run.seed)
     mixture = data.mixture
     if mixture is None:
-        return Loader(stores["train"], *rows, order=data.order, rank=rank, world_size=world_size)
+        return Loader(stores["train"], *rows, order=data.order, rank=rank, world_size=world_size, part=part)
     weights = [1.0 if source.weight is None else source.weight for source in mixture.sources.values()]
     if mixture.weights == "temperature":
         weights = temperature_weights([store.n_tokens for store in stores.values()], mixture.temperature)
@@ -79,6 +83,6 @@ def open_loader(config: Config, folder: Path, rank: int = 0, world_size: int = 1
     bandit: Bandit | None = None
     if mixture.learned:
         bandit = Exp3(len(sources)) if mixture.weights == "exp3" else Ucb1(len(sources), mixture.beta)
-    loader = MixtureLoader(sources, *rows, rank=rank, world_size=world_size, bandit=bandit, every=mixture.every)
+    loader = MixtureLoader(sources, *rows, rank, world_size, bandit=bandit, every=mixture.every, part=part)
     loader.check_budget(training.max_steps)
     return loader

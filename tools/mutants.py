@@ -78,9 +78,9 @@ def caught_before() -> dict[str, str]:
     return found
 
 
-def write_caught(mutants: list[Mutant], caught: list[Mutant]) -> None:
-    """The record, with these in it, and without what is no defect of the table."""
-    record = caught_before() | {mutant.name: fingerprint(mutant) for mutant in caught}
+def write_caught(mutants: list[Mutant], caught: dict[str, str]) -> None:
+    """The record, with these fingerprints by name in it, and without what is no defect of the table."""
+    record = caught_before() | caught
     kept = {mutant.name: record[mutant.name] for mutant in mutants if mutant.name in record}
     CAUGHT.write_text(json.dumps(dict(sorted(kept.items())), indent=1) + "\n", encoding="utf-8")
 
@@ -131,9 +131,10 @@ def main() -> int:
     if unknown:
         raise SystemExit(f"mutants: unknown: {', '.join(sorted(unknown))}; known: {', '.join(m.name for m in mutants)}")
     mutants = [m for m in mutants if not arguments.names or m.name in arguments.names]
+    marks = {mutant.name: fingerprint(mutant) for mutant in mutants}  # of the tree that is copied now
     if arguments.recorded:
         known = caught_before()
-        mutants = [m for m in mutants if known.get(m.name) != (mark := fingerprint(m)) or mark.startswith("0")]
+        mutants = [m for m in mutants if known.get(m.name) != marks[m.name] or marks[m.name].startswith("0")]
     with tempfile.TemporaryDirectory(prefix="paralm-mutants-") as folder:
         trees: Queue[Path] = Queue()
         for index in range(arguments.jobs):
@@ -153,7 +154,7 @@ def main() -> int:
             for mutant, caught, output, seconds in pool.map(lambda m: attempt(m, trees), mutants):
                 survived += not caught
                 if caught and arguments.record:
-                    write_caught(table, [mutant])
+                    write_caught(table, {mutant.name: marks[mutant.name]})
                 print(
                     f"{'caught  ' if caught else 'SURVIVED'} {mutant.name:34} {seconds:5.1f} s  {mutant.test}",
                     flush=True,

@@ -1,7 +1,8 @@
 """Batches out of a token store: a pure function of (seed, step), whatever the world size.
 
 A step's global batch is ``global_batch_size`` rows; rank r of W takes rows [G·r//W, G·(r+1)//W), so the ranks' rows
-laid end to end are the batch that a single rank would see, and a run can go on with another number of ranks. The only
+laid end to end are the batch that a single rank would see, and a run can go on with another number of ranks. Ranks may
+also share rows, each with a ``part`` of their steps: of the others it reads no more than the label at its end. The only
 state is the number of the next step.
 """
 
@@ -26,11 +27,11 @@ IGNORE = -100  # the label of a position that has none: torch's cross-entropy le
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """This rank's rows of a global batch.
+    """This rank's rows of a global batch, or its ``part`` of their steps (all seq_len of them by default).
 
-    ``rows``: (n,) int64, their numbers in the global batch. ``tokens``: (n, seq_len) int64. ``labels``: (n, seq_len)
+    ``rows``: (n,) int64, their numbers in the global batch. ``tokens``: (n, steps) int64. ``labels``: (n, steps)
     int64, the next token, -100 where that belongs to another document or the position is padding. ``reset``: (n,
-    seq_len) bool, true where a document starts. ``continues``: (n,) bool, the row goes on where the same row of the
+    steps) bool, true where a document starts. ``continues``: (n,) bool, the row goes on where the same row of the
     previous step ended; where false a carried state is dropped. ``epoch``: epochs done before this step. ``sources``:
     (n,) int64, the source of each row in a mixture, None without one.
     """
@@ -48,7 +49,7 @@ class Batch:
 def labelled(
     raw: Rows, manifest: Manifest, step: int, numbers: NDArray[np.int64], sources: NDArray[np.int64] | None = None
 ) -> Batch:
-    """Rows (n, seq_len + 1) of a store's ids as a batch: with labels, resets, and padding masked."""
+    """Rows (n, steps + 1) of a store's ids as a batch: with labels, resets, and padding masked."""
     tokens, following = raw.tokens[:, :-1], raw.tokens[:, 1:]
     labels = following.astype(np.int64)
     # Sparse: a search for the few places, then a write to them, is several times faster than a masked write.
@@ -73,16 +74,21 @@ def labelled(
 class StepLoader(ABC):
     """What every loader is: a pure function of the step, the rows of a rank, and the number of the next step.
 
-    :meth:`batch` is random access; ``next(loader)`` is ``batch(loader.step)`` and advances ``step``. Raises DataError
-    for an argument out of range.
+    :meth:`batch` is random access; ``next(loader)`` is ``batch(loader.step)`` and advances ``step``. ``part``: which
+    steps of its rows this rank holds, a slice of range(seq_len). Raises DataError for an argument out of range.
     """
 
-    def __init__(self, seq_len: int, global_batch_size: int, seed: int, rank: int, world_size: int) -> None:
+    def __init__(
+        self, seq_len: int, global_batch_size: int, seed: int, rank: int, world_size: int, part: slice | None = None
+    ) -> None:
         for name, value in (("seq_len", seq_len), ("global_batch_size", global_batch_size), ("world_size", world_size)):
             if value < 1:
                 raise DataError(f"{name} is {value}; it must be at least 1")
         if not 0 <= rank < world_size:
             raise DataError(f"rank {rank} of {world_size}: ranks count from 0")
+        self.part = part or slice(0, seq_len)
+        if self.part.step not in (None, 1) or not 0 <= self.part.start < self.part.stop <= seq_len:
+            raise DataError(f"part is {self.part}; it must be consecutive steps of range({seq_len})")
         self.seq_len, self.global_batch_size = seq_len, global_batch_size
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.step = 0
@@ -157,12 +163,13 @@ class Loader(StepLoader):
         order: str = "windows",
         rank: int = 0,
         world_size: int = 1,
+        part: slice | None = None,
     ) -> None:
         if order not in ORDERS:
             raise DataError(f"data.order is '{order}'; it must be one of: {', '.join(ORDERS)}")
-        super().__init__(seq_len, global_batch_size, seed, rank, world_size)
+        super().__init__(seq_len, global_batch_size, seed, rank, world_size, part)
         self.store, self.order = store, order
-        self._order = ORDERS[order](store, seq_len, global_batch_size, seed)
+        self._order = ORDERS[order](store, seq_len, global_batch_size, seed, self.part)
 
     @property
     def steps_per_epoch(self) -> float:

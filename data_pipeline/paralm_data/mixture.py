@@ -23,7 +23,7 @@ import numpy as np
 from paralm_data.bandits import Bandit
 from paralm_data.errors import DataError
 from paralm_data.loader import Batch, StepLoader, labelled
-from paralm_data.orders import Rows, Windows
+from paralm_data.orders import Rows, Windows, width
 from paralm_data.permutation import random_permutation
 from paralm_data.quota import RESOLUTION, Quota, shares
 from paralm_data.store import TokenStore
@@ -75,15 +75,16 @@ class MixtureLoader(StepLoader):
         world_size: int = 1,
         bandit: Bandit | None = None,
         every: int = 1,
+        part: slice | None = None,
     ) -> None:
-        super().__init__(seq_len, global_batch_size, seed, rank, world_size)
+        super().__init__(seq_len, global_batch_size, seed, rank, world_size, part)
         _check_sources(sources)
         if every < 1:
             raise DataError(f"the weights' interval is {every} steps; it must be at least 1")
         if bandit is not None and bandit.arms != len(sources):
             raise DataError(f"{len(sources)} sources for a bandit of {bandit.arms} arms")
         self.sources, self.bandit, self.every = list(sources), bandit, every
-        self._windows = [Windows(source.store, seq_len, global_batch_size, seed) for source in sources]
+        self._windows = [Windows(source.store, seq_len, global_batch_size, seed, self.part) for source in sources]
         self.n_samples = [windows.n_samples for windows in self._windows]
         self._limits = [
             None if source.max_epochs is None else math.floor(source.max_epochs * count)
@@ -108,14 +109,15 @@ class MixtureLoader(StepLoader):
             )
         first = (step - self._start) * self.global_batch_size
         sources, places = self._quota.draw(first + self._rows.start, len(self._rows))
-        tokens = np.empty((len(sources), self.seq_len + 1), self.sources[0].store.tokens.dtype)
+        steps = width(self.part)
+        tokens = np.empty((len(sources), steps + 1), self.sources[0].store.tokens.dtype)
         for source in np.unique(sources).tolist():
             mine = np.flatnonzero(sources == source)
             windows = self._windows[source]
             tokens[mine] = windows.read(windows.samples(self._drawn[source] + int(places[mine[0]]), len(mine)))
         raw = Rows(
             tokens=tokens,
-            valid=np.full(len(tokens), self.seq_len, np.int64),
+            valid=np.full(len(tokens), steps, np.int64),
             continues=np.zeros(len(tokens), np.bool_),
             epoch=step * self.global_batch_size / sum(self.n_samples),
         )

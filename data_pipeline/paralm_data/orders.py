@@ -1,7 +1,8 @@
 """The two orders in which a store is read: shuffled windows, and lanes of consecutive segments.
 
 An order answers one question, as a pure function of its arguments: which tokens does row r of step s hold? It knows
-neither ranks nor tensors. Both use permutations that are functions of (seed, epoch).
+neither ranks nor tensors. Both use permutations that are functions of (seed, epoch). Of rows longer than a rank wants
+it reads a ``part``, a slice of positions; the rows stay what they are.
 """
 
 from __future__ import annotations
@@ -40,6 +41,11 @@ class Recent:
         return value
 
 
+def width(part: slice) -> int:
+    """Positions of a slice with both ends."""
+    return int(part.stop) - int(part.start)
+
+
 def _runs(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     """start, start + 1, … of each, as many as its length, end to end."""
     ends = lengths.cumsum()
@@ -50,7 +56,7 @@ def _runs(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.i
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Raw rows: ``tokens`` (rows, seq_len + 1) in the store's dtype; of row r the first ``valid[r]`` are inputs.
+    """Raw rows: ``tokens`` (rows, steps + 1) in the store's dtype; of row r the first ``valid[r]`` are inputs.
 
     ``continues`` (rows,) bool: the row goes on where the same row of the step before ended.
     """
@@ -70,8 +76,9 @@ class Windows:
 
     BLOCK = 4096  # indices permuted at once: a call for a few rows costs as much as one for thousands
 
-    def __init__(self, store: TokenStore, seq_len: int, batch_size: int, seed: int) -> None:
+    def __init__(self, store: TokenStore, seq_len: int, batch_size: int, seed: int, part: slice | None = None) -> None:
         self._seq_len, self._batch_size, self._seed = seq_len, batch_size, seed
+        self._part = part or slice(0, seq_len)
         self.n_samples = (store.n_tokens - 1) // seq_len
         if self.n_samples < 1:
             raise DataError(
@@ -79,7 +86,9 @@ class Windows:
                 "give more text or lower training.seq_len"
             )
         self.steps_per_epoch = self.n_samples / batch_size
-        self._windows = np.lib.stride_tricks.sliding_window_view(store.tokens, seq_len + 1)
+        self._windows = np.lib.stride_tricks.sliding_window_view(
+            store.tokens[self._part.start :], width(self._part) + 1
+        )
         self._recent = Recent(4)
 
     def samples(self, first: int, count: int) -> NDArray[np.int64]:
@@ -94,7 +103,7 @@ class Windows:
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
     def read(self, samples: NDArray[np.int64]) -> NDArray[Any]:
-        """(n,) window numbers → (n, seq_len + 1) ids."""
+        """(n,) window numbers → (n, steps + 1) ids."""
         windows: NDArray[Any] = self._windows[samples * self._seq_len]
         return windows
 
@@ -104,7 +113,7 @@ class Windows:
         samples = self.samples(first + rows.start, len(rows))
         return Rows(
             tokens=self.read(samples),
-            valid=np.full(len(rows), self._seq_len, np.int64),
+            valid=np.full(len(rows), width(self._part), np.int64),
             continues=np.zeros(len(rows), np.bool_),
             epoch=first / self.n_samples,
         )
@@ -218,8 +227,9 @@ class Lanes:
     filled up with padding.
     """
 
-    def __init__(self, store: TokenStore, seq_len: int, batch_size: int, seed: int) -> None:
+    def __init__(self, store: TokenStore, seq_len: int, batch_size: int, seed: int, part: slice | None = None) -> None:
         self._seq_len, self._batch_size, self._n = seq_len, batch_size, store.n_tokens
+        self._part = part or slice(0, seq_len)
         longest = -(-self._n // batch_size)
         self._steps = -(-longest // seq_len)
         self.steps_per_epoch = float(self._steps)
@@ -231,16 +241,16 @@ class Lanes:
         """Rows ``rows`` of the global batch of ``step``."""
         epoch, segment = divmod(step, self._steps)
         begins, ends = self._recent.get((rows.start, rows.stop), lambda: self._lanes(rows))
-        starts = begins + segment * self._seq_len
-        valid = np.minimum(np.maximum(ends - starts, 0), self._seq_len)
+        starts, steps = begins + segment * self._seq_len + self._part.start, width(self._part)
+        valid = np.minimum(np.maximum(ends - starts, 0), steps)
         counts = np.minimum(valid + (valid > 0), self._n - starts)  # one more: the last input's label
         counts = np.maximum(counts, 0)
-        flat, width = self._stream.read(epoch, starts, counts), self._seq_len + 1
-        if len(flat) == len(rows) * width:
-            tokens = flat.reshape(len(rows), width)
+        flat = self._stream.read(epoch, starts, counts)
+        if len(flat) == len(rows) * (steps + 1):
+            tokens = flat.reshape(len(rows), steps + 1)
         else:
-            tokens = np.zeros((len(rows), width), self._dtype)
-            tokens[np.arange(width) < counts[:, None]] = flat
+            tokens = np.zeros((len(rows), steps + 1), self._dtype)
+            tokens[np.arange(steps + 1) < counts[:, None]] = flat
         continues = np.full(len(rows), segment > 0, np.bool_)
         return Rows(tokens, valid, continues, epoch=step / self._steps)
 
@@ -250,4 +260,5 @@ class Lanes:
         return bounds[:-1], bounds[1:]
 
 
-ORDERS: dict[str, Callable[[TokenStore, int, int, int], Windows | Lanes]] = {"windows": Windows, "lanes": Lanes}
+Order = Callable[[TokenStore, int, int, int, slice | None], Windows | Lanes]
+ORDERS: dict[str, Order] = {"windows": Windows, "lanes": Lanes}

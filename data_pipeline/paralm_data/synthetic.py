@@ -249,8 +249,9 @@ class SyntheticLoader(StepLoader):
         rank: int = 0,
         world_size: int = 1,
         split: Split = "train",
+        part: slice | None = None,
     ) -> None:
-        super().__init__(seq_len, global_batch_size, seed, rank, world_size)
+        super().__init__(seq_len, global_batch_size, seed, rank, world_size, part)
         check_width(task, seq_len)
         self.task, self.split = task, split
 
@@ -259,13 +260,15 @@ class SyntheticLoader(StepLoader):
         self._check_step(step)
         rows = np.arange(self._rows.start, self._rows.stop, dtype=np.int64)
         found = self.task.examples(self.seed, self.split, step * self.global_batch_size + rows, width=self.seq_len)
-        reset = torch.zeros(found.tokens.shape, dtype=torch.bool)
-        reset[:, 0] = True
+        tokens, labels = (torch.from_numpy(ids)[:, self.part].contiguous() for ids in (found.tokens, found.labels))
+        reset = torch.zeros(tokens.shape, dtype=torch.bool)
+        if self.part.start == 0:
+            reset[:, 0] = True
         return Batch(
             step=step,
             rows=rows,
-            tokens=torch.from_numpy(found.tokens),
-            labels=torch.from_numpy(found.labels),
+            tokens=tokens,
+            labels=labels,
             reset=reset,
             continues=torch.zeros(len(rows), dtype=torch.bool),
             epoch=0.0,

@@ -24,7 +24,7 @@ from paralm.errors import ConfigError
 from paralm.models.lm import LanguageModel
 from paralm.planning.ledger import Ledger
 from paralm.planning.trace import On, Trace
-from paralm.training.engine import deepspeed_config, grad_accum_steps
+from paralm.training.engine import deepspeed_config, grad_accum_steps, reduce_after_backward
 from paralm.training.optimizers import build_optimizer
 
 KINDS = ("weights", "gradients", "optimizer", "activations", "states", "communication", "loss head", "workspace")
@@ -124,8 +124,8 @@ def optimizer_costs(config: Config, model: LanguageModel, ranks: int, on: On = "
 def memory(config: Config, traced: Trace, sizes: Sizes, costs: OptimizerCosts, ranks: int, on: On = "gpu") -> Memory:
     """The moments of a step on one of ``ranks`` ranks, and the host's part where something is offloaded."""
     rank = _Rank(config, sizes, costs, ranks, on)
-    if any(traced.relays) and rank.stage:  # as the engine: ranks that take turns reduce after the backward pass
-        rank.told["zero_optimization"]["reduce_bucket_size"] = 1 + rank.n
+    if any(traced.relays) and rank.stage:
+        reduce_after_backward(rank.told, rank.n)
     moments = [*_of_micro_batch(config, traced, rank), *rank.step()]
     carried = traced.state_bytes * (grad_accum_steps(config, ranks) - 1) if config.training.carry_state else 0
     kept = [Moment(m.name, {**m.kinds, "states": m.kinds.get("states", 0) + carried}) for m in moments]

@@ -152,8 +152,7 @@ def build_engine(config: Config, vocab_size: int, world_size: int) -> tuple[Any,
     blueprint = build_model(config.model, vocab_size, seed=0, device="meta")
     generated = deepspeed_config(config, world_size, sum(p.numel() for p in blueprint.parameters()))
     if config.parallel.time > 1 and not all(mixer.joins_shards for mixer in blueprint.mixers):
-        # Ranks that take turns within a backward pass must not wait for each other in it: one bucket, reduced after it.
-        generated["zero_optimization"]["reduce_bucket_size"] = 1 + sum(p.numel() for p in blueprint.parameters())
+        reduce_after_backward(generated, sum(p.numel() for p in blueprint.parameters()))
     _check_nvme(config)
     stage = config.parallel.zero_stage
     bf16 = config.training.precision == "bf16"
@@ -176,6 +175,11 @@ def build_engine(config: Config, vocab_size: int, world_size: int) -> tuple[Any,
         if isinstance(outer, Replicated) and bf16:
             outer.to_bf16()
     return engine, optimizer
+
+
+def reduce_after_backward(generated: dict[str, Any], parameters: int) -> None:
+    """Ranks that take turns within a backward pass must not wait for each other in it: one bucket, reduced after it."""
+    generated["zero_optimization"]["reduce_bucket_size"] = 1 + parameters
 
 
 @contextlib.contextmanager

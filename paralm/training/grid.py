@@ -6,8 +6,8 @@ which are mostly on one node.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from paralm_kernels import TimeShards
@@ -16,8 +16,6 @@ from paralm.errors import ConfigError
 from paralm.training.rendezvous import group_timeout
 
 if TYPE_CHECKING:
-    from paralm_data import Batch
-
     from paralm.config import Config
     from paralm.models.lm import LanguageModel
 
@@ -50,13 +48,9 @@ class Grid:
         """This rank's steps of a row."""
         return slice(seq_len * self.time_rank // self.time, seq_len * (self.time_rank + 1) // self.time)
 
-    def part(self, batch: Batch) -> Batch:
-        """This rank's steps of its rows. Labels were made before the cut, so that none is lost there."""
-        if self.time == 1:
-            return batch
-        here = self.steps(batch.tokens.shape[1])
-        tokens, labels, reset = (x[:, here].contiguous() for x in (batch.tokens, batch.labels, batch.reset))
-        return replace(batch, tokens=tokens, labels=labels, reset=reset)
+    def reads(self, seq_len: int) -> dict[str, Any]:
+        """Which rows of a global batch this rank reads, and which steps of them: what its loader is told."""
+        return {"rank": self.data_rank, "world_size": self.data_size, "part": self.steps(seq_len)}
 
     def shards(self, timeout: float) -> TimeShards | None:
         """The group of the ranks that share this rank's sequences; every rank must call it. None: there is none.

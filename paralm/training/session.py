@@ -195,12 +195,12 @@ class Session:
         self.validation: dict[str, TokenStore]
         if self.task is not None:
             self.vocab_size, self.tokenizer_sha256, self.validation = self.task.vocab_size, self.task.fingerprint, {}
-            self.loader = SyntheticLoader(self.task, *rows, rank=self.grid.data_rank, world_size=self.grid.data_size)
+            self.loader = SyntheticLoader(self.task, *rows, **self.grid.reads(training.seq_len))
             return
         folder = self.config.data_dir
         tokenizer = Tokenizer.load(folder / "tokenizer.model")
         self.vocab_size, self.tokenizer_sha256 = tokenizer.vocab_size, tokenizer.sha256
-        self.loader = open_loader(self.config, folder, self.grid.data_rank, self.grid.data_size)
+        self.loader = open_loader(self.config, folder, **self.grid.reads(training.seq_len))
         found = validation_paths(data, folder)
         self.validation = {name: TokenStore.open(path, verify=data.verify) for name, path in found.items()}
         read = [s.store for s in self.loader.sources] if isinstance(self.loader, MixtureLoader) else [self.loader.store]

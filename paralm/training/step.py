@@ -119,7 +119,7 @@ class Stepper:
         between the phases, so that their times mean something.
         """
         start = time.perf_counter()
-        pieces = self._micro_batches(self.grid.part(batch))
+        pieces = self._micro_batches(batch)
         tokens = self._sum([sum(((labels != IGNORE).sum() for _, labels, _ in pieces), torch.tensor(0))])[0]
         scale = self.world_size * self.micros / tokens.clamp(min=1)
         for group in self.engine.optimizer.param_groups:

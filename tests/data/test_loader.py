@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -177,6 +178,29 @@ def test_the_ranks_rows_are_the_batch(prepared: Any, order: str, world: int, bat
     assert {part.epoch for part in parts} == {whole.epoch}
 
 
+@shared
+@given(
+    texts=documents, order=st.sampled_from(["windows", "lanes"]), seq_len=st.integers(1, 40), batch=st.integers(1, 9),
+    step=st.integers(0, 20), cuts=st.lists(st.integers(1, 39), max_size=4, unique=True),
+)  # fmt: skip
+def test_parts_of_the_steps_are_the_rows(
+    make_store: MakeStore, texts: list[list[int]], order: str, seq_len: int, batch: int, step: int, cuts: list[int]
+) -> None:
+    """Labels at a cut, padding that begins in any part, rows that are over before one: nothing depends on the cuts."""
+    store = make_store([*texts, list(range(4, 50))])
+    bounds = [0, *sorted(cut for cut in cuts if cut < seq_len), seq_len]
+    whole = Loader(store, seq_len, batch, 3, order).batch(step)
+    loaders = [Loader(store, seq_len, batch, 3, order, part=slice(*ends)) for ends in itertools.pairwise(bounds)]
+    parts = [loader.batch(step) for loader in loaders]
+    for key in ("tokens", "labels", "reset"):
+        assert torch.equal(torch.cat([getattr(part, key) for part in parts], 1), getattr(whole, key))
+    assert all(torch.equal(part.continues, whole.continues) for part in parts)
+    for loader, part in zip(loaders, parts):
+        raw = loader._order.rows(step, range(batch)).tokens
+        assert raw.shape == (batch, part.tokens.shape[1] + 1), "no more is read than the rank holds, and a label"
+        assert loader.state_dict() == Loader(store, seq_len, batch, 3, order).state_dict()
+
+
 @pytest.mark.parametrize("order", ["windows", "lanes"])
 def test_resumed_is_uninterrupted_on_any_world_size(prepared: Any, order: str) -> None:
     uninterrupted = Loader(prepared.train, 16, 6, 1, order)
@@ -264,6 +288,9 @@ def test_a_state_without_a_step_is_refused(prepared: Any, step: object) -> None:
         ({"global_batch_size": 0}, "global_batch_size is 0"),
         ({"rank": 2, "world_size": 2}, "rank 2 of 2"),
         ({"world_size": 0}, "world_size is 0"),
+        ({"part": slice(8, 17)}, r"part is slice\(8, 17, None\); it must be consecutive steps of range\(16\)"),
+        ({"part": slice(8, 8)}, "part is"),
+        ({"part": slice(0, 8, 2)}, "part is"),
     ],
 )
 def test_arguments_out_of_range(prepared: Any, arguments: dict[str, Any], complaint: str) -> None:

@@ -142,10 +142,12 @@ def test_each_source_gives_its_own_windows_in_its_own_order(sources: list[Mixtur
 def test_the_ranks_rows_are_the_batch(sources: list[MixtureSource], world: int) -> None:
     whole = MixtureLoader(sources, SEQ_LEN, BATCH, seed=1)
     ranks = [MixtureLoader(sources, SEQ_LEN, BATCH, 1, rank, world) for rank in range(world)]
+    cut = [MixtureLoader(sources, SEQ_LEN, BATCH, 1, part=slice(*ends)) for ends in ((0, world), (world, SEQ_LEN))]
     for step in (0, 1, 7, 1000):
         batch, parts = whole.batch(step), [rank.batch(step) for rank in ranks]
         for key in ("tokens", "labels", "reset"):
             assert torch.equal(torch.cat([getattr(part, key) for part in parts]), getattr(batch, key))
+            assert torch.equal(torch.cat([getattr(part.batch(step), key) for part in cut], 1), getattr(batch, key))
         assert np.concatenate([part.sources for part in parts]).tolist() == batch.sources.tolist()  # type: ignore
 
 

@@ -243,6 +243,8 @@ def test_ranks_together_see_the_global_batch(world_size: int) -> None:
     assert np.concatenate([p.rows for p in parts]).tolist() == list(range(7))
     for key in ("tokens", "labels", "reset"):
         assert torch.equal(torch.cat([getattr(p, key) for p in parts]), getattr(whole, key))
+        cut = [SyntheticLoader(task, 48, 7, seed=2, part=slice(*ends)).batch(9) for ends in ((0, 9), (9, 48))]
+        assert torch.equal(torch.cat([getattr(p, key) for p in cut], 1), getattr(whole, key))
     assert whole.tokens.shape == (7, 48)
     assert whole.tokens.dtype == whole.labels.dtype == torch.int64
     assert whole.reset.nonzero().tolist() == [[row, 0] for row in range(7)]
