@@ -20,6 +20,7 @@ hypothesis.settings.load_profile("paralm")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")
+os.environ.setdefault("RAY_worker_niceness", "0")  # of 15, Ray's default, a busy machine leaves nothing
 
 
 @pytest.fixture(autouse=True)

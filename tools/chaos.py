@@ -385,6 +385,7 @@ def main() -> int:
     arguments = parser.parse_args()
     seed = secrets.randbits(32) if arguments.seed is None else arguments.seed
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # of 15, Ray's default, a busy machine leaves nothing
     names = arguments.launchers.split(",")
     quotas = dict.fromkeys(names[:-1], arguments.quota) | {names[-1]: 0}
     print(f"chaos: seed {seed}")

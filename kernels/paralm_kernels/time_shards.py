@@ -9,8 +9,8 @@ has them; where the other ranks' are right they wait for it, until the group's t
 
 What is sent is of the size of a state, however long the sequence: an affine recurrence is one map a part,
 S ↦ e^{D} S + E, and each rank composes those of the ranks before it; a convolution takes the last inputs of the part
-before. Gradients come back by one sum over the ranks. A rank waits for each message, with nothing computed meanwhile.
-`bytes_sent` counts them.
+before. Gradients come back by one sum over the ranks. Ranks meet at these sums. `relay` sends without waiting: a rank
+computes its next rows while a state, or its gradient, is under way. `bytes_sent` counts all of it.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class TimeShards:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.bytes_sent: dict[str, int] = {}
         """By the kind of message: bytes that this rank has given to collectives and to its neighbours."""
+        self._under_way: list[tuple[Any, Tensor]] = []  # messages that may not have left yet
 
     @property
     def first(self) -> bool:
@@ -83,6 +84,18 @@ class TimeShards:
     def neighbour(self, offset: int) -> int:
         """The global rank of the neighbour in time."""
         return self.rank + offset if self.group is None else dist.get_global_rank(self.group, self.rank + offset)
+
+    def send(self, kind: str, tensor: Tensor, offset: int) -> None:
+        """To a neighbour in time, without waiting until it takes it. Messages to one arrive in their order."""
+        self.count(kind, tensor)
+        work = dist.isend(tensor, self.neighbour(offset), group=self.group)
+        self._under_way.append((work, tensor))  # which must stay as it is so long
+
+    def settle(self) -> None:
+        """Wait until what was sent has been taken."""
+        for work, _ in self._under_way:
+            work.wait()
+        self._under_way.clear()
 
     def causal_conv(
         self,
@@ -200,6 +213,7 @@ class TimeShards:
         on, whose values do not matter. Rows are split over the ranks' number of micro-batches, so that after as many
         steps all ranks work at the same time. The parts of a state travel one by one; floating ones have gradients.
         """
+        self.settle()  # of the call before, of which by now all has been taken where ranks are equally fast
         count = min(len(x), self.size)
         rows = [slice(i * len(x) // count, (i + 1) * len(x) // count) for i in range(count)]
         outputs, ends = [], []
@@ -297,8 +311,7 @@ class _TakeOver(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         for grad in grads:
             if grad is not None and grad.is_floating_point():
-                ctx.shards.count("relay, gradient", grad)
-                dist.send(grad.contiguous(), ctx.shards.neighbour(-1), group=ctx.shards.group)
+                ctx.shards.send("relay, gradient", grad.contiguous(), -1)
         return (None, None, *(None for _ in grads))
 
 
@@ -309,8 +322,7 @@ class _HandOn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, shards: TimeShards, anchor: Tensor, *leaves: Tensor) -> Tensor:
         for leaf in leaves:
-            shards.count("relay", leaf)
-            dist.send(leaf.detach(), shards.neighbour(1), group=shards.group)
+            shards.send("relay", leaf.detach(), 1)
         ctx.shards, ctx.like = shards, [leaf.detach() for leaf in leaves]
         return torch.zeros((), device=leaves[0].device)
 

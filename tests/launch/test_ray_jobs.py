@@ -57,7 +57,6 @@ class Head:
             **{key: value for key, value in os.environ.items() if not key.startswith("RAY_AUTH")},
             "HOME": str(home),
             "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_worker_niceness": "0",  # of 15, Ray's default, a busy machine leaves nothing
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # 127.0.0.1 stays what it is
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         }
