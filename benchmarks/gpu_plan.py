@@ -1,87 +1,161 @@
-"""Does a GPU hold and take what `paralm plan` says?
+"""Does a GPU hold and take what `paralm plan` says, up to 7B parameters and a million tokens?
 
-    .venv/bin/python benchmarks/gpu_plan.py --presets paragru_400m paragru_1.3b mamba2_1.3b
+    .venv/bin/python benchmarks/gpu_plan.py [--only middle|large|long] [--presets paragru_7b ...]
 
-Real training steps of model presets on this machine's GPU (ZeRO 1, one rank, bf16), beside the plan for one GPU of that
-kind: the allocator's peak, and the median of a step's seconds. Writes benchmarks/results/plan_DEVICE.json.
+Real training steps of model presets on this machine's GPU (bf16, one rank), beside the plan for one GPU of that kind:
+the allocator's peak, the median of a step's seconds, tokens a second, MFU, and the loss of the first and of the last
+step.
+
+middle  400M and 1.3B, ZeRO 1, with and without activation checkpointing, 4 × 2,048 tokens twice a step
+large   7B, 20 steps of 16 × 2,048 tokens. ZeRO-Offload: weights and gradients on the GPU, Adam and its fp32 weights in
+        the host's memory. Where the plan says that the GPU or the host does not hold it, the model keeps its width and
+        has fewer layers, and its row says how many. A loss that does not go down is a failure.
+long    one sequence of 1,048,576 tokens through ParaGRU 130M, layers left out in the same way
+
+Writes benchmarks/results/plan_DEVICE.json after every row.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import re
-import statistics
 import subprocess
 import sys
-import time
+import traceback
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 VOCABULARY = 32000
+EFFICIENCY = 0.8
+"""The plan's share of a product's peak speed."""
+MIXERS = ("paragru", "paralstm", "mamba2", "xlstm", "titans_mag", "transformer")
 
 
-def configuration(preset: str, options: argparse.Namespace, again: bool) -> Any:
-    """A run of a preset, in the shape of a step that is asked for."""
-    from paralm.config_files import load_config
+@dataclass(frozen=True)
+class Case:
+    """Steps of a preset: ``micro`` rows at once, ``accumulate`` times a step."""
 
-    rows = options.micro * options.accumulate
-    values = {
-        "training.precision": "bf16",
-        "training.seq_len": options.length,
-        "training.micro_batch_size": options.micro,
-        "training.global_batch_size": rows,
-        "training.activation_checkpointing": str(again).lower(),
-        "parallel.zero_stage": options.stage,
+    kind: str
+    preset: str
+    length: int
+    micro: int
+    accumulate: int
+    checkpointing: bool
+    steps: int
+    offload: bool = False
+    shrinks: bool = False
+    """Whether layers are left out until the plan fits."""
+
+    def configuration(self, **more: Any) -> Any:
+        from paralm.config_files import load_config
+
+        values = {
+            "training.precision": "bf16",
+            "training.seq_len": self.length,
+            "training.micro_batch_size": self.micro,
+            "training.global_batch_size": self.micro * self.accumulate,
+            "training.activation_checkpointing": str(self.checkpointing).lower(),
+            "parallel.zero_stage": 2 if self.offload else 1,
+            "parallel.offload_optimizer": "cpu" if self.offload else "none",
+            **more,
+        }
+        return load_config(f"model/{self.preset}", [f"{key}={value}" for key, value in values.items()]).config
+
+
+def cases(options: argparse.Namespace) -> list[Case]:
+    found = []
+    for size in ("400m", "1.3b"):
+        for name in MIXERS:
+            found += [Case("middle", f"{name}_{size}", 2048, 4, 2, again, 5) for again in (False, True)]
+    found += [Case("large", f"{name}_7b", 2048, 1, 16, True, 18, offload=True, shrinks=True) for name in MIXERS]
+    found.append(Case("long", "paragru_130m", 1 << 20, 1, 1, True, 2, shrinks=True))
+    return [
+        case for case in found if case.kind in options.only and (not options.presets or case.preset in options.presets)
+    ]
+
+
+def planned(case: Case, device: Any, host: float) -> tuple[Any, Any, int]:
+    """The configuration, its plan, and how many layers were left out for it to fit a GPU, and ``host`` bytes."""
+    from paralm.planning import Planner
+
+    def at(layers: int | None) -> tuple[Any, Any]:
+        config = case.configuration(**({} if layers is None else {"model.n_layers": layers}))
+        return config, Planner(config, VOCABULARY, device, 1, EFFICIENCY).plan()
+
+    config, plan = at(None)
+    whole = fewest = config.model.n_layers
+    if not case.shrinks or (plan.fits and plan.memory.host <= host):
+        return config, plan, 0
+    low = 0  # layers that are known to fit, and the fewest that do not
+    while fewest - low > 1:
+        middle = (low + fewest) // 2
+        tried = at(middle)
+        if tried[1].fits and tried[1].memory.host <= host:
+            low, (config, plan) = middle, tried
+        else:
+            fewest = middle
+    if not low:
+        raise RuntimeError(f"{case.preset}: not even one layer fits {device.name} with {host / 1e9:.0f} GB of the host")
+    return config, plan, whole - low
+
+
+def measured(case: Case, device: Any, host: float) -> dict[str, Any]:
+    """A row."""
+    from support.steps import take
+
+    config, plan, left_out = planned(case, device, host)
+    found = take(config, VOCABULARY, case.steps)
+    rate = plan.tokens_per_step / found["seconds"]
+    row = {
+        "kind": case.kind,
+        "preset": case.preset,
+        "layers": config.model.n_layers,
+        "left_out": left_out,
+        "checkpointing": case.checkpointing,
+        "offload": case.offload,
+        "shape": [case.accumulate, case.micro, case.length],
+        "planned": {
+            "bytes": plan.memory.peak.total,
+            "moment": plan.memory.peak.name,
+            "host": plan.memory.host,
+            "seconds": plan.time.step,
+        },
+        "measured": found,
+        "tokens_per_s": rate,
+        "mfu": rate * plan.flops_per_token / plan.device.bf16,
     }
-    return load_config(f"model/{preset}", [f"{key}={value}" for key, value in values.items()]).config
+    if case.kind == "large":
+        row["learns"] = found["losses"][-1] < found["losses"][0] - 0.5
+    return row
 
 
-def measure(config: Any, steps: int) -> dict[str, Any]:
-    """The allocator's peak from the second step on, and seconds of steps."""
-    import synthetic
-    import torch
-
-    gc.collect()
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated()
-    stepper = synthetic.stepper(config, VOCABULARY)
-    seconds, training = [], config.training
-    for step in range(steps + 2):
-        if step == 2:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        batch = synthetic.batch(step, training.global_batch_size, training.seq_len, 4096)
-        start = time.perf_counter()
-        stepper.run(batch, step, 1e-4, lambda: 0, timed=True)
-        torch.cuda.synchronize()
-        if step > 1:
-            seconds.append(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated() - before
-    stepper.engine.destroy()
-    return {"bytes": peak, "seconds": statistics.median(seconds), "samples": seconds}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--presets", nargs="+", default=["paragru_400m", "mamba2_400m", "xlstm_400m", "transformer_400m"]
+def line(row: dict[str, Any]) -> str:
+    plan, found, losses = row["planned"], row["measured"], row["measured"]["losses"]
+    held = found["bytes"] or float("nan")
+    left = f" −{row['left_out']}" if row["left_out"] else ""
+    return (
+        f"{row['preset']:16} {row['layers']:3}{left:4} {row['checkpointing']!s:5} {plan['bytes'] / 1e9:6.2f} "
+        f"{held / 1e9:6.2f} GB {plan['bytes'] / held:5.2f}  {plan['seconds']:6.3f} {found['seconds']:6.3f} s "
+        f"{plan['seconds'] / found['seconds']:5.2f}  {row['tokens_per_s']:9,.0f} {row['mfu']:5.1%}  "
+        f"{losses[0]:.2f} → {losses[-1]:.2f}"
     )
-    parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--micro", type=int, default=4)
-    parser.add_argument("--accumulate", type=int, default=2)
-    parser.add_argument("--stage", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--checkpointing", choices=["off", "on", "both"], default="both")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=["middle", "large", "long"], default=["middle", "large", "long"])
+    parser.add_argument("--presets", nargs="+", help="of the chosen kinds, only these")
     parser.add_argument("--device", help="the plan's name of this machine's GPU; default: by its own name")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    import psutil
     import torch
 
-    sys.path.insert(0, str(ROOT / "tools"))
-    from paralm.planning import DEVICES, Planner, device_of
+    from paralm.planning import DEVICES, device_of
 
     if not torch.cuda.is_available():
         sys.exit("benchmarks/gpu_plan.py: needs a GPU; on a CPU tests/paralm/test_planning_memory.py compares")
@@ -91,31 +165,27 @@ def main() -> None:
         sys.exit(
             f"benchmarks/gpu_plan.py: '{name}' is not known; say what it is planned as: --device {'|'.join(DEVICES)}"
         )
-    rows = []
-    held, took = f"{'planned':>9} {'held':>9} {'ratio':>5}", f"{'planned':>8} {'took':>8} {'ratio':>5}"
-    print(f"{'model':18} {'again':5} {held}   {took} {'MFU':>5}")
-    for preset in options.presets:
-        for again in {"off": [False], "on": [True], "both": [False, True]}[options.checkpointing]:
-            config = configuration(preset, options, again)
-            plan = Planner(config, VOCABULARY, device_of(options.device), 1, 0.8).plan()
-            found = measure(config, options.steps)
-            planned = {"bytes": plan.memory.peak.total, "moment": plan.memory.peak.name, "seconds": plan.time.step}
-            mfu = plan.flops_per_token * plan.tokens_per_step / (found["seconds"] * plan.device.bf16)
-            rows.append({"preset": preset, "checkpointing": again, "planned": planned, "measured": found, "mfu": mfu})
-            print(
-                f"{preset:18} {again!s:5} {planned['bytes'] / 1e9:6.2f} GB {found['bytes'] / 1e9:6.2f} GB "
-                f"{planned['bytes'] / found['bytes']:5.2f}   {planned['seconds']:6.3f} s {found['seconds']:6.3f} s "
-                f"{planned['seconds'] / found['seconds']:5.2f} {mfu:5.1%}",
-                flush=True,
-            )
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     out = options.out or ROOT / "benchmarks" / "results" / f"plan_{name.replace(' ', '_')}.json"
-    shape = {key: getattr(options, key) for key in ("length", "micro", "accumulate", "stage", "steps")}
-    record = {"command": " ".join(["python", "benchmarks/gpu_plan.py", *sys.argv[1:]]), "commit": commit.stdout.strip()}
-    record |= {"device": name, "torch": torch.__version__, "shape": shape, "rows": rows}
-    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    record: dict[str, Any] = {"command": " ".join(["python", "benchmarks/gpu_plan.py", *sys.argv[1:]])}
+    record |= {"commit": commit.stdout.strip(), "device": name, "torch": torch.__version__, "rows": []}
+    print("model        layers again planned   held    ratio planned   took   ratio  tokens/s   MFU  loss")
+    failed = False
+    for case in cases(options):
+        try:
+            row = measured(case, device_of(options.device), 0.9 * psutil.virtual_memory().total)
+            failed |= not row.get("learns", True)
+            print(line(row), flush=True)
+        except Exception as error:  # the other models are still asked
+            traceback.print_exc()
+            failed, row = True, {"kind": case.kind, "preset": case.preset, "checkpointing": case.checkpointing}
+            row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            torch.cuda.empty_cache()
+        record["rows"].append(row)
+        out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(f"written: {out}")
+    return int(failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""The benchmark of the plan on a GPU, as far as it runs without one."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from paralm.planning import cost, device_of
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def gpu_plan(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu_plan
+
+    monkeypatch.setattr(gpu_plan, "VOCABULARY", 512)
+    return gpu_plan
+
+
+@pytest.mark.parametrize("name", ["NVIDIA B300", "NVIDIA GH200 480GB"])
+def test_no_unknown_gpu_is_planned_as_another(
+    gpu_plan: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    monkeypatch.setattr(sys, "argv", ["gpu_plan.py", "--presets", "none", "--out", str(tmp_path / "plan.json")])
+    with pytest.raises(SystemExit, match=r"'NVIDIA .*--device"):
+        gpu_plan.main()
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    assert gpu_plan.main() == 0
+
+
+def test_a_model_that_fits_neither_gpu_nor_host_keeps_its_width(gpu_plan: Any) -> None:
+    case = gpu_plan.Case("large", "paragru_10m", 64, 1, 2, True, 1, offload=True, shrinks=True)
+    h100 = device_of("h100")
+    config, whole, left_out = gpu_plan.planned(case, h100, 1e12)
+    assert left_out == 0
+    per_layer = 12 * (whole.sizes.total - 512 * config.model.d_model) / config.model.n_layers
+    small, plan, left_out = gpu_plan.planned(case, h100, whole.memory.host - 1.5 * per_layer)
+    assert left_out == 2
+    assert small.model.n_layers == config.model.n_layers - 2
+    assert small.model.d_model == config.model.d_model
+    assert plan.memory.host <= whole.memory.host - 1.5 * per_layer
+    tight = (whole.memory.peak.total - 1e6 + cost.RESERVED) / (1 - cost.FRAGMENTED)
+    _, plan, left_out = gpu_plan.planned(case, replace(h100, memory=tight), 1e12)
+    assert left_out >= 1
+    assert plan.fits
+    with pytest.raises(RuntimeError, match="paragru_10m: not even one layer fits"):
+        gpu_plan.planned(case, h100, 1e5)
+    assert gpu_plan.planned(replace(case, shrinks=False), h100, 1e5)[2] == 0
+
+
+@pytest.mark.slow
+def test_steps_with_an_offloaded_optimizer_learn(
+    gpu_plan: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = gpu_plan.Case("large", "paragru_10m", 32, 1, 2, True, 18, offload=True, shrinks=True)
+    broken = replace(case, preset="paragru_11m")
+    monkeypatch.setattr(gpu_plan, "cases", lambda options: [broken, case])
+    monkeypatch.setattr(sys, "argv", ["gpu_plan.py", "--device", "h100", "--out", str(tmp_path / "plan.json")])
+    seen, is_available = [], torch.cuda.is_available
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: not seen and bool(seen.append(1) or True))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    assert not is_available()
+    assert gpu_plan.main() == 1, "one of the two failed"
+    first, second = json.loads((tmp_path / "plan.json").read_text())["rows"]
+    assert "paragru_11m" in first["error"]
+    assert second["learns"]
+    assert len(second["measured"]["losses"]) == 20
+    assert second["measured"]["losses"][-1] < second["measured"]["losses"][0] - 0.5
+    assert "paragru_10m" in capsys.readouterr().out
