@@ -87,6 +87,21 @@ def scan(maps: AffineMap, before: AffineMap | None = None) -> AffineMap:
     return _prefixes(maps, constant)
 
 
+def whole(maps: AffineMap) -> AffineMap:
+    """maps[0] ∘ maps[1] ∘ … ∘ maps[T − 1], one map without a time dimension, by halves. maps: T ≥ 1 in time."""
+    while maps.length > 1:
+        outer, inner = maps.at(slice(0, None, 2)), maps.at(slice(1, None, 2))
+        pairs = outer.at(slice(0, inner.length)).after(inner)
+        if outer.length > inner.length:
+            rest = outer.at(slice(inner.length, None))
+            matrix = None
+            if pairs.matrix is not None and rest.matrix is not None:
+                matrix = torch.cat((pairs.matrix, rest.matrix), TIME)
+            pairs = AffineMap(matrix, torch.cat((pairs.offset, rest.offset), TIME))
+        maps = pairs
+    return maps.at(0)
+
+
 def _stretch(matrix: Tensor | None) -> Tensor | None:
     return None if matrix is None else matrix.unsqueeze(TIME)
 

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from . import fused
+from .affine import AffineMap, whole
 from .cell import Cell, Tensors
 from .newton import NewtonOptions
 from .problem import Problem, SolveInfo
@@ -32,8 +34,8 @@ if TYPE_CHECKING:
 
 _FIRST = 256
 """Steps of a second walk before it looks whether it has met the first; then twice as many, and so on."""
-_STRIDE = 64
-"""Steps whose Jacobians are taken at once."""
+_NUMBERS = 1 << 16
+"""Of a buffer: so many steps at once that it has about as many."""
 _TINY = {torch.float32: 2.0**-64, torch.float64: 2.0**-100}
 """A product of Jacobians this small is taken for zero, as in the fused kernels."""
 
@@ -80,7 +82,7 @@ class _Sharded(torch.autograd.Function):
         count, shards = len(ctx.given), ctx.shards
         problem = problem_of(ctx.call, reset, saved[:count])
         states, size = tuple(saved[count:]), len(problem.state)
-        product, entry = part_map(problem, states, grads[:size])
+        product, entry = part_map(ctx.call, problem, states, grads[:size])
         own = [torch.zeros_like(s) if g is None else g.to(problem.dtype) for s, g in zip(problem.state, grads[size:])]
         cotangent = torch.stack(own)
         products, entries, finals = shards.gathered("cotangents", product, entry, cotangent)
@@ -116,7 +118,7 @@ def _walks(shards: TimeShards, call: Any, problem: Problem) -> tuple[Problem, Te
             problem = replace(problem, state=tuple(entry))
             states, final, steps = _again(call, problem, states, final)
             walked += steps
-            product, _ = part_map(problem, states, (None,) * size)
+            product, _ = part_map(call, problem, states, (None,) * size)
     call.info = SolveInfo(rounds, update, f"shards of {info.method}", walked / time)
     return problem, states, final
 
@@ -150,36 +152,58 @@ def _again(call: Any, problem: Problem, states: Tensors, final: Tensors) -> tupl
     return states, entry, time
 
 
-def part_map(problem: Problem, states: Tensors, grads: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+def part_map(call: Any, problem: Problem, states: Tensors, grads: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
     """Of a solved part: M = J_{T−1} ⋯ J_0, (S, S, batch, channel), and d = Σ_t (J_t ⋯ J_0)ᵀ g_t, (S, batch, channel),
     the cotangent that the part's own cotangents g (batch, time, channel) give to the state before it.
 
-    Goes through the part from its first step and ends where the product has become too small to be seen.
+    Goes through the part from its first step and ends where the product has become too small to be seen. With the
+    fused kernels, by those.
     """
+    if call.method.startswith("triton"):
+        fused_map: tuple[Tensor, Tensor] = fused.kernels("triton_solver").part_map_triton(
+            problem, states, grads, call.method, call.options
+        )
+        return fused_map
     batch, time, channel = problem.shape
     size, diagonal, dtype = problem.derived.n_state, problem.derived.diagonal, problem.dtype
-    eye = torch.eye(size, dtype=dtype, device=problem.device)
-    product = eye[:, :, None, None].expand(size, size, batch, channel).clone()
-    entry = torch.zeros((size, batch, channel), dtype=dtype, device=problem.device)
     states = tuple(h.to(dtype) for h in states)
-    for start in range(0, time, _STRIDE):
-        stop = min(start + _STRIDE, time)
+    length = max(1, min(time, _NUMBERS // (batch * channel)))
+    scratch: list[Tensor] = []
+    found = AffineMap(*_identity(problem))
+    for start in range(0, time, length):
+        stop = min(start + length, time)
         arguments = (*problem.previous(states, start, stop), *problem.inputs_at(start, stop), *problem.params)
-        scratch = problem.code.jacobian.scratch((batch, stop - start, channel), dtype, problem.device)
+        if not scratch or stop - start < length:
+            scratch = problem.code.jacobian.scratch((batch, stop - start, channel), dtype, problem.device)
         jacobian = problem.empty(*((size,) if diagonal else (size, size)), batch, stop - start, channel)
         problem.code.jacobian(*arguments, *(jacobian if diagonal else jacobian.flatten(0, 1)).unbind(0), *scratch)
         mask = problem.mask(start, stop)
         if mask is not None:
             jacobian.masked_fill_(mask, 0.0)
-        for t in range(stop - start):
-            j = jacobian[..., t, :]
-            product = j.unsqueeze(1) * product if diagonal else (j.unsqueeze(2) * product.unsqueeze(0)).sum(1)
-            for i, grad in enumerate(grads):
-                if grad is not None:
-                    entry += product[i] * grad[:, start + t].to(dtype)
-        if float(product.abs().max()) < _TINY[dtype]:
-            return torch.zeros_like(product), entry
-    return product, entry
+        cotangents = problem.empty(size, batch, stop - start, channel)
+        for cotangent, grad in zip(cotangents, grads, strict=True):
+            cotangent.zero_() if grad is None else cotangent.copy_(grad[:, start:stop])
+        matrix = jacobian if diagonal else jacobian.transpose(0, 1)
+        given = matrix * cotangents if diagonal else (matrix * cotangents).sum(1)
+        found = found.after(whole(AffineMap(matrix, given)))
+        assert found.matrix is not None
+        if float(found.matrix.abs().max()) < _TINY[dtype]:
+            found = AffineMap(torch.zeros_like(found.matrix), found.offset)
+            break
+    assert found.matrix is not None
+    matrix = found.matrix if found.full else found.matrix * _identity(problem, full=True)[0]
+    return matrix.transpose(0, 1), found.offset
+
+
+def _identity(problem: Problem, full: bool = False) -> tuple[Tensor, Tensor]:
+    """The matrix and the offset of the map that changes nothing."""
+    batch, _, channel = problem.shape
+    size = problem.derived.n_state
+    eye = torch.eye(size, dtype=problem.dtype, device=problem.device)
+    if problem.derived.diagonal and not full:
+        eye = torch.ones(size, dtype=problem.dtype, device=problem.device)
+    matrix = eye[..., None, None].expand(*eye.shape, batch, channel)
+    return matrix, problem.empty(size, batch, channel).zero_()
 
 
 def _applied(matrix: Tensor, x: Tensor) -> Tensor:

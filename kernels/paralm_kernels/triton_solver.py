@@ -6,11 +6,14 @@ CPU with TRITON_INTERPRET=1 set before Triton is imported) is the same as on a d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 from torch import Tensor
 
 from .adjoint import Gradients
+from .affine import AffineMap, whole
 from .cell import Tensors
 from .derive import Derived
 from .errors import ArgumentError
@@ -164,21 +167,16 @@ def gradients_triton(
     The inputs' are in the dtype of the inputs, the others in the compute dtype. Deterministic: every program adds to
     its own row, and the rows are added in one order.
     """
-    cell, given = problem.derived.cell, problem.inputs[0].dtype
-    batch, time, channels = problem.shape
-    numbers = 2 * (len(cell.inputs) + len(cell.state))
-    pieces = _choice(problem, "triton" if method == "triton-tile" else method, options.tile, numbers).pieces
-    kernels = Kernels(problem)
+    given, (batch, time, channels) = problem.inputs[0].dtype, problem.shape
+    kernels, pieces = _adjoint(problem, states, grad_states, method, options)
     names = kernels.names
-    kernels.more(zip(names.ptr(names.state), states, strict=True), length=_length(time, pieces), pieces=pieces)
-    final = []
-    for h, grad, last in zip(names.state, grad_states, grad_final, strict=True):
-        kernels.given[f"HAS_G_{h.upper()}"] = grad is not None
-        kernels.given[f"g_{h}_ptr"] = states[0] if grad is None else grad.contiguous()
-        final.append(kernels.empty(batch, channels).zero_() if last is None else last.to(problem.dtype).contiguous())
-    to_inputs = tuple(kernels.empty(batch, time, channels, dtype=given) for _ in cell.inputs)
-    to_params = tuple(kernels.empty(pieces * batch, channels) for _ in cell.params)
-    to_state = tuple(kernels.empty(batch, channels) for _ in cell.state)
+    final = [
+        kernels.empty(batch, channels).zero_() if last is None else last.to(problem.dtype).contiguous()
+        for last in grad_final
+    ]
+    to_inputs = tuple(kernels.empty(batch, time, channels, dtype=given) for _ in names.inputs)
+    to_params = tuple(kernels.empty(pieces * batch, channels) for _ in names.params)
+    to_state = tuple(kernels.empty(batch, channels) for _ in names.state)
     kernels.more((f"to_{x}_ptr", grad) for x, grad in zip(names.inputs, to_inputs, strict=True))
     kernels.more((f"to_{a}_ptr", grad) for a, grad in zip(names.params, to_params, strict=True))
     kernels.more((f"to_{h}_first_ptr", grad) for h, grad in zip(names.state, to_state, strict=True))
@@ -186,10 +184,49 @@ def gradients_triton(
         kernels.more((f"carry_{h}_ptr", last) for h, last in zip(names.state, final, strict=True))
     else:
         kernels.more((f"g_{h}_final_ptr", last) for h, last in zip(names.state, final, strict=True))
-        maps = [*names.product, *(f"d_{h}" for h in names.state), *(f"carry_{h}" for h in names.state)]
-        kernels.more((f"{name}_ptr", kernels.empty(pieces, batch, channels)) for name in maps)
-        kernels.more(steps_ptr=kernels.counters(kernels.programs(kernels.walk_block, pieces)))
-        kernels.run("backward_maps_kernel", pieces=pieces, TINY=TINY[COMPUTE[problem.dtype]])
+        kernels.more((f"carry_{h}_ptr", kernels.empty(pieces, batch, channels)) for h in names.state)
+        _maps(kernels, pieces)
         kernels.run("backward_join_kernel")
     kernels.run("backward_kernel", pieces=pieces)
     return Gradients(to_inputs, tuple(grad.sum(0) for grad in to_params), to_state)
+
+
+def part_map_triton(
+    problem: Problem, states: Tensors, grads: Sequence[Tensor | None], method: str, options: NewtonOptions
+) -> tuple[Tensor, Tensor]:
+    """M and d of `time_shards_solve.part_map`: the pieces' maps, which one kernel finds side by side, joined here."""
+    kernels, pieces = _adjoint(problem, states, grads, method, options)
+    names, zero = kernels.names, kernels.empty(pieces, kernels.batch, kernels.channels).zero_()
+    _maps(kernels, pieces)
+    size = range(len(names.state))
+    rows = [[names.entry("m", i, j) for j in size] for i in size]
+    entries = [[kernels.given[f"{name}_ptr"] if name else zero for name in row] for row in rows]
+    matrix = torch.stack([torch.stack(row) for row in entries])
+    offset = torch.stack([kernels.given[f"d_{h}_ptr"] for h in names.state])
+    joined = whole(AffineMap(*(x.movedim(-3, -2) for x in (matrix, offset))))  # pieces are its time
+    assert joined.matrix is not None
+    return joined.matrix.transpose(0, 1), joined.offset
+
+
+def _adjoint(
+    problem: Problem, states: Tensors, grads: Sequence[Tensor | None], method: str, options: NewtonOptions
+) -> tuple[Kernels, int]:
+    """What the backward kernels read, and the pieces of time that walk side by side."""
+    cell, time = problem.derived.cell, problem.shape[1]
+    numbers = 2 * (len(cell.inputs) + len(cell.state))
+    pieces = _choice(problem, "triton" if method == "triton-tile" else method, options.tile, numbers).pieces
+    kernels = Kernels(problem)
+    names = kernels.names
+    kernels.more(zip(names.ptr(names.state), states, strict=True), length=_length(time, pieces), pieces=pieces)
+    for h, grad in zip(names.state, grads, strict=True):
+        kernels.given[f"HAS_G_{h.upper()}"] = grad is not None
+        kernels.given[f"g_{h}_ptr"] = states[0] if grad is None else grad.contiguous()
+    return kernels, pieces
+
+
+def _maps(kernels: Kernels, pieces: int) -> None:
+    """The affine map of every piece, (pieces, batch, channel) an entry."""
+    maps = [*kernels.names.product, *(f"d_{h}" for h in kernels.names.state)]
+    kernels.more((f"{name}_ptr", kernels.empty(pieces, kernels.batch, kernels.channels)) for name in maps)
+    kernels.more(steps_ptr=kernels.counters(kernels.programs(kernels.walk_block, pieces)))
+    kernels.run("backward_maps_kernel", pieces=pieces, TINY=TINY[COMPUTE[kernels.problem.dtype]])

@@ -40,6 +40,7 @@ from paralm_kernels import triton_launch, triton_math, triton_solver, triton_tab
 from paralm_kernels.derive import derive
 
 from .conftest import USER_CELLS
+from .part_maps import assert_part_map
 
 _patch_language = interpreter._patch_lang
 
@@ -124,6 +125,14 @@ def test_float32_stays_within_rounding_of_float64(registered, method):
         error = (got.values[f"states[{name}]"] - value).abs() / (bound * value.abs().max().clamp(min=1))
         assert float(error.max()) <= 1, name
     assert_same(replace(got, values={}), replace(expected, values={}), FLOAT32_GRADIENTS)
+
+
+@pytest.mark.parametrize(("method", "tile"), [("triton-walk", None), ("triton-segments", 4)])
+def test_a_part_s_map_is_the_plain_loop_s(registered, method, tile):
+    """Of one piece and of several."""
+    for time, resets in ((13, 0.0), (9, 0.1)):
+        case = random_case(registered, batch=2, time=time, channel=3, weights=1.0, resets=resets, seed=time)
+        assert_part_map(case, method, tile)
 
 
 def test_the_decode_kernel_is_the_step(registered):
