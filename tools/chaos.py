@@ -23,6 +23,8 @@ import os
 import platform
 import random
 import secrets
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -292,6 +294,12 @@ def compare(run: Path, reference: dict[int, tuple[Any, ...]], exact: bool, outco
         outcome.problems.append(f"{run.name}: losses differ from the undisturbed run's, by {worst:.3g} relative")
 
 
+def forget(root: Path) -> None:
+    """Remove the checkpoints of the runs so far, half a gigabyte each."""
+    for checkpoints in root.glob("*/checkpoints"):
+        shutil.rmtree(checkpoints, ignore_errors=True)
+
+
 def campaign(
     config: Path,
     root: Path,
@@ -314,6 +322,7 @@ def campaign(
             moving(config, root / "moving", launcher, span, rng, outcome, say)
             smooth, _ = undisturbed(config, root, launcher, ranks, NO_DROPOUT)
             compare(root / "moving", smooth, False, outcome)
+            forget(root)
         before, number = len(outcome.kills), 0
 
         def more(launcher: str = launcher, before: int = before, quota: int = quota) -> bool:
@@ -324,6 +333,7 @@ def campaign(
             run = root / f"{launcher}-{number}"
             disturbed(config, run, launcher, ranks, span, rng, outcome, say, more, kills)
             compare(run, reference, True, outcome)
+            forget(root)
             number += 1
     return outcome
 
@@ -390,6 +400,7 @@ def main() -> int:
     quotas = dict.fromkeys(names[:-1], arguments.quota) | {names[-1]: 0}
     print(f"chaos: seed {seed}")
     start = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # its gigabytes of runs go too
     with tempfile.TemporaryDirectory(prefix="paralm-chaos-") as text:
         folder = Path(text)
         config = write_config(folder)
