@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,9 +88,8 @@ class StoreWriter:
             raise DataError(f"{self.path}: exists already; a token store is never overwritten")
         self._dtype = dtype_of(tokenizer)
         self._end = 0  # of the last document
-        self._folder = self.path.with_name(f".{self.path.name}{TEMPORARY}{os.getpid()}")
+        self._folder = self.path.with_name(f".{self.path.name}{TEMPORARY}{secrets.token_hex(8)}")
         try:
-            shutil.rmtree(self._folder, ignore_errors=True)
             self._folder.mkdir(parents=True)
             self._files = {name: _HashedFile(self._folder / name) for name in (TOKENS, DOC_ENDS, DOC_BYTES)}
         except OSError as error:
