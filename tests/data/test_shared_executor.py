@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ import pytest
 from paralm_data import DataError, SourceSpec, TokenStore, prepare_mixture
 from paralm_data.executors import claims
 from paralm_data.executors.claims import Member, Watch, is_taken, take
+from paralm_data.executors.shared import Claimed
 from paralm_data.holding import locked
 from paralm_data.preparation import Execution
+from paralm_data.progress import Delta
 
 from tests.conftest import tree
 from tests.data.conftest import sentences
@@ -74,9 +76,10 @@ class Parts:
             self.alive.append(subprocess.Popen(self._command, env=environment(), stderr=subprocess.PIPE, text=True))
         return self.alive[-1]
 
-    def end(self) -> list[tuple[int, str]]:
+    def end(self, patience: float = 240.0) -> list[tuple[int, str]]:
         """The codes of all, and what they said."""
-        return [(process.returncode, said) for process in self.alive for said in [process.communicate(timeout=240)[1]]]
+        said = [process.communicate(timeout=patience)[1] for process in self.alive]
+        return [(process.returncode, text) for process, text in zip(self.alive, said)]
 
     def markers(self) -> list[str]:
         """Of the tasks that were done, by all together."""
@@ -90,7 +93,7 @@ def wait_for(condition: Callable[[], bool], patience: float = 120.0) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("count", [1, pytest.param(2), pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_however_many_share_the_work_it_is_done_once(
     big: Path, expected: dict[str, str], tmp_path: Path, count: int
 ) -> None:
@@ -147,8 +150,27 @@ def test_what_the_dead_have_claimed_goes_to_the_others_at_once(
     wait_for(lambda: len(list((tmp_path / "out" / ".work" / "workers").iterdir())) == 2)
     first.send_signal(signal.SIGUSR1)  # the time limit
     assert first.wait(timeout=20) == -signal.SIGUSR1
-    assert parts.end()[1][0] == 0
+    assert parts.end(100.0)[1][0] == 0
     assert tree(tmp_path / "out") == expected
+
+
+def test_a_worker_of_ones_own_that_dies_is_replaced(
+    big: Path, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its claim is that of this process, and its task is given again."""
+    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
+    monkeypatch.setattr("paralm_data.progress.Meter.EVERY", 0.0)
+    killed: list[int] = []
+
+    def kill_one(_: Any) -> None:
+        for process in psutil.Process().children() if not killed else ():
+            if "paralm_data.executors.worker" in process.cmdline():
+                process.kill()
+                killed.append(process.pid)
+                return
+
+    assert tree(run(big, tmp_path / "out", "shared", 2, progress=kill_one).path) == expected
+    assert killed
 
 
 def test_one_that_was_taken_for_dead_begins_again(big: Path, expected: dict[str, str], tmp_path: Path) -> None:
@@ -370,3 +392,30 @@ def test_a_heartbeat_beats_ends_with_its_parent_and_does_not_come_back(
     assert other._heart.wait(timeout=20) == 0
     assert not other.path.exists()
     other.leave()
+
+
+def test_what_a_worker_that_left_has_done_is_not_done_again(tmp_path: Path) -> None:
+    """It has ended its task, and left, between a look at the marker and the claim that follows from it."""
+    workers = tmp_path / "workers"
+    workers.mkdir()
+    for name in ("first", "second"):
+        (workers / name).write_bytes(b"0")
+    task = _Once(tmp_path / "stage" / "task.json")
+    assert list(Claimed(task, workers / "first").run()) == [Delta(1)]
+    assert list(Claimed(task, workers / "second").run()) == []
+    (workers / "first").unlink()
+    assert list(Claimed(task, workers / "second").run()) == []
+    task.marker.unlink()
+    assert list(Claimed(task, workers / "second").run()) == [Delta(1)]
+
+
+class _Once:
+    label, weight = "once", 1.0
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def run(self) -> Generator[Delta, None, dict[str, Any]]:
+        yield Delta(1)
+        self.marker.write_text("{}")
+        return {}

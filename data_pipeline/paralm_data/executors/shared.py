@@ -60,10 +60,11 @@ class Claimed:
 
     def run(self) -> Generator[Delta, None, dict[str, Any]]:
         """Result: the task's, or _OTHERS."""
-        if not take(self.marker, self.worker, Watch()):
-            return read_marker(self.marker) or _OTHERS
-        found = read_marker(self.marker)  # the claim may be that of a worker that left
-        return found if found is not None else (yield from self.task.run())
+        mine = take(self.marker, self.worker, Watch())
+        found = read_marker(self.marker)  # also of a claim of one's own: it may be a second, after a worker that left
+        if found is None:
+            found = (yield from self.task.run()) if mine else _OTHERS
+        return found
 
 
 class SharedExecutor(Executor):
@@ -178,7 +179,7 @@ class SharedExecutor(Executor):
         return []
 
     def alone(self, folder: Path, name: str, done: Callable[[], bool], work: Callable[[], None]) -> None:
-        claim = folder / SCRATCH / name
+        claim = folder / SCRATCH / f"{name}.json"
         while not done():
             if take(claim, self._check().path, self._watch):
                 if not done():
