@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import secrets
@@ -45,7 +46,8 @@ class _HashedFile:
         return FileEntry(self._size, self._hash.hexdigest())
 
     def abandon(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # a disk that was full is so still: what was buffered is given up
+            self._file.close()
 
 
 def dtype_of(tokenizer: Tokenizer) -> str:
