@@ -105,8 +105,10 @@ class DataConfig(Section):
     held_out_fraction: float = Field(default=0.02, gt=0, lt=0.5, description="of documents, by content hash")
     validation: dict[str, SourceConfig] = Field(default_factory=dict, description="further validation sets, by name")
     steps: StepsConfig = Field(default_factory=StepsConfig)
-    executor: Literal["local", "ray", "mpi"] = Field(
-        default="local", description="what prepares: processes, tasks on a Ray cluster (launcher.address), MPI ranks"
+    executor: Literal["local", "shared", "ray", "mpi"] = Field(
+        default="local",
+        description="what prepares: processes here, processes wherever the same command runs on the same folder, tasks "
+        "on a Ray cluster (launcher.address), MPI ranks",
     )
     workers: PositiveInt | None = Field(
         default=None, description="tasks at a time; default: this machine's processors, the cluster's, or all ranks"

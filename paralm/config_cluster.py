@@ -57,20 +57,34 @@ class JobConfig(Section):
         return options
 
 
-class PrepareJobConfig(JobConfig):
+class ArrayJobConfig(JobConfig):
+    """A job that may be an array."""
+
+    tasks: PositiveInt = Field(default=1, description="more than one: a job array, which shares the work")
+    at_once: PositiveInt | None = Field(default=None, description="tasks of an array that may run at a time")
+
+
+class PrepareJobConfig(ArrayJobConfig):
     """``paralm data prepare`` as a job. What is not given here is as in ``cluster``."""
 
-    cpus: PositiveInt = Field(default=8, description="of a node; a process each")
-    nodes: PositiveInt = Field(default=1, description="more than one: MPI ranks on all of them")
+    cpus: PositiveInt = Field(default=8, description="of a task, or of each node; a process each")
+    nodes: PositiveInt = Field(default=1, description="more than one: MPI ranks on all of them, in place of an array")
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> PrepareJobConfig:
+        if self.nodes > 1 and self.tasks > 1:
+            raise ValueError(
+                f"nodes {self.nodes} are MPI ranks of one job, and tasks {self.tasks} an array of jobs of one node "
+                "each; give one of them"
+            )
+        return self
 
 
-class EvaluateJobConfig(JobConfig):
-    """Evaluations as jobs. What is not given here is as in ``cluster``."""
+class EvaluateJobConfig(ArrayJobConfig):
+    """Evaluations as jobs; a report is one task. What is not given here is as in ``cluster``."""
 
     cpus: PositiveInt = Field(default=4, description="of a task")
     gpus: NonNegativeInt | None = Field(default=None, description="of a task; default: 1 where training has any")
-    tasks: PositiveInt = Field(default=1, description="of each evaluation by name: a job array")
-    at_once: PositiveInt | None = Field(default=None, description="tasks of an array that may run at a time")
     what: list[str] = Field(
         default_factory=lambda: ["report"],
         description="report, or an evaluation with its settings, such as 'passkey lengths=[512,4096]'",

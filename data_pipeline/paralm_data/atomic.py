@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
 
 
@@ -17,7 +18,7 @@ def sync_folder(path: Path) -> None:
 
 def write_file(path: Path, content: bytes) -> None:
     """Replace ``path`` by ``content``, or leave it as it was."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(8)}")
     try:
         with temporary.open("wb") as file:
             file.write(content)

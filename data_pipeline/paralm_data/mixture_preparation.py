@@ -22,10 +22,11 @@ from typing import Any
 from paralm_data import manifest as manifests
 from paralm_data import minhash, rules
 from paralm_data.errors import DataError
-from paralm_data.executors import Executor, make_executor
+from paralm_data.executors import Executor
 from paralm_data.inspection import tokenizer_of
-from paralm_data.preparation import Execution, is_prepared, locked, prepare, remove_unfinished
+from paralm_data.preparation import Execution, is_prepared, prepare
 from paralm_data.progress import Progress
+from paralm_data.sampling import Draw, sample_of
 from paralm_data.scratch import NAME as SCRATCH
 from paralm_data.sources import shards
 from paralm_data.specs import SourceSpec, TokenizerSpec
@@ -35,7 +36,6 @@ from paralm_data.store import TokenStore
 from paralm_data.store_writer import StoreWriter
 from paralm_data.tokenizer import Tokenizer
 from paralm_data.tokenizer_making import MODEL_NAME, check_same, has_tokenizer, train_on, write_tokenizer
-from paralm_data.tokenizer_training import Sample
 
 COPIED = 1024  # documents copied at once
 
@@ -95,18 +95,12 @@ def prepare_mixture(
     execution = execution or Execution()
     skipped = True
     with contextlib.ExitStack() as stack:
-        executor = execution.executor
-        if isinstance(executor, str):
-            executor = stack.enter_context(make_executor(executor, execution.workers))
+        executor = execution.open(stack)
         execution = replace(execution, executor=executor)
         arguments = (held_out_fraction, dict(validation or {}), progress, steps or StepsSpec(), execution)
         plan = _Plan(sources, tokenizer, Path(out), *arguments)
         if executor.leads:
-            left = _work_left(plan)
-            with locked(plan.out) if left else contextlib.nullcontext():
-                if left:
-                    remove_unfinished(plan.out)
-                skipped = _make(plan, executor)
+            skipped = executor.make(plan.out, lambda: _work_left(plan), lambda left: _make(plan, executor))
         else:
             executor.follow()
     train = {name: TokenStore.open(_train(plan.folder(name)), verify="size") for name in sources}
@@ -153,7 +147,7 @@ def _make(plan: _Plan, executor: Executor) -> bool:
             plan.execution,
         )  # fmt: skip
         skipped, further = skipped and made.skipped, {}
-    return not _union(plan, model) and skipped
+    return not _union(plan, model, executor) and skipped
 
 
 def _train(folder: Path) -> Path:
@@ -167,9 +161,17 @@ def _tokenizer(plan: _Plan, there: Mapping[str, TokenStore], executor: Executor)
     spec = _tokenizer_spec(plan, found)
     if has_tokenizer(plan.out, spec):
         return Tokenizer.load(plan.out / MODEL_NAME), True
-    made, more = _trained(plan, executor) if found is None else (found, {})
-    write_tokenizer(plan.out, made, spec, more)
-    return made, False
+    drawn = _drawn(plan, executor) if found is None else []
+
+    def write() -> None:
+        if found is not None:
+            write_tokenizer(plan.out, found, spec, {})
+        else:
+            model, more = train_on(sample_of(drawn, plan.tokenizer.sample_bytes), plan.tokenizer, plan.progress)
+            write_tokenizer(plan.out, model, spec, more)
+
+    executor.alone(plan.out, "tokenizer", lambda: has_tokenizer(plan.out, spec), write)
+    return Tokenizer.load(plan.out / MODEL_NAME), False
 
 
 def _given(plan: _Plan, there: Mapping[str, TokenStore]) -> Tokenizer | None:
@@ -194,23 +196,22 @@ def _tokenizer_spec(plan: _Plan, given: Tokenizer | None) -> dict[str, Any]:
     }
 
 
-def _trained(plan: _Plan, executor: Executor) -> tuple[Tokenizer, dict[str, Any]]:
-    """A tokenizer of a sample that is uniform over all sources' train text.
+def _drawn(plan: _Plan, executor: Executor) -> list[Draw]:
+    """The tasks that drew pieces of all sources' train text, for a sample that is uniform over it.
 
     Each source is read by the stages of its own preparation, which then has less to do.
     """
-    limit, how = plan.tokenizer.sample_bytes, plan.execution
-    sample = Sample(limit)
+    how = plan.execution
+    drawn: list[Draw] = []
     for name, source in plan.texts().items():
         arguments = (plan.steps, how.shard_bytes, how.max_bad_records, how.threads)
         stages = Stages(plan.folder(name) / SCRATCH, executor, plan.progress, *arguments)
-        part = stages.sample(stages.survey(source, held_out=plan.held_out_fraction), limit)
-        for key, data in part.pieces():
-            sample.add_piece(key, data)
-    return train_on(sample, plan.tokenizer, plan.progress)
+        survey = stages.survey(source, held_out=plan.held_out_fraction)
+        drawn += stages.draw(survey, plan.tokenizer.sample_bytes)
+    return drawn
 
 
-def _union(plan: _Plan, model: Tokenizer) -> bool:
+def _union(plan: _Plan, model: Tokenizer, executor: Executor) -> bool:
     """Put all sources' held-out documents in one store; whether that was still to do."""
     folders = {name: plan.folder(name) for name in plan.sources}
     parts = {
@@ -225,12 +226,16 @@ def _union(plan: _Plan, model: Tokenizer) -> bool:
     if path.exists():
         check_same(manifests.read(path).source, spec, path)
         return False
-    with StoreWriter(path, model, spec) as writer:
-        for store in parts.values():
-            for first, last in _blocks(store.n_documents):
-                ids = [store.document(i)[1:-1] for i in range(first, last)]
-                writer.add(ids, store.doc_bytes[first:last].tolist())
-        writer.finish()
+
+    def write() -> None:
+        with StoreWriter(path, model, spec) as writer:
+            for store in parts.values():
+                for first, last in _blocks(store.n_documents):
+                    ids = [store.document(i)[1:-1] for i in range(first, last)]
+                    writer.add(ids, store.doc_bytes[first:last].tolist())
+            writer.finish()
+
+    executor.alone(plan.out, "held_out", path.exists, write)
     return True
 
 

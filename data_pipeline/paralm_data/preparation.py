@@ -18,13 +18,10 @@ call again does what is missing.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
 import math
 import re
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,9 +29,10 @@ from typing import Any
 from paralm_data import manifest as manifests
 from paralm_data import minhash, rules
 from paralm_data.atomic import write_file
-from paralm_data.errors import DataError, reason
+from paralm_data.errors import DataError
 from paralm_data.executors import Executor, make_executor
 from paralm_data.progress import Progress
+from paralm_data.sampling import sample_of
 from paralm_data.scratch import NAME as SCRATCH
 from paralm_data.sources import shards
 from paralm_data.specs import SourceSpec, TokenizerSpec
@@ -42,13 +40,12 @@ from paralm_data.split import Counts
 from paralm_data.stages import SPLITS, Stages, Survey
 from paralm_data.steps import StepsSpec
 from paralm_data.store import TokenStore
-from paralm_data.store_writer import TEMPORARY, StoreWriter
+from paralm_data.store_writer import StoreWriter
 from paralm_data.tokenizer import Tokenizer
 from paralm_data.tokenizer_making import ADVICE, MODEL_NAME, check_same, has_tokenizer, train_on, write_tokenizer
+from paralm_data.tokenizing import Tokenize
 
 COUNTS_NAME = "preparation.json"
-# What a file system without locks says; there, parts still appear whole, by rename.
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 
 
 @dataclass(frozen=True)
@@ -68,11 +65,11 @@ class Prepared:
 class Execution:
     """How a preparation is carried out; the result depends on none of it.
 
-    ``executor``: local, ray (this process is connected to a cluster), mpi (every rank makes the same call), or one that
-    is open already. ``workers``: tasks at a time, default all there is. ``shard_bytes``: of input that one task reads,
-    about; it decides the order of documents where shards are shuffled, and nothing else. ``max_bad_records``: of a
-    source; one more ends the preparation. ``threads``: of sentencepiece in a task, default: the processors that other
-    tasks leave.
+    ``executor``: local, shared (any number of processes make the same call), ray (this process is connected to a
+    cluster), mpi (every rank makes the same call), or one that is open already. ``workers``: tasks at a time, default
+    all there is. ``shard_bytes``: of input that one task reads, about; it decides the order of documents where shards
+    are shuffled, and nothing else. ``max_bad_records``: of a source; one more ends the preparation. ``threads``: of
+    sentencepiece in a task, default: the processors that other tasks leave.
     """
 
     executor: str | Executor = "local"
@@ -85,6 +82,12 @@ class Execution:
         for name, least in (("shard_bytes", 1), ("max_bad_records", 0)):
             if getattr(self, name) < least:
                 raise DataError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+
+    def open(self, stack: contextlib.ExitStack) -> Executor:
+        """The executor, opened until ``stack`` closes if it is not open already."""
+        if isinstance(self.executor, str):
+            return stack.enter_context(make_executor(self.executor, self.workers))
+        return self.executor
 
 
 @dataclass
@@ -149,7 +152,8 @@ class _Plan:
     def work_left(self) -> bool:
         """Whether anything is missing. DataError, before a byte is written, for a folder or an input that will not
         do."""
-        have_tokenizer, missing = self.has_tokenizer(), self.missing()
+        missing = self.missing()  # before the tokenizer, which is there first: another process may be making them
+        have_tokenizer = self.has_tokenizer()
         if not have_tokenizer and len(missing) < len(self.names()):
             raise DataError(f"{self.out / MODEL_NAME}: missing, though stores beside it were made with it; {ADVICE}")
         if have_tokenizer:
@@ -184,23 +188,21 @@ def prepare(
     execution = execution or Execution(threads=threads)
     plan = _plan(source, tokenizer, out, held_out_fraction, validation, steps, execution, progress)
     counts, skipped = None, False
+
+    def make(left: bool) -> tuple[Counts | None, bool]:
+        made = None
+        if left:
+            arguments = (plan.steps, execution.shard_bytes, execution.max_bad_records, execution.threads)
+            made = _Preparation(plan, executor, Stages(plan.out / SCRATCH, executor, progress, *arguments)).run()
+        executor.clear(plan.out / SCRATCH)
+        return made, not left
+
     with contextlib.ExitStack() as stack:
-        executor = execution.executor
-        if isinstance(executor, str):
-            executor = stack.enter_context(make_executor(executor, execution.workers))
-        if not executor.leads:
-            executor.follow()
-        elif plan.work_left():
-            with locked(plan.out):
-                remove_unfinished(plan.out)
-                arguments = (plan.steps, execution.shard_bytes, execution.max_bad_records, execution.threads)
-                counts = _Preparation(plan, Stages(plan.out / SCRATCH, executor, progress, *arguments)).run()
-                shutil.rmtree(plan.out / SCRATCH, ignore_errors=True)
+        executor = execution.open(stack)
+        if executor.leads:
+            counts, skipped = executor.make(plan.out, plan.work_left, make)
         else:
-            skipped = True
-            if (plan.out / SCRATCH).exists():  # of a preparation that ended between its last rename and its end
-                with locked(plan.out):
-                    shutil.rmtree(plan.out / SCRATCH, ignore_errors=True)
+            executor.follow()
     model = Tokenizer.load(plan.out / MODEL_NAME)
     stores = {name: TokenStore.open(plan.store_path(name), verify="size") for name in plan.names()}
     for store in stores.values():
@@ -244,37 +246,11 @@ def _plan(
     return _Plan(source, tokenizer, Path(out), held_out_fraction, sources, steps or StepsSpec(), execution, progress)
 
 
-@contextlib.contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Hold the folder: two preparations at once would do the work twice. Released by the system if we are killed."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        file = (out / ".lock").open("wb")
-    except OSError as error:
-        raise DataError(f"{out}: cannot be written ({reason(error)})") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(f"{out}: another process is preparing it; wait for that to end") from error
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise DataError(f"{out / '.lock'}: cannot be locked ({reason(error)})") from error
-        yield
-
-
-def remove_unfinished(out: Path) -> None:
-    """Remove what a preparation that was killed left half written; the folder is to be held (:func:`locked`)."""
-    for folder in (out, out / "validation"):
-        for path in folder.glob(f".*{TEMPORARY}*"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
 class _Preparation:
     """What is missing, made."""
 
-    def __init__(self, plan: _Plan, stages: Stages) -> None:
-        self._plan, self._stages = plan, stages
+    def __init__(self, plan: _Plan, executor: Executor, stages: Stages) -> None:
+        self._plan, self._executor, self._stages = plan, executor, stages
         self._survey: Survey | None = None
 
     def run(self) -> Counts | None:
@@ -297,27 +273,31 @@ class _Preparation:
         return self._survey
 
     def _make_tokenizer(self) -> None:
-        plan = self._plan
-        more: dict[str, Any] = {}
-        if plan.tokenizer.model is not None:
-            model = Tokenizer.load(plan.tokenizer.model)
-        else:
-            sample = self._stages.sample(self._source(), plan.tokenizer.sample_bytes)
-            model, more = train_on(sample, plan.tokenizer, plan.progress)
-        write_tokenizer(plan.out, model, plan.tokenizer_spec(), more)
+        plan, limit = self._plan, self._plan.tokenizer.sample_bytes
+        drawn = [] if plan.tokenizer.model is not None else self._stages.draw(self._source(), limit)
+
+        def write() -> None:
+            if plan.tokenizer.model is not None:
+                write_tokenizer(plan.out, Tokenizer.load(plan.tokenizer.model), plan.tokenizer_spec(), {})
+            else:
+                model, more = train_on(sample_of(drawn, limit), plan.tokenizer, plan.progress)
+                write_tokenizer(plan.out, model, plan.tokenizer_spec(), more)
+
+        self._executor.alone(plan.out, "tokenizer", plan.has_tokenizer, write)
 
     def _make_splits(self, model: Tokenizer, names: Sequence[str]) -> None:
         plan, survey = self._plan, self._source()
         tasks = self._stages.tokenize(
             survey, plan.out / MODEL_NAME, model.sha256, names, "tokenizing", plan.steps.without_shuffle()
         )
-        _quarantine(plan.out / "quarantine.jsonl", survey.bad())
-        counts = json.dumps(survey.counts.as_dict(), indent=2) + "\n"
-        write_file(plan.out / COUNTS_NAME, counts.encode("utf-8"))
-        for name in names:
-            with StoreWriter(plan.store_path(name), model, plan.store_spec(name)) as writer:
-                self._stages.join(tasks, name, writer, model)
-                writer.finish()
+
+        def write() -> None:
+            _quarantine(plan.out / "quarantine.jsonl", survey.bad())
+            counts = json.dumps(survey.counts.as_dict(), indent=2) + "\n"
+            write_file(plan.out / COUNTS_NAME, counts.encode("utf-8"))
+            self._write_stores(tasks, names, model)
+
+        self._write_alone("stores", names, write)
 
     def _make_validation(self, model: Tokenizer, name: str) -> None:
         plan = self._plan
@@ -326,10 +306,23 @@ class _Preparation:
             raise DataError(f"validation set '{name}' ({_name(plan.validation[name])}): no document with text")
         steps = StepsSpec(max_document_bytes=plan.steps.max_document_bytes)
         tasks = self._stages.tokenize(survey, plan.out / MODEL_NAME, model.sha256, [name], f"tokenizing {name}", steps)
-        _quarantine(plan.out / f"quarantine-{name}.jsonl", survey.bad())
-        with StoreWriter(plan.store_path(name), model, plan.store_spec(name)) as writer:
-            self._stages.join(tasks, name, writer, model)
-            writer.finish()
+
+        def write() -> None:
+            _quarantine(plan.out / f"quarantine-{name}.jsonl", survey.bad())
+            self._write_stores(tasks, [name], model)
+
+        self._write_alone(f"validation-{name}", [name], write)
+
+    def _write_alone(self, step: str, names: Sequence[str], write: Callable[[], None]) -> None:
+        plan = self._plan
+        self._executor.alone(plan.out, step, lambda: not set(names) & set(plan.missing()), write)
+
+    def _write_stores(self, tasks: Sequence[Tokenize], names: Sequence[str], model: Tokenizer) -> None:
+        plan = self._plan
+        for name in [name for name in plan.missing() if name in names]:
+            with StoreWriter(plan.store_path(name), model, plan.store_spec(name)) as writer:
+                self._stages.join(tasks, name, writer, model)
+                writer.finish()
 
 
 def _quarantine(path: Path, bad: Iterable[tuple[str, str]]) -> None:

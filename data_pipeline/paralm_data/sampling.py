@@ -7,7 +7,7 @@ the smallest of those are the sample. It is the same for every bound that gives 
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,8 @@ class Draw(Reading):
     bound: int
 
     def run(self) -> Generator[Delta, None, dict[str, Any]]:
-        """Result: the number of pieces."""
-        count = documents = size = 0
+        """Result: the number of pieces, and of their bytes."""
+        count = drawn = documents = size = 0
         with Files(self.marker) as files:
             for _, text, n_bytes in self.texts({KEPT}):
                 for key, piece in keyed_pieces(digest(text), text):
@@ -47,16 +47,24 @@ class Draw(Reading):
                         encoded = piece.encode("utf-8")
                         files.write(".pieces", np.array([(key, len(encoded))], _PIECES).tobytes())
                         files.write(".texts", encoded)
-                        count += 1
+                        count, drawn = count + 1, drawn + len(encoded)
                 documents, size = documents + 1, size + n_bytes
                 if size >= STEP_BYTES:
                     yield Delta(documents, size, 0, size)
                     documents = size = 0
             yield Delta(documents, size, 0, size)
-            return files.finish({"pieces": count})
+            return files.finish({"pieces": count, "bytes": drawn})
 
 
-def add_drawn(sample: Sample, marker: Path) -> None:
+def sample_of(drawn: Iterable[Draw], limit: int) -> Sample:
+    """The sample of ``limit`` bytes of what was drawn."""
+    sample = Sample(limit)
+    for task in drawn:
+        _add_drawn(sample, task.marker)
+    return sample
+
+
+def _add_drawn(sample: Sample, marker: Path) -> None:
     """Offer what a shard drew."""
     texts = map_array(marker.with_suffix(".texts"), np.uint8)
     at = 0

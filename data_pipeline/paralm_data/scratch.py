@@ -7,6 +7,7 @@ not. The marker is JSON, written last and by a rename, when the other files are 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -22,7 +23,7 @@ from paralm_data.atomic import sync_folder
 from paralm_data.errors import DataError, reason
 
 NAME = ".work"  # in the prepared folder, gone when that is whole
-VERSION = 1  # of the files that tasks leave
+VERSION = 2  # of the files that tasks leave
 BLOCK = 1 << 20  # bytes read or written at once
 
 
@@ -93,7 +94,8 @@ class Files:
     def abandon(self) -> None:
         """Remove what was written. Harmless after :meth:`finish`."""
         for ending, file in self._open.items():
-            file.close()
+            with contextlib.suppress(OSError):  # a disk that was full is so still: what was buffered is given up
+                file.close()
             self._temporary(ending).unlink(missing_ok=True)
 
     def __enter__(self) -> Files:

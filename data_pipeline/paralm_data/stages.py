@@ -32,7 +32,7 @@ from paralm_data.errors import DataError
 from paralm_data.executors import Executor, Task
 from paralm_data.permutation import random_permutation
 from paralm_data.progress import Meter, Progress
-from paralm_data.sampling import EVERY_KEY, Draw, add_drawn, bound_for
+from paralm_data.sampling import EVERY_KEY, Draw, bound_for
 from paralm_data.scanning import HELD_OUT, KEPT, Scan, bad_records, too_many
 from paralm_data.scratch import blocks, key_of, read_marker
 from paralm_data.sources import Shard, shards
@@ -41,7 +41,6 @@ from paralm_data.split import Counts
 from paralm_data.steps import StepsSpec
 from paralm_data.store_writer import StoreWriter, dtype_of
 from paralm_data.tokenizer import Tokenizer
-from paralm_data.tokenizer_training import Sample
 from paralm_data.tokenizing import Tokenize
 
 SPLITS = ("train", "held_out")
@@ -143,15 +142,19 @@ class Stages:
             return []
         plan = self._scratch / f"plan-{plan_key}.json"
         runs = [[str(scan.marker), found["runs"]] for scan, found in zip(scans, scanned)]
-        write_file(plan, json.dumps(runs).encode())
+        content = json.dumps(runs).encode()
+        if not plan.exists() or plan.read_bytes() != content:  # others that read it would lose it to a new one
+            write_file(plan, content)
         count = -(-keys // PARTITION)
         folder = self._scratch / f"partition-{key_of(plan_key, count)}"
         tasks = [Partition(plan, i, count, folder) for i in range(count)]
         self.run("finding duplicates", tasks, quiet=count == 1)
         return tasks
 
-    def sample(self, survey: Survey, limit: int) -> Sample:
-        """A uniform sample of the train text, of ``limit`` bytes or all there is."""
+    def draw(self, survey: Survey, limit: int) -> list[Draw]:
+        """Draw pieces of the train text for a uniform sample of ``limit`` bytes, or all there is; returns the tasks
+        that did.
+        """
         sizes = [found["train_bytes"] for found in survey.chosen]
         bound = bound_for(limit, sum(sizes))
         while True:
@@ -161,22 +164,19 @@ class Stages:
                 Draw(shard, self._steps, choice, size, folder, bound)
                 for shard, choice, size in zip(survey.shards, survey.choices, sizes)
             ]
-            self.run("sampling", tasks)
-            sample = Sample(limit)
-            for task in tasks:
-                add_drawn(sample, task.marker)
-            if sample.full or bound >= EVERY_KEY:
-                return sample
+            drawn = self.run("sampling", tasks)
+            if bound >= EVERY_KEY or sum(found["bytes"] for found in drawn) >= limit:
+                return tasks
             bound = min(EVERY_KEY, 2 * bound)  # chance had it that too few keys are below it
 
     def tokenize(
         self, survey: Survey, model: Path, sha256: str, stores: Sequence[str], title: str, steps: StepsSpec
     ) -> list[Tokenize]:
         """Make the tokens of the documents that go to ``stores``, of each shard; returns the tasks that did."""
-        fates = {KEPT: stores[0]} if not set(stores) & set(SPLITS) else dict(zip((KEPT, HELD_OUT), SPLITS))
-        fates = {fate: name for fate, name in fates.items() if name in stores}
+        folder, fates = self._tokens_of(SPLITS, survey, sha256)
+        if not set(stores) < set(SPLITS) or not folder.exists():  # what was made for both splits does for one of them
+            folder, fates = self._tokens_of(stores, survey, sha256)
         names = [SPLITS[(KEPT, HELD_OUT).index(fate)] for fate in fates]
-        folder = self._scratch / f"tokenize-{key_of(sha256, sorted(fates.items()), *self._texts(survey))}"
         threads = self._threads or self._executor.threads(len(survey.shards))
         tasks = [
             Tokenize(shard, steps, choice, survey.size(i, names), folder, fates, model, sha256, threads)
@@ -184,6 +184,12 @@ class Stages:
         ]
         self.run(title, tasks)
         return tasks
+
+    def _tokens_of(self, stores: Sequence[str], survey: Survey, sha256: str) -> tuple[Path, dict[int, str]]:
+        """Where the tokens of the documents that go to ``stores`` lie, and the store of each fate."""
+        fates = {KEPT: stores[0]} if not set(stores) & set(SPLITS) else dict(zip((KEPT, HELD_OUT), SPLITS))
+        fates = {fate: name for fate, name in fates.items() if name in stores}
+        return self._scratch / f"tokenize-{key_of(sha256, sorted(fates.items()), *self._texts(survey))}", fates
 
     def _texts(self, survey: Survey) -> list[Any]:
         """Stands for the text of the documents that are kept, and for which those are."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import secrets
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,7 +46,8 @@ class _HashedFile:
         return FileEntry(self._size, self._hash.hexdigest())
 
     def abandon(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # a disk that was full is so still: what was buffered is given up
+            self._file.close()
 
 
 def dtype_of(tokenizer: Tokenizer) -> str:
@@ -87,9 +90,8 @@ class StoreWriter:
             raise DataError(f"{self.path}: exists already; a token store is never overwritten")
         self._dtype = dtype_of(tokenizer)
         self._end = 0  # of the last document
-        self._folder = self.path.with_name(f".{self.path.name}{TEMPORARY}{os.getpid()}")
+        self._folder = self.path.with_name(f".{self.path.name}{TEMPORARY}{secrets.token_hex(8)}")
         try:
-            shutil.rmtree(self._folder, ignore_errors=True)
             self._folder.mkdir(parents=True)
             self._files = {name: _HashedFile(self._folder / name) for name in (TOKENS, DOC_ENDS, DOC_BYTES)}
         except OSError as error:

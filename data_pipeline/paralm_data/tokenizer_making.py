@@ -30,9 +30,10 @@ def has_tokenizer(out: Path, spec: Mapping[str, Any]) -> bool:
 
     ``spec``: what :func:`write_tokenizer` records.
     """
-    model, info = out / MODEL_NAME, read_info(out / INFO_NAME)
+    model = out / MODEL_NAME
     if not model.exists():
         return False
+    info = read_info(out / INFO_NAME)  # it is there first
     if "spec" not in info:
         raise DataError(f"{out / INFO_NAME}: missing or not whole beside {MODEL_NAME}; {ADVICE}")
     check_same(info["spec"], spec, model)

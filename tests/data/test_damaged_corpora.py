@@ -7,6 +7,8 @@ message must name.
 from __future__ import annotations
 
 import gzip
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ import zstandard
 from paralm_data import SourceSpec, documents
 
 from tests.data.damage import RECORDS, Case, register
+from tests.data.test_executors import SCRIPT, environment
+from tests.data.test_executors import big as big
 
 CASES: dict[str, Case] = {}
 case = register(CASES)
@@ -215,3 +219,16 @@ def a_validation_set_without_text(bench: Any) -> Any:
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_one_line_names_the_culprit_and_nothing_is_overwritten(name: str, refused: Callable[[Case], None]) -> None:
     refused(CASES[name])
+
+
+@pytest.mark.parametrize(("most", "what"), [(4_000, ".work/scan-"), (100_000, ".train.tmp-")])
+def test_a_disk_that_is_full_is_one_line(big: Path, tmp_path: Path, most: int, what: str) -> None:
+    """Files may have ``most`` bytes, which is an error in the same places."""
+    limit = f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({most}, {most}))\n"
+    whole = [sys.executable, "-c", limit + SCRIPT, str(big), str(tmp_path / "out"), "local", "1"]
+    done = subprocess.run(whole, env=environment(), capture_output=True, text=True, check=False)
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"paralm_data.errors.DataError: {tmp_path / 'out'}")
+    assert what in last
+    assert last.endswith(": cannot be written (File too large)")
+    assert not list((tmp_path / "out").rglob("*.tmp-*"))

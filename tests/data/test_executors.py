@@ -331,7 +331,7 @@ def test_an_error_of_a_worker_is_the_error_of_the_call(big: Path, tmp_path: Path
 
 
 def test_an_unknown_executor_and_no_workers_are_one_line(big: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"executor 'slurm' is unknown \(one of: local, ray, mpi\)"):
+    with pytest.raises(DataError, match=r"executor 'slurm' is unknown \(one of: local, shared, ray, mpi\)"):
         run(big, tmp_path / "out", "slurm", 1)
     with pytest.raises(DataError, match="workers is 0"):
         run(big, tmp_path / "out", "local", 0)

@@ -24,7 +24,8 @@ from paralm_data import (
     prepare,
     prepare_mixture,
 )
-from paralm_data.preparation import Execution, locked
+from paralm_data.holding import locked
+from paralm_data.preparation import Execution
 from paralm_data.steps import MinHashRule, StepsSpec
 
 from tests.data.conftest import sentences, snapshot

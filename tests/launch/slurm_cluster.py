@@ -4,9 +4,10 @@
         cluster.run("sbatch", "job.sh")
 
 The controller and both node daemons run below one keeper, the first process of a PID namespace: with it everything
-ends, whatever a job left behind. The network namespace has a loopback and nothing else; node1 is 10.77.0.11 there,
-node2 10.77.0.12. Commands of the tests enter it through ``nsenter``. Partition ``main`` is the default; jobs in
-``urgent`` preempt its jobs, which get 30 seconds and are queued again.
+ends, whatever a job left behind. The network namespace has a loopback, and a link from itself to itself on which node1
+is 10.77.0.11 and node2 10.77.0.12: Open MPI's daemons take no loopback for a network between nodes. Commands of the
+tests enter it through ``nsenter``. Partition ``main`` is the default; jobs in ``urgent`` preempt its jobs, which get 30
+seconds and are queued again.
 
 It needs root, Linux namespaces, and Debian's packages slurmctld, slurmd, slurm-client and munge.
 """
@@ -28,6 +29,7 @@ from pathlib import Path
 import psutil
 
 NODES = {"node1": "10.77.0.11", "node2": "10.77.0.12"}  # not of 127.0.0.0/8, which no resolver counts as a network
+_LINK = ("fabric", "fabric-end")
 PACKAGES = "slurmctld slurmd slurm-client munge"
 _PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "squeue", "scontrol", "scancel", "srun", "unshare", "nsenter")
 _DAEMONS = ("slurm", "munged")  # how the names of its own processes begin
@@ -84,9 +86,10 @@ def missing() -> str | None:
         return f"no {', '.join(absent)} here: apt-get install -y --no-install-recommends {PACKAGES}"
     if os.geteuid() != 0:
         return "a SLURM in namespaces of its own needs root"
-    tried = subprocess.run([*_NAMESPACES, "true"], check=False, capture_output=True, text=True)
+    network = [*_NAMESPACES, sys.executable, __file__]
+    tried = subprocess.run(network, check=False, capture_output=True, text=True)
     if tried.returncode:
-        return f"no namespaces here: {tried.stderr.strip()}"
+        return f"no namespaces here, or no network in them: {(tried.stderr.splitlines() or ['?'])[-1]}"
     return None
 
 
@@ -224,22 +227,39 @@ class SlurmCluster:
         return found
 
 
-def _open_loopback() -> None:
-    """Bring up the loopback of this new network, with the nodes' addresses on it."""
+def _open_network() -> None:
+    """Bring up the loopback of this new network, and a link with the nodes' addresses on it."""
     set_address, set_flags, up_and_running = 0x8916, 0x8914, 0x1 | 0x40  # of linux/sockios.h and linux/if.h
+    _add_link()
     with socket.socket() as any_socket:
-        fcntl.ioctl(any_socket, set_flags, struct.pack("16sH14x", b"lo", up_and_running))
+        for name in ("lo", *_LINK):
+            fcntl.ioctl(any_socket, set_flags, struct.pack("16sH14x", name.encode(), up_and_running))
         for index, address in enumerate(NODES.values()):
-            name = f"lo:{index}".encode()
-            request = struct.pack("16sHH4s8x", name, socket.AF_INET, 0, socket.inet_aton(address))
+            name = f"{_LINK[0]}:{index}" if index else _LINK[0]
+            request = struct.pack("16sHH4s8x", name.encode(), socket.AF_INET, 0, socket.inet_aton(address))
             fcntl.ioctl(any_socket, set_address, request)
-            fcntl.ioctl(any_socket, set_flags, struct.pack("16sH14x", name, up_and_running))
+
+
+def _add_link() -> None:
+    """Add a veth, a link with two ends here: RTM_NEWLINK of linux/rtnetlink.h, its attributes of linux/if_link.h."""
+    new_link, flags, name, info, kind, data, peer = 16, 0x1 | 0x4 | 0x400 | 0x200, 3, 18, 1, 2, 1
+
+    def attribute(number: int, content: bytes) -> bytes:
+        return struct.pack("HH", 4 + len(content), number) + content + bytes(-len(content) % 4)
+
+    one, other = (bytes(16) + attribute(name, end.encode() + b"\0") for end in _LINK)  # after a struct ifinfomsg
+    body = one + attribute(info, attribute(kind, b"veth") + attribute(data, attribute(peer, other)))
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as kernel:
+        kernel.send(struct.pack("IHHII", 16 + len(body), new_link, flags, 1, 0) + body)
+        code = struct.unpack_from("i", kernel.recv(4096), 16)[0]
+    if code:
+        raise OSError(-code, f"no link of kind veth: {os.strerror(-code)}")
 
 
 def keep(folder: Path) -> None:
     """The keeper: starts the daemons and reaps what ends below it, until one of the daemons ends."""
     socket.sethostname("controller")
-    _open_loopback()
+    _open_network()
     subprocess.run(["mount", "--bind", str(folder / "hosts"), "/etc/hosts"], check=True)
     munge = folder / "munge"
     files = {"socket": "sock", "key-file": "key", "seed-file": "seed", "pid-file": "pid", "log-file": "log"}
@@ -258,4 +278,4 @@ def keep(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    keep(Path(sys.argv[1]))
+    keep(Path(sys.argv[1])) if sys.argv[1:] else _open_network()

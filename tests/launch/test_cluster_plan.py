@@ -154,6 +154,7 @@ def test_a_pipeline_is_prepare_train_evaluate_one_after_the_other(paralm: Paralm
         "cluster.evaluate.at_once=2",
         "cluster.evaluate.time='30'",
         "cluster.prepare.partition=cpu",
+        "cluster.prepare.tasks=3",
         "cluster.signal_seconds=60",
     ]
     code, out, err = paralm("submit", "slurm", "run.yaml", "--site", "site.yaml", "--pipeline", *given)
@@ -168,7 +169,11 @@ def test_a_pipeline_is_prepare_train_evaluate_one_after_the_other(paralm: Paralm
         "--dependency=afterok:102 --kill-on-invalid-dep=yes",
     ]
     assert "evaluate-perplexity, job 104, 4 tasks, after 102" in out
-    assert "--partition=cpu" in options_of(jobs["prepare"].file(".sbatch").read_text())
+    assert "prepare, job 101, 3 tasks" in out
+    prepare = jobs["prepare"].file(".sbatch").read_text()
+    assert {"--partition=cpu", "--array=0-2", "--nodes=1", "--cpus-per-task=8"} <= set(options_of(prepare))
+    assert f"--output={jobs['prepare'].file('-%a.log').absolute()}" in options_of(prepare)
+    assert "\nexecutor=shared\n" in prepare
     array = options_of(jobs["evaluate-perplexity"].file(".sbatch").read_text())
     assert {"--array=0-3%2", "--time=30", "--partition=gpu"} <= set(array)
     assert f"--output={jobs['evaluate-perplexity'].file('-%a.log').absolute()}" in array
@@ -214,6 +219,7 @@ def test_of_a_pipeline_that_is_refused_midway_nothing_is_left(paralm: Paralm, sb
             ("tracking/parity_paragru", "--pipeline", "cluster.evaluate.what=['report eval.max_tokens=3']"),
             "evaluation 'tracking' has no such setting",
         ),
+        (("run.yaml", "--pipeline", "cluster.prepare={tasks: 2, nodes: 2}"), "nodes 2 are MPI ranks of one job, and"),
         (("run.yaml", "--site", "none.yaml"), "none.yaml: no such file"),
         (("tracking/parity_paragru", "--stage", "prepare"), "there is nothing to prepare"),
     ],

@@ -115,6 +115,21 @@ def test_a_killed_mpirun_leaves_no_rank_and_the_next_one_goes_on(
     assert tree(tmp_path / "out") == expected
 
 
+def test_processes_that_share_the_folder_may_be_tasks_of_srun(
+    folder: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "node1"}
+    whole = command(folder, tmp_path / "out", "data.executor=shared", "data.workers=2")
+    tasks = [
+        subprocess.Popen(whole, env={**environment, "SLURM_PROCID": str(rank)}, stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    said = [task.communicate(timeout=120)[0] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0]
+    assert all("prepared, vocabulary 320" in text for text in said)
+    assert tree(tmp_path / "out") == expected
+
+
 @pytest.mark.slow
 def test_an_error_under_mpirun_is_one_line(folder: Path, tmp_path: Path) -> None:
     _, error = run(

@@ -177,12 +177,17 @@ def test_preparation_and_evaluation_begin_again_after_the_limit(cluster: SlurmCl
     (tmp_path / "paralm").chmod(0o755)
     first = ("--parsable", f"--export=ALL,PATH={tmp_path}:{cluster.environment['PATH']}", "--cpus-per-task=1")
     jobs = []
-    for more, name, arguments in (((), "prepare", ("x.yaml",)), (("--array=0-1",), "eval", ("capacity", "runs/x"))):
+    array = ("--array=0-1",)
+    for more, name, arguments in (
+        ((), "prepare", ("x.yaml",)),
+        (array, "prepare", ("y.yaml",)),
+        (array, "eval", ("capacity", "runs/x")),
+    ):
         text = resources.find(f"slurm/{name}.sbatch").read_text()
         (tmp_path / name).write_text(text.replace("#SBATCH --gpus-per-node", "##SBATCH --gpus-per-node"))
         jobs.append(cluster.run("sbatch", *first, *more, name, *arguments, cwd=tmp_path).stdout.strip())
     calls = tmp_path / "calls"
-    wait_for(lambda: calls.exists() and len(calls.read_text().splitlines()) == 3)
+    wait_for(lambda: calls.exists() and len(calls.read_text().splitlines()) == 5)
     for job in jobs:
         cluster.run("scancel", "--signal=USR1", "--batch", job)
     for job in jobs:
@@ -190,8 +195,10 @@ def test_preparation_and_evaluation_begin_again_after_the_limit(cluster: SlurmCl
         cluster.wait(job)
     assert sorted(calls.read_text().splitlines()) == [
         *["0 data prepare x.yaml data.executor=local data.workers=1"],
+        *["0 data prepare y.yaml data.executor=shared data.workers=1"] * 2,
         *["0 eval capacity runs/x --part array"] * 2,
         *["1 data prepare x.yaml data.executor=local data.workers=1"],
+        *["1 data prepare y.yaml data.executor=shared data.workers=1"] * 2,
         *["1 eval capacity runs/x --part array"] * 2,
     ]
 

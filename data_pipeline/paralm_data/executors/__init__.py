@@ -1,4 +1,5 @@
-"""What runs the tasks of a preparation: this process, processes on this machine, a Ray cluster, or MPI ranks.
+"""What runs the tasks of a preparation: this process, processes on this machine or on any that share the folder, a Ray
+cluster, or MPI ranks.
 
 A task reads files and writes files, the last of them its marker; the same task gives the same bytes wherever and
 however often it runs, so an executor may run it again when a worker is lost, and its order is free. That is all an
@@ -8,16 +9,20 @@ executor decides: the result of a preparation does not depend on it.
 from __future__ import annotations
 
 import os
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from paralm_data.errors import DataError
+from paralm_data.holding import locked, remove_unfinished
 from paralm_data.progress import Delta
+from paralm_data.scratch import NAME as SCRATCH
 
-EXECUTORS = ("local", "ray", "mpi")
+T = TypeVar("T")
+EXECUTORS = ("local", "shared", "ray", "mpi")
 ATTEMPTS = 3  # of one task, before its loss of workers is taken for its own fault
 
 
@@ -59,6 +64,29 @@ class Executor(ABC):
     def threads(self, tasks: int) -> int:
         """Processors that each of so many tasks may use: one, where a worker is given one."""
         return 1
+
+    def make(self, folder: Path, left: Callable[[], bool], work: Callable[[bool], T]) -> T:
+        """Do ``work``, which is told whether anything is ``left`` to make in the prepared folder, while that is held.
+
+        DataError if another preparation holds it.
+        """
+        there = left()
+        if not there and not (folder / SCRATCH).exists():
+            return work(False)
+        with locked(folder):
+            remove_unfinished(folder)
+            return work(there)
+
+    def alone(self, folder: Path, name: str, done: Callable[[], bool], work: Callable[[], None]) -> None:
+        """Within :meth:`make`, see that what one process makes is ``done``: where several make ``folder``, one does the
+        ``work`` of this ``name`` and the others wait.
+        """
+        if not done():
+            work()
+
+    def clear(self, scratch: Path) -> None:
+        """Within :meth:`make`, remove work in progress that is needed no more."""
+        shutil.rmtree(scratch, ignore_errors=True)
 
     def __enter__(self) -> Executor:
         return self
@@ -106,6 +134,10 @@ def make_executor(name: str, workers: int | None = None, connect: Callable[[], N
         from paralm_data.executors.local import LocalExecutor
 
         return LocalExecutor(workers or processors())
+    if name == "shared":
+        from paralm_data.executors.shared import SharedExecutor
+
+        return SharedExecutor(workers or processors())
     if name == "ray":
         from paralm_data.executors.ray import RayExecutor
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from paralm.config import Config
-from paralm.config_cluster import EvaluateJobConfig, JobConfig
+from paralm.config_cluster import ArrayJobConfig, EvaluateJobConfig, JobConfig
 from paralm.config_files import dump_yaml, load_config
 from paralm.errors import ConfigError, RunError
 from paralm.user_modules import load_modules
@@ -85,7 +85,9 @@ def plan_slurm(config: Config, stages: Sequence[str]) -> list[Planned]:
     for stage in STAGES:
         if stage not in stages or (stage == "prepare" and config.data.synthetic is not None):
             continue
-        names = {"evaluate": _evaluations(config.cluster.evaluate)}.get(stage, [(stage, "", 1)])
+        names = [(stage, "", config.cluster.prepare.tasks if stage == "prepare" else 1)]
+        if stage == "evaluate":
+            names = _evaluations(config.cluster.evaluate)
         first = len(made)
         for name, what, tasks in names:
             draft = Planned(config.run_dir, number + len(made), name, "", None, tasks, before, ".sbatch")
@@ -126,7 +128,7 @@ def _options(config: Config, draft: Planned, stage: JobConfig, sizes: dict[str, 
         "output": str(log).replace("%", "%%").replace("%%a.log", "%a.log"),
     }
     if draft.tasks > 1:
-        at_once = cluster.evaluate.at_once
+        at_once = stage.at_once if isinstance(stage, ArrayJobConfig) else None
         fixed["array"] = f"0-{draft.tasks - 1}{f'%{at_once}' if at_once else ''}"
     lines = [option(name, value) for name, value in fixed.items()]
     return [*lines, "--requeue", *cluster.sbatch, *(stage.sbatch if stage is not cluster else [])]
@@ -176,7 +178,8 @@ def _prepare(config: Config, draft: Planned) -> Planned:
         "ntasks-per-node": stage.cpus if mpi else 1,
         "cpus-per-task": 1 if mpi else stage.cpus,
     }
-    settings = {**_common(config, draft), "executor": "mpi" if mpi else "local"}
+    executor = "mpi" if mpi else "shared" if draft.tasks > 1 else "local"
+    settings = {**_common(config, draft), "executor": executor}
     return _made(config, draft, stage, "prepare", sizes, settings, [str(draft.file(".yaml"))])
 
 
@@ -223,7 +226,8 @@ def plan_ray(config: Config, stages: Sequence[str]) -> Planned:
     work = []
     for stage in kinds:
         if stage == "prepare" and config.data.synthetic is None:
-            workers = config.cluster.prepare.cpus * config.cluster.prepare.nodes
+            prepare = config.cluster.prepare
+            workers = prepare.cpus * prepare.nodes * prepare.tasks
             work.append(f"paralm data prepare {file} data.executor=ray data.workers={workers} {there}")
         elif stage == "train":
             sizes = f"launcher.kind=ray {there} launcher.ranks={ranks} launcher.cpus_per_rank={cpus}"

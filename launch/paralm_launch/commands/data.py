@@ -31,8 +31,9 @@ def prepare(config: ConfigArgument, overrides: OverridesArgument = None) -> None
     """Make the tokenizer and the token stores of a configuration, as far as they are not there.
 
     They go to data.dir, or to the run's folder when that is not set. 'paralm run' does this by itself.
-    data.executor=local|ray|mpi and data.workers=N say who does it; under mpirun or srun every rank works with
-    data.executor=mpi. The same command goes on after an interruption.
+    data.executor=local|shared|ray|mpi and data.workers=N say who does it. With shared, the same command on any number
+    of machines that see the folder shares the work; with mpi, every rank under mpirun or srun works. The same command
+    goes on after an interruption.
     """
     from paralm.config_files import load_config
     from paralm_launch import pipeline, preparing
@@ -41,7 +42,7 @@ def prepare(config: ConfigArgument, overrides: OverridesArgument = None) -> None
     settings = load_config(config, overrides or []).config
     if settings.data.executor == "mpi" and preparing.is_mpi_rank():
         settle()  # every rank is wanted
-    else:
+    elif settings.data.executor != "shared":
         pipeline.only_rank()
     pipeline.prepare_data(settings)
 
