@@ -298,3 +298,23 @@ def test_a_run_of_the_task_is_measured_with_the_tasks_own_tokenizer(tmp_path: Pa
     assert (found.step, found.train_seq_len, found.key_tokens, found.one_token_a_digit) == (2, 126, 5, True)
     assert [cell.length for cell in found.cells] == [104, 256]
     assert "## passkey" in outcome.report.read_text()
+
+
+def test_the_readme_says_what_the_recorded_grid_says() -> None:
+    """benchmarks/results/passkey_mamba2.json, by the tokens between needle and question."""
+    root = Path(__file__).resolve().parents[2]
+    cells = json.loads((root / "benchmarks" / "results" / "passkey_mamba2.json").read_text())["result"]["cells"]
+    hits: dict[int, list[int]] = {}
+    for cell in cells:
+        total = hits.setdefault(cell["needles"][0]["distance"], [0, 0])
+        total[0], total[1] = total[0] + cell["generated"]["hits"], total[1] + cell["n"]
+    missed = sorted(distance for distance, (right, n) in hits.items() if right < n)
+    exact = max(distance for distance in hits if distance < missed[0])
+    none = max(distance for distance, (right, _) in hits.items() if right) + 1
+    none = min(distance for distance in hits if distance >= none)
+    about = [sum(pair) for pair in zip(*(hits[d] for d in hits if 950 < d < 1050), strict=True)]
+    assert 0.2 < about[0] / about[1] < 0.3
+    readme = " ".join((root / "README.md").read_text().split())
+    share = f"{100 * hits[missed[0]][0] / hits[missed[0]][1]:.0f} %"
+    said = f"every key at up to {exact} tokens, {share} at {missed[0]}, about a quarter at 1,000, none from {none:,}."
+    assert said in readme, said
