@@ -1,12 +1,14 @@
 """Does a Mamba2 whose state is large for its training length collapse past it, and what helps?
 
-    paralm run collapse/mamba2          (then collapse/mamba2_carried, mamba2_noise, mamba2_passed, which go on from it)
+    paralm train collapse/mamba2        (then mamba2_plain, mamba2_carried, mamba2_noise, mamba2_passed, which go on)
     paralm eval collapse runs/collapse-mamba2 streams=8 length=4096 'mitigations=["decay=0.996","clip=20","window=256"]'
-    paralm eval collapse runs/collapse-mamba2-carried streams=8 length=4096 'texts=[]'        (and the others)
+    paralm eval collapse runs/collapse-mamba2-plain streams=8 length=4096 'texts=[]'          (and the others)
     .venv/bin/python benchmarks/collapse.py
 
-Puts side by side what `paralm eval collapse` found in each run (eval/collapse.json), measures nothing itself. Writes
-benchmarks/results/collapse.json and docs/collapse.png.
+Puts side by side what `paralm eval collapse` found in each run (eval/collapse.json), measures nothing itself. Training
+on changes the weights whatever the rows start from, so what it is set against is the control, ``plain``: as many more
+steps from zeros. `against_plain` is the difference on the same streams. Writes benchmarks/results/collapse.json and
+docs/collapse.png.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import numpy as np
 from support.timing import ROOT, environment
 
 from paralm.evaluation import figures
+from paralm.evaluation.bootstrap import ratio_intervals
 from paralm.evaluation.cells import load_record
 from paralm.evaluation.collapse_result import CollapseResult, Reading
 from paralm.evaluation.markdown import table
@@ -30,8 +33,15 @@ from paralm.training.metrics import read_metrics
 
 RESULT = ROOT / "benchmarks" / "results" / "collapse.json"
 FIGURE = ROOT / "docs" / "collapse.png"
-RUNS = [f"runs/collapse-mamba2{tail}" for tail in ("", "-carried", "-noise", "-passed")]
-TRAINED = {"": "as trained", "-carried": "carried state", "-noise": "noise as state", "-passed": "passed state"}
+TRAINED = {
+    "": "as trained",
+    "-plain": "60 plain steps",
+    "-carried": "carried state",
+    "-noise": "noise as state",
+    "-passed": "passed state",
+}
+CONTROL = "-plain"
+RUNS = [f"runs/collapse-mamba2{tail}" for tail in TRAINED]
 
 
 def row(run: Path, label: str, result: CollapseResult, reading: Reading) -> dict[str, Any]:
@@ -58,11 +68,34 @@ def row(run: Path, label: str, result: CollapseResult, reading: Reading) -> dict
     }
 
 
+def end_rises(result: CollapseResult, reading: Reading) -> np.ndarray:
+    """(streams,) rise in the last bucket, of which the verdict's is the mean."""
+    curves = np.asarray(reading.loss) - np.asarray(result.afresh)
+    rises: np.ndarray = curves[:, -1] - curves[:, reading.verdict.reference]
+    return rises
+
+
+def against(result: CollapseResult, control: CollapseResult) -> dict[str, Any]:
+    """How a run trained on differs from the control on the same streams, the model as it is: differences of the rise
+    at the end and of the loss past 2,048 tokens, nats a token, with 95 % intervals over streams."""
+    if (result.edges, result.streams, result.set) != (control.edges, control.streams, control.set):
+        sys.exit("the control was read on other streams; give both the same streams, length and set")
+    found: dict[str, Any] = {}
+    for name, mine, theirs in (
+        ("rise_at_the_end", end_rises(result, result.plain), end_rises(control, control.plain)),
+        ("loss_past", *(np.asarray(r.plain.loss)[:, -2:].mean(axis=1) for r in (result, control))),
+    ):
+        (interval,) = ratio_intervals(mine - theirs, [np.ones(len(mine))])
+        found |= {name: float((mine - theirs).mean()), f"{name}_interval": interval}
+    return found
+
+
 def facts(run: Path, result: CollapseResult) -> dict[str, Any]:
     """Of a run: what it was trained on, and how it was read."""
     config, record = saved_config(run), load_record(eval_dir(run) / "collapse.cells")
     rows = [r for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "train"]
     return {
+        "commit": json.loads((run / "environment.json").read_text())["git_commit"],
         "steps": rows[-1]["step"],
         "tokens": rows[-1]["tokens"],
         "last_loss": rows[-1]["loss"],
@@ -75,7 +108,7 @@ def facts(run: Path, result: CollapseResult) -> dict[str, Any]:
     }
 
 
-def draw(found: list[tuple[str, str, CollapseResult, Reading]]) -> None:
+def draw(found: list[tuple[str, str, CollapseResult, Reading]], out: Path) -> None:
     """Rises by position: mitigations of the first run, and training with other states."""
     figure, (left, right) = figures.row(2)
     first = found[0][2]
@@ -96,31 +129,46 @@ def draw(found: list[tuple[str, str, CollapseResult, Reading]]) -> None:
         axes.axhline(0, color=figures.GREY, linewidth=0.8)
         axes.set_title(title)
         axes.legend(frameon=False, fontsize=8, loc="upper left")
-    figures.save(figure, FIGURE)
+    figures.save(figure, out)
 
 
 def main() -> None:
     """Read, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", default=RUNS, help="run folders, the one as trained first")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--figure", type=Path, default=FIGURE)
     given = parser.parse_args()
-    found: list[tuple[str, str, CollapseResult, Reading]] = []
-    runs: dict[str, Any] = {}
+    results: dict[Path, CollapseResult] = {}
     for run in map(Path, given.runs):
         result = read_json(CollapseResult, eval_dir(run) / "collapse.json")
         if result is None:
             sys.exit(f"{eval_dir(run) / 'collapse.json'}: missing; paralm eval collapse {run}")
-        tail = run.name.removeprefix(Path(given.runs[0]).name)
-        for reading in result.readings:
-            found.append((run.name, reading.mitigation or TRAINED.get(tail, run.name), result, reading))
-        runs[run.name] = facts(run, result)
+        results[run] = result
+    first = next(iter(results)).name
+    found = [
+        (run.name, reading.mitigation or TRAINED.get(run.name.removeprefix(first), run.name), result, reading)
+        for run, result in results.items()
+        for reading in result.readings
+    ]
     rows = [row(Path(run), label, result, reading) for run, label, result, reading in found]
     shown = ("what", "verdict", "onset", "rise_at_the_end", "loss_within", "loss_past", "loss_past_read_afresh")
     cells = [[f"{r[k]:.3f}" if isinstance(r[k], float) else str(r[k] or "–") for k in shown] for r in rows]
     print(table([key.replace("_", " ") for key in shown], cells, right=range(2, 7)))
-    content = {"environment": environment("cpu"), "runs": runs, "readings": rows}
-    RESULT.write_text(json.dumps(content, indent=1) + "\n")
-    draw(found)
+    control = next((result for run, result in results.items() if run.name == first + CONTROL), None)
+    others = [run for run in results if run.name not in (first, first + CONTROL)] if control is not None else []
+    compared = {run.name: against(results[run], control) for run in others if control is not None}
+    for name, difference in compared.items():
+        low, high = difference["rise_at_the_end_interval"]
+        print(f"{name} against plain: rise {difference['rise_at_the_end']:+.3f} ({low:+.3f} to {high:+.3f})")
+    content = {
+        "environment": environment("cpu"),
+        "runs": {run.name: facts(run, result) for run, result in results.items()},
+        "against_plain": compared,
+        "readings": rows,
+    }
+    given.out.write_text(json.dumps(content, indent=1) + "\n")
+    draw(found, given.figure)
 
 
 if __name__ == "__main__":

@@ -72,21 +72,22 @@ def compare_tracking(runs: Sequence[str | Path], out: str | Path) -> TrackingCom
     notes = []
     if any(result.task != first.task for result in results.values()):
         notes.append("The runs' tasks have different settings (paralm config show RUN/config.yaml).")
-    return TrackingComparison(results, _draw(results, target), notes)
+    return TrackingComparison(results, draw_results(list(results.values()), target), notes)
 
 
-def _draw(results: dict[str, TrackingResult], out: Path) -> Path:
-    first = next(iter(results.values()))
+def draw_results(results: Sequence[TrackingResult], out: Path) -> Path:
+    """Answers right by length, a curve a result and a colour a mixer, as the PNG ``out``; RunError, one line, if it
+    cannot be written."""
     figure, axes = figures.new("length of the example (tokens)", "answers right")
-    mixers = list(dict.fromkeys(result.mixer for result in results.values()))
+    mixers = list(dict.fromkeys(result.mixer for result in results))
     labelled: set[str] = set()
-    for result in results.values():
+    for result in results:
         place = mixers.index(result.mixer)
         color, marker = figures.CYCLE[place % len(figures.CYCLE)], _MARKERS[place % len(_MARKERS)]
         draw(axes, result, color, result.mixer if result.mixer not in labelled else "_", marker)
         labelled.add(result.mixer)
-    frame(axes, list(results.values()))
-    axes.set_title(title(first.task))
+    frame(axes, results)
+    axes.set_title(title(results[0].task))
     try:
         return figures.save(figure, out)
     except OSError as error:

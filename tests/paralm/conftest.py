@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from paralm_data import Tokenizer
+from paralm_data.passkey import texts
 
 from paralm.config import Config
 from tests.conftest import settings
@@ -17,6 +18,20 @@ from tests.conftest import settings
 def tokenizer(prepared: Path) -> Tokenizer:
     """Of the tiny corpus."""
     return Tokenizer.load(prepared / "tokenizer.model")
+
+
+@pytest.fixture(scope="session")
+def passkey_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """Of the passkey texts: one token a digit."""
+    return Tokenizer.train(texts(0, 200), tmp_path_factory.mktemp("passkey") / "tokenizer.model", vocab_size=420)
+
+
+@pytest.fixture(scope="module")
+def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text file for needles to lie in."""
+    path = tmp_path_factory.mktemp("prose") / "prose.txt"
+    path.write_text("".join(f"Line {'abcdefgh'[i % 8]} of a story, é and → too.\nThen some more; " for i in range(40)))
+    return path
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,8 @@
-"""The collapse evaluation: it reads and keeps what it says, whatever the chunk; verdicts reach page and JSON."""
+"""The collapse evaluation: it reads and keeps what it says; verdicts reach page and JSON."""
 
 from __future__ import annotations
 
 import itertools
-import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 import torch
 from paralm_data import Tokenizer, TokenStore
 
-from paralm.config import ModelConfig
 from paralm.errors import UserError
 from paralm.evaluation.collapse import Collapse
 from paralm.evaluation.collapse_result import CollapseResult, build_result
@@ -21,13 +19,12 @@ from paralm.evaluation.collapse_streams import Streams, read_afresh, read_carrie
 from paralm.evaluation.result import eval_dir, read_json
 from paralm.evaluation.state_statistics import effective_rank, state_statistics
 from paralm.evaluation.suite import Target, run_suite
-from paralm.models import LanguageModel, build_model
+from paralm.models import LanguageModel
 from paralm.models.mitigations import Mitigation, mitigated
-from paralm.registry import MIXERS
+from tests.paralm.small_models import small_model
 
 T, LENGTH = 8, 40
 EDGES = bucket_edges(T, LENGTH)
-BOUNDED = [name for name, entry in MIXERS.entries().items() if entry.value.bounded_state]
 
 
 @pytest.fixture(scope="module")
@@ -40,36 +37,6 @@ def store(prepared: Path) -> TokenStore:
     return TokenStore.open(prepared / "train")
 
 
-def model_of(name: str, vocab_size: int, **keys: Any) -> LanguageModel:
-    config = ModelConfig(d_model=16, n_layers=2, mixer={"name": name, **keys}, loss_chunk=50)
-    model = build_model(config, vocab_size, seed=3).double().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # far from the uniform predictions of a new model
-            parameter.mul_(2.0)
-    return model
-
-
-def flat(found: Any) -> np.ndarray:
-    """Every number of a JSON-able tree but the indices of channels, which near ties decide."""
-    if isinstance(found, dict):
-        return np.concatenate([np.empty(0), *(flat(v) for k, v in found.items() if k not in ("channels", "leaf"))])
-    if isinstance(found, list):
-        return np.concatenate([np.empty(0), *(flat(v) for v in found)])
-    return np.array([math.nan if found is None else float(found)])
-
-
-@pytest.mark.parametrize("name", BOUNDED)
-def test_what_is_found_does_not_depend_on_the_chunk(name: str, store: TokenStore, tokenizer: Tokenizer) -> None:
-    model = model_of(name, tokenizer.vocab_size)
-    streams = Streams(store, tokenizer, "natural", 4, LENGTH, T)
-    whole = flat(read_carried(model, streams, EDGES, 512))
-    assert len(whole) > 4 * len(EDGES) * 2
-    for chunk in (3, 1) if name in ("mamba2", "mlstm", "paragru") else (3,):
-        np.testing.assert_allclose(flat(read_carried(model, streams, EDGES, chunk)), whole, rtol=1e-7, atol=1e-9)
-    afresh = flat(read_afresh(model, streams, EDGES, T, 512))
-    np.testing.assert_allclose(flat(read_afresh(model, streams, EDGES, T, 3)), afresh, rtol=1e-9, atol=1e-12)
-
-
 def by_hand(model: LanguageModel, tokens: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Each token's loss from the logits of a whole forward; 0 where there is none to make."""
     with torch.no_grad():
@@ -80,7 +47,7 @@ def by_hand(model: LanguageModel, tokens: np.ndarray, labels: np.ndarray) -> np.
 
 
 def test_sums_are_the_losses_of_the_buckets_positions(store: TokenStore, tokenizer: Tokenizer) -> None:
-    model = model_of("mamba2", tokenizer.vocab_size, d_state=4)
+    model = small_model("mamba2", tokenizer.vocab_size, d_state=4)
     streams = Streams(store, tokenizer, "natural", 4, LENGTH, T)
     tokens, labels = streams.read(0, LENGTH)
     losses = by_hand(model, tokens, labels)
@@ -92,7 +59,7 @@ def test_sums_are_the_losses_of_the_buckets_positions(store: TokenStore, tokeniz
 
 
 def test_afresh_is_from_a_state_half_to_one_window_old(store: TokenStore, tokenizer: Tokenizer) -> None:
-    model = model_of("mamba2", tokenizer.vocab_size, d_state=4)
+    model = small_model("mamba2", tokenizer.vocab_size, d_state=4)
     streams = Streams(store, tokenizer, "natural", 4, LENGTH, T)
     tokens, labels = streams.read(0, LENGTH)
     losses = by_hand(model, tokens[:, :T], labels[:, :T])
@@ -149,7 +116,7 @@ def test_effective_rank_of_known_matrices() -> None:
 
 
 def test_statistics_are_of_heads(tokenizer: Tokenizer) -> None:
-    model = model_of("mamba2", tokenizer.vocab_size, d_state=4, head_dim=8)
+    model = small_model("mamba2", tokenizer.vocab_size, d_state=4, head_dim=8)
     state, earlier = model.initial_state(3), model.initial_state(3)
     h = torch.randn(3, 4, 4, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     h[:, 2, 1, 5] = 40.0
@@ -174,7 +141,7 @@ def test_statistics_are_of_heads(tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize("name", ["mamba2", "mlstm"])
 def test_statistics_leave_out_what_a_mitigation_keeps_for_itself(name: str, tokenizer: Tokenizer) -> None:
-    model = model_of(name, tokenizer.vocab_size)
+    model = small_model(name, tokenizer.vocab_size)
     ids = torch.zeros(2, 6, dtype=torch.int64)
     plain = [(f.layer, f.leaf) for f in state_statistics(model, model(ids).state)]
     for mitigation in (Mitigation(window=3), Mitigation(clip=1.0), Mitigation(decay=0.5)):
@@ -193,7 +160,7 @@ SETTINGS = {"streams": 4, "length": LENGTH, "mitigations": ["decay=0.5", "clip=0
 
 
 def test_it_runs_in_the_frame_and_resumes(store: TokenStore, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    target = target_of(model_of("mamba2", tokenizer.vocab_size, d_state=4), tokenizer, store, tmp_path / "a")
+    target = target_of(small_model("mamba2", tokenizer.vocab_size, d_state=4), tokenizer, store, tmp_path / "a")
     outcome = run_suite(Collapse, target, SETTINGS)
     (result,) = outcome.results
     assert [reading.mitigation for reading in result.readings] == ["", "decay=0.5", "clip=0.01", "window=8"]
@@ -275,7 +242,7 @@ def test_no_collapse_is_told_too() -> None:
 def test_what_cannot_be_is_refused_before_anything_is_read(
     settings: dict[str, Any], problem: str, store: TokenStore, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    target = target_of(model_of("mamba2", tokenizer.vocab_size), tokenizer, store, tmp_path)
+    target = target_of(small_model("mamba2", tokenizer.vocab_size), tokenizer, store, tmp_path)
     with pytest.raises(UserError) as error:
         run_suite(Collapse, target, settings)
     assert problem in str(error.value)
@@ -284,10 +251,10 @@ def test_what_cannot_be_is_refused_before_anything_is_read(
 
 
 def test_models_that_it_does_not_fit_are_refused(store: TokenStore, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    growing = target_of(model_of("attention", tokenizer.vocab_size, n_heads=2), tokenizer, store, tmp_path)
+    growing = target_of(small_model("attention", tokenizer.vocab_size, n_heads=2), tokenizer, store, tmp_path)
     with pytest.raises(UserError, match="grows with the sequence"):
         run_suite(Collapse, growing)
-    cell = target_of(model_of("paragru", tokenizer.vocab_size), tokenizer, store, tmp_path)
+    cell = target_of(small_model("paragru", tokenizer.vocab_size), tokenizer, store, tmp_path)
     with pytest.raises(UserError, match="no window in layer 0, paragru: the decay of its recurrence depends"):
         run_suite(Collapse, cell, {"mitigations": "window=8"})
     unknown = Target.of(cell.model, tokenizer, run_dir=tmp_path, stores={"held_out": store})

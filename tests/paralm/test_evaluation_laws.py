@@ -14,19 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from paralm.config import ModelConfig
 from paralm.evaluation.scoring import score
-from paralm.models import build_model
 from paralm.registry import MIXERS
+from tests.paralm.small_models import small_model
 
 ROOT = Path(__file__).resolve().parents[2]
 LENGTHS = (61, 2, 40, 3, 33, 90)
-KEYS = {name: {"chunk_size": 8} for name in ("mamba2", "mlstm", "titans_memory")} | {
-    "titans_mac": {"chunk_size": 8},
-    "titans_mag": {"chunk_size": 8, "window": 10},
-    "titans_mal": {"chunk_size": 8, "window": 10},
-    "window_attention": {"window": 10},
-}
 
 
 @dataclass(frozen=True)
@@ -50,11 +43,7 @@ DOCUMENTS = Documents(
 @pytest.mark.parametrize("name", MIXERS.names())
 def test_chunked_is_whole_whatever_rows_and_chunk(name: str, reset_every: int | None) -> None:
     """Against the logits of whole documents (or windows), one at a time, by mixers that keep no state between."""
-    config = ModelConfig(d_model=16, n_layers=2, mixer={"name": name, **KEYS.get(name, {})})
-    model = build_model(config, 40, seed=3, dtype=torch.float64).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # far from the uniform predictions of a new model
-            parameter.mul_(1.7)
+    model = small_model(name, 40, scale=1.7)
     expected = []
     for document in range(len(LENGTHS)):
         ids = torch.from_numpy(DOCUMENTS.tokens[slice(*DOCUMENTS.bounds(document))].astype(np.int64))

@@ -1,4 +1,4 @@
-"""Effective memory of models whose memory is known, by construction or by their window; chunks change nothing."""
+"""Effective memory of models whose memory is known, by construction or by their window."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from paralm.config import ModelConfig
 from paralm.errors import UserError
 from paralm.evaluation.effective_memory import MemoryResult, distances, first_under, grid
 from paralm.evaluation.suite import Part, Target, run_suite
-from paralm.models import LanguageModel, build_model
+from paralm.models import build_model
 from paralm.models.lm import LMOutput
-from paralm.registry import MIXERS
+from tests.paralm.small_models import small_model
 
 
 class LastTokens(nn.Module):
@@ -52,7 +52,7 @@ def test_a_model_that_reads_the_last_tokens_only_has_that_memory(span: int) -> N
 
 
 def test_total_variation_against_the_definition() -> None:
-    model = tiny("paragru")
+    model = small_model("paragru", 40, n_layers=1)
     tokens = np.random.Generator(np.random.PCG64(1)).integers(0, 40, (3, 20))
     found = distances(model, tokens, [1, 5, 19], chunk=6)
     with torch.no_grad():
@@ -62,33 +62,14 @@ def test_total_variation_against_the_definition() -> None:
             np.testing.assert_allclose(found[:, column], (part - whole).abs().sum(-1) / 2, rtol=0, atol=1e-12)
 
 
-def tiny(mixer: str, **keys: object) -> LanguageModel:
-    """In float64, with weights far from a new model's."""
-    model = build_model(ModelConfig(d_model=16, n_layers=1, mixer={"name": mixer, **keys}), 40, 0, dtype=torch.float64)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(2.0)
-    return model.eval()
-
-
 def test_a_window_is_the_memory() -> None:
     """One layer of attention over the last 8 tokens, itself included."""
-    model = tiny("window_attention", window=8, n_persistent=0)
+    model = small_model("window_attention", 40, n_layers=1, window=8, n_persistent=0)
     tokens = np.random.Generator(np.random.PCG64(2)).integers(0, 40, (6, 50))
     kept = [1, 2, 4, 7, 8, 16, 32]
     found = distances(model, tokens, kept, chunk=9).mean(axis=0)
     assert (found[:4] > 1e-3).all()
     np.testing.assert_allclose(found[4:], 0, atol=1e-12)
-
-
-@pytest.mark.parametrize("name", MIXERS.names())
-def test_chunks_change_nothing(name: str) -> None:
-    model = tiny(name)
-    tokens = np.random.Generator(np.random.PCG64(3)).integers(0, 40, (2, 37))
-    whole = distances(model, tokens, [3, 16], chunk=64)
-    for chunk in (1, 7, 16):
-        # float64; solvers stop at 1e-10 relative
-        np.testing.assert_allclose(distances(model, tokens, [3, 16], chunk=chunk), whole, rtol=0, atol=1e-8)
 
 
 def test_the_grid() -> None:

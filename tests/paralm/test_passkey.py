@@ -1,245 +1,31 @@
-"""Passkey and needles: exact prompts; an oracle scores 100 %, a blind guesser chance; snapshots change nothing."""
+"""Passkey and needles: an oracle scores 100 %, a blind guesser chance; snapshots and chunks change nothing."""
 
 from __future__ import annotations
 
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from paralm_data import Tokenizer, TokenStore
-from paralm_data.passkey import Stream, ids_after, is_evaluation_key, phrasings, texts
-from torch import nn
+from paralm_data import Tokenizer
+from paralm_data.passkey import ids_after
 
-from paralm.config import ModelConfig
 from paralm.errors import ConfigError, UserError
-from paralm.evaluation.needles import TASKS, Builder, chosen, stored_text
+from paralm.evaluation.needles import TASKS, Builder, chosen
 from paralm.evaluation.passkey import Passkey, PasskeyResult, PasskeySettings
-from paralm.evaluation.passkey_result import LengthRow, Rate, longest_passed
-from paralm.evaluation.proportion import wilson
 from paralm.evaluation.retrieval import Reader
 from paralm.evaluation.suite import Part, Target, run_suite
-from paralm.models import LanguageModel, build_model
-
-LENGTHS = {"passkey": 200, "niah_noise": 240, "niah_prose": 240, "niah_uuid": 640, "niah_multikey": 640,
-           "niah_multiquery": 640}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """Of the passkey texts: one token a digit."""
-    return Tokenizer.train(texts(0, 200), tmp_path_factory.mktemp("passkey") / "tokenizer.model", vocab_size=420)
+from paralm.registry import MIXERS
+from tests.paralm.passkey_models import LENGTHS, Blind, Oracle
+from tests.paralm.small_models import small_model
 
 
 @pytest.fixture(scope="module")
-def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("prose") / "prose.txt"
-    path.write_text("".join(f"Line {'abcdefgh'[i % 8]} of a story, é and → too.\nThen some more; " for i in range(40)))
-    return path
-
-
-def builder(tokenizer: Tokenizer, name: str, prose: Path | TokenStore | None, **changes: Any) -> Builder:
-    return Builder(tokenizer, chosen(name, **changes), name=name, reach=2000, prose=prose)
-
-
-# -- prompts -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", list(TASKS))
-def test_prompts_have_exactly_their_length_and_hide_the_key_at_its_depth(
-    name: str, tokenizer: Tokenizer, prose: Path
-) -> None:
-    made, filler_lines = builder(tokenizer, name, prose), 40  # tokens of the longest line, about
-    for length in (made.shortest, made.shortest + 1, LENGTHS[name], 2000):
-        for depth in (0.0, 0.3, 1.0):
-            prompts = made.prompts(length, depth, 3)
-            room = length - made.shortest
-            assert prompts.prefix == min(prompts.needles)
-            # The first asked needle: after the instruction, the filler before it, and the distractors there.
-            before = prompts.needles[0] - len(made.wording.instruction)
-            others = tokenizer.decode(prompts.prompt(0)[: prompts.prefix]).count("Record:")
-            filler = before - made.needle_tokens * others
-            assert depth * room - filler_lines <= filler <= round(depth * room)
-            first = prompts.prompt(0)[: prompts.prefix]
-            for sample in range(3):
-                for query in range(prompts.queries):
-                    tokens = prompts.prompt(sample, query)
-                    assert len(tokens) == length
-                    assert tokens[: prompts.prefix].tolist() == first.tolist()
-                    start = prompts.needles[query]
-                    text = tokenizer.decode(tokens[start : start + made.needle_tokens])
-                    key = prompts.keys[query][sample]
-                    assert key in text
-                    assert text.endswith("\n")
-                    assert tokenizer.decode(prompts.answers[query, sample]) == key
-                    assert is_evaluation_key(key)
-                    distance = length - made.question_tokens - start - made.needle_tokens
-                    assert prompts.distances[query] == distance >= 0
-                    stated = 2 if name == "passkey" else 1
-                    assert tokenizer.decode(tokens).count(key) == stated
-            whole = np.stack([prompts.prompt(s)[: prompts.context] for s in range(3)])
-            assert (prompts.read(slice(1, 3), 3, prompts.context - 2) == whole[1:3, 3:-2]).all()
-            assert len({key for keys in prompts.keys for key in keys}) == 3 * prompts.queries
-
-
-def test_prompts_are_a_function_of_seed_length_depth_and_sample(tokenizer: Tokenizer) -> None:
-    made = builder(tokenizer, "passkey", None)
-    few, many = made.prompts(200, 0.5, 2), builder(tokenizer, "passkey", None).prompts(200, 0.5, 5)
-    assert few.keys[0] == many.keys[0][:2]
-    assert (few.prompt(1) == many.prompt(1)).all()
-    assert few.keys != made.prompts(200, 0.25, 2).keys
-    assert few.keys != made.prompts(208, 0.5, 2).keys
-    other = Builder(tokenizer, TASKS["passkey"], name="passkey", reach=200, seed=1)
-    assert few.keys != other.prompts(200, 0.5, 2).keys
-
-
-def test_the_passkey_prompt_reads_as_it_should(tokenizer: Tokenizer) -> None:
-    prompts = builder(tokenizer, "passkey", None).prompts(160, 0.5, 1)
-    text, key = tokenizer.decode(prompts.prompt(0)), prompts.keys[0][0]
-    usual = phrasings("evaluation")[0]
-    assert text.startswith(usual.instruction)
-    assert usual.needle.replace("{value}", key) in text
-    assert text.endswith(usual.question)
-    assert len(key) == 5
-
-
-def test_the_needle_haystack_and_names(tokenizer: Tokenizer, prose: Path) -> None:
-    """Multi-key in a haystack of needles: every line a record, names and values UUIDs, none twice."""
-    made = Builder(
-        tokenizer, chosen("niah_multikey", haystack="needles", value="uuid"), name="niah_multikey", reach=3000
-    )
-    text = tokenizer.decode(made.prompts(3000, 0.5, 1).prompt(0))
-    records = re.findall(r"Record: the number of the (\S+) is (\S+)\.\n", text)
-    assert len(records) >= 12
-    assert len({name for name, _ in records}) == len(records)
-    asked = re.search(r"What is the number of the (\S+)\?", text)
-    assert asked is not None
-    assert [name for name, _ in records].count(asked[1]) == 1
-    queries = builder(tokenizer, "niah_multiquery", prose).prompts(1000, 0.2, 1)
-    assert len({tokenizer.decode(question) for question in queries.questions[:, 0]}) == 4
-    assert queries.needles == sorted(queries.needles)
-
-
-def test_names_that_run_out_are_one_line(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """Before anything is measured, whether the lengths are given or follow from what the needles need."""
-    names = builder(tokenizer, "niah_noise", None).names
-    assert names is not None
-    there = len(names._ids)
-    assert len({name.tobytes() for name in names.draw(Stream("all"), there)}) == there
-    with pytest.raises(UserError, match=f"queries: 1 names are wanted and 0 are left of {there}; give fewer"):
-        names.draw(Stream("more"), 1, list(names._ids))
-    target = Target.of(tiny(MIXERS[0], tokenizer), tokenizer, run_dir=tmp_path)
-    for lengths in (None, [40_000]):
-        with pytest.raises(UserError, match=f"queries: 600 names are wanted and {there} are left"):
-            run_suite(Passkey, target, {"task": "niah_noise", "queries": 600, "lengths": lengths})
-    assert not list(tmp_path.rglob("*.json"))
-
-
-def test_a_store_without_documents_has_no_prose(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    empty = SimpleNamespace(n_documents=0, path=tmp_path)
-    assert stored_text(empty, 10).tolist() == []  # type: ignore[arg-type]
-
-
-def test_prose_comes_from_a_store_without_its_documents_ends(prepared: Path) -> None:
-    own, store = Tokenizer.load(prepared / "tokenizer.model"), TokenStore.open(prepared / "held_out")
-    made = Builder(own, TASKS["niah_prose"], name="niah_prose", reach=1000, prose=store)
-    tokens = made.prompts(1000, 1.0, 1).prompt(0)
-    assert not np.isin(tokens[1:], [own.bos_id, own.eos_id]).any()
-    start = len(made.wording.instruction)
-    assert tokens[start : start + 100].tolist() == np.concatenate(
-        [store.document(d)[1:-1] for d in range(3)]
-    )[:100].tolist()  # fmt: skip
-
-
-# -- intervals -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("n", "low"), [(5, 0.57), (20, 0.84), (50, 0.93), (200, 0.98)])
-def test_wilson_at_all_right(n: int, low: float) -> None:
-    assert wilson(n, n) == (pytest.approx(low, abs=0.005), 1.0)
-    assert wilson(0, n) == (0.0, pytest.approx(1 - low, abs=0.005))
-
-
-def test_wilson_in_between_solves_its_equation() -> None:
-    """(p̂ − p)² = z² p (1 − p)/n at both ends."""
-    for hits, n in ((1, 10), (8, 10), (50, 100), (3, 400)):
-        for end in wilson(hits, n):
-            assert (hits / n - end) ** 2 == pytest.approx(1.959964**2 * end * (1 - end) / n, rel=1e-5)
-    with pytest.raises(ValueError, match="6 of 5"):
-        wilson(6, 5)
-
-
-def test_the_longest_length_passed_is_before_the_first_failure() -> None:
-    def rows(*hits: int) -> list[LengthRow]:
-        rates = [Rate.of(h, 20) for h in hits]
-        return [LengthRow(length=8 * i, teacher_forced=r, generated=r, token_accuracy=r) for i, r in enumerate(rates)]
-
-    assert longest_passed(rows(20, 19, 18, 20), 0.95) == 8
-    assert longest_passed(rows(18, 20), 0.95) is None
-    assert longest_passed(rows(20, 20), 0.95) == 8
-
-
-# -- models that know, and that do not -----------------------------------------------------------------------
-
-
-class Fake(nn.Module):
-    """What Target and Reader use of a LanguageModel besides forward."""
-
-    bounded_state = False
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        super().__init__()
-        self.tokenizer, self.vocab_size = tokenizer, tokenizer.vocab_size + 3  # padded
-        self.head_weight = nn.Parameter(torch.zeros(1))
-        self.config = ModelConfig()
-
-
-class Oracle(Fake):
-    """Looks the value up in the text, and writes it token by token. The state is every token read."""
-
-    def forward(self, tokens: torch.Tensor, state: Any = None, last_logits: bool = False) -> Any:
-        read = tokens if state is None else torch.cat((state["read"], tokens), dim=1)
-        places = range(1) if last_logits else range(tokens.shape[1] - 1, -1, -1)
-        logits = torch.stack([self.rows(read[:, : read.shape[1] - back]) for back in places], dim=1)
-        logits[..., self.tokenizer.vocab_size :] = 1e6  # padding that must never be an answer
-        return SimpleNamespace(logits=logits, state={"read": read})
-
-    def rows(self, read: torch.Tensor) -> torch.Tensor:
-        return torch.stack(
-            [nn.functional.one_hot(torch.tensor(self.next(row.tolist())), self.vocab_size) for row in read]
-        ).float()
-
-    def next(self, read: list[int]) -> int:
-        text = self.tokenizer.decode(read)
-        named = re.search(r"What is the number of the (.+?)\? The number of the .+? is ([0-9a-f-]*)$", text)
-        plain = re.search(r"What is the pass key\? The pass key is (\d*)$", text)
-        if named:
-            found, given = re.search(rf"number of the {named[1]} is (\S+)\.\n", text), named[2]
-        elif plain:
-            found, given = re.search(r"The pass key is (\d+)\. Remember", text), plain[1]
-        else:
-            return 5
-        assert found is not None
-        ids = ids_after(self.tokenizer, found[1], "is ").tolist()
-        done = next(n for n in range(len(ids) + 1) if self.tokenizer.decode(ids[:n]) == given)
-        return [*ids, self.tokenizer.eos_id][done]
-
-
-class Blind(Fake):
-    """Says any digit; remembers nothing."""
-
-    bounded_state = True
-
-    def forward(self, tokens: torch.Tensor, state: Any = None, last_logits: bool = False) -> Any:
-        self.draws = getattr(self, "draws", np.random.Generator(np.random.PCG64(0)))
-        digits = np.concatenate([ids_after(self.tokenizer, str(digit), "is ") for digit in range(10)])
-        said = digits[self.draws.integers(10, size=(len(tokens), 1 if last_logits else tokens.shape[1]))]
-        logits = nn.functional.one_hot(torch.from_numpy(said), self.vocab_size).float()
-        return SimpleNamespace(logits=logits, state={"none": tokens[:, :0]})
+def tokenizer(passkey_tokenizer: Tokenizer) -> Tokenizer:
+    return passkey_tokenizer
 
 
 @pytest.mark.parametrize("name", list(TASKS))
@@ -307,32 +93,12 @@ def test_logits_that_are_not_finite_are_misses(tokenizer: Tokenizer, tmp_path: P
 
 # -- snapshots, chunks, interruptions ------------------------------------------------------------------------
 
-MIXERS: list[dict[str, Any]] = [
-    {"name": "paragru", "n_heads": 2},
-    {"name": "paralstm", "n_heads": 2},
-    {"name": "mamba2", "head_dim": 8, "d_state": 8, "chunk_size": 16},
-    {"name": "mlstm", "n_heads": 2, "chunk_size": 16},
-    {"name": "slstm", "n_heads": 2},
-    {"name": "window_attention", "window": 20, "n_heads": 2},
-    {"name": "titans_mag", "chunk_size": 16, "n_heads": 2, "window": 16},
-    {"name": "attention", "n_heads": 2},
-]
 
-
-def tiny(mixer: dict[str, Any], tokenizer: Tokenizer) -> LanguageModel:
-    """Random, in float64, far from uniform: verdicts are arbitrary but exact."""
-    config = ModelConfig(d_model=16, n_layers=2, mixer=mixer)
-    model = build_model(config, tokenizer.vocab_size, seed=3).double().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(2.0)
-    return model
-
-
-@pytest.mark.parametrize("mixer", MIXERS, ids=lambda m: m["name"])
-def test_snapshots_and_chunks_change_nothing(mixer: dict[str, Any], tokenizer: Tokenizer) -> None:
-    model = tiny(mixer, tokenizer)
-    for name, length, queries in (("passkey", 160, None), ("niah_multiquery", 260, 2)):
+@pytest.mark.parametrize("mixer", MIXERS.names())
+def test_snapshots_and_chunks_change_nothing(mixer: str, tokenizer: Tokenizer) -> None:
+    model = small_model(mixer, tokenizer.vocab_size)
+    tasks = [("passkey", 160, None), ("niah_multiquery", 260, 2)]
+    for name, length, queries in tasks if mixer in ("paragru", "mamba2", "attention") else tasks[:1]:
         made = Builder(tokenizer, chosen(name, haystack="noise", queries=queries), name=name, reach=400)
         cells = [made.prompts(length, depth, 3) for depth in (0.2, 0.7)]
         expected = []  # each prompt with its key, whole, in one call: no state is carried at all
@@ -359,7 +125,7 @@ def test_snapshots_and_chunks_change_nothing(mixer: dict[str, Any], tokenizer: T
 
 def test_greedy_decoding_follows_the_model_not_the_key(tokenizer: Tokenizer) -> None:
     """The generated path feeds back its own tokens: with the model's own continuation as the key, it is a hit."""
-    model = tiny(MIXERS[0], tokenizer)
+    model = small_model("paragru", tokenizer.vocab_size)
     prompts = Builder(tokenizer, TASKS["passkey"], name="passkey", reach=200).prompts(200, 0.5, 2)
     for sample in range(2):
         ids = prompts.prompt(sample).tolist()
@@ -373,7 +139,9 @@ def test_greedy_decoding_follows_the_model_not_the_key(tokenizer: Tokenizer) -> 
 
 
 def grid(tmp_path: Path, tokenizer: Tokenizer, **changes: Any) -> tuple[Target, dict[str, Any]]:
-    target = Target.of(tiny(MIXERS[2], tokenizer).float(), tokenizer, run_dir=tmp_path, train_seq_len=128)
+    target = Target.of(
+        small_model("mamba2", tokenizer.vocab_size).float(), tokenizer, run_dir=tmp_path, train_seq_len=128
+    )
     return target, {"task": ["passkey", "niah_multikey"], "haystack": "noise", "lengths": [368, 400],
                     "depths": [0.6, 0.1], "samples": 3, "rows": 2, "chunk": 32, **changes}  # fmt: skip
 
@@ -467,9 +235,9 @@ def test_results_are_written_with_figures_scalars_and_a_page(tokenizer: Tokenize
 
 
 def test_default_lengths_follow_the_training_length(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    target = Target.of(tiny(MIXERS[0], tokenizer), tokenizer, run_dir=tmp_path, train_seq_len=300)
+    target = Target.of(small_model("paragru", tokenizer.vocab_size), tokenizer, run_dir=tmp_path, train_seq_len=300)
     assert Passkey(target, PasskeySettings()).lengths == [144, 296, 600, 1200, 2400]
-    short = Target.of(tiny(MIXERS[0], tokenizer), tokenizer, run_dir=tmp_path, train_seq_len=64)
+    short = Target.of(small_model("paragru", tokenizer.vocab_size), tokenizer, run_dir=tmp_path, train_seq_len=64)
     lengths = Passkey(short, PasskeySettings()).lengths
     assert lengths[-2:] == [256, 512]
     assert lengths[0] > 64  # the shortest prompt that holds its needle
@@ -490,7 +258,7 @@ def test_default_lengths_follow_the_training_length(tokenizer: Tokenizer, tmp_pa
     ],
 )
 def test_refusals_are_one_line(changes: dict[str, Any], message: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    target = Target.of(tiny(MIXERS[0], tokenizer), tokenizer, run_dir=tmp_path)
+    target = Target.of(small_model("paragru", tokenizer.vocab_size), tokenizer, run_dir=tmp_path)
     with pytest.raises((UserError, ConfigError), match=re.escape(message)) as caught:
         run_suite(Passkey, target, changes)
     assert "\n" not in str(caught.value)
@@ -498,7 +266,7 @@ def test_refusals_are_one_line(changes: dict[str, Any], message: str, tokenizer:
 
 
 def test_a_growing_state_is_bounded_by_a_setting(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    target = Target.of(tiny(MIXERS[-1], tokenizer), tokenizer, run_dir=tmp_path)
+    target = Target.of(small_model("attention", tokenizer.vocab_size), tokenizer, run_dir=tmp_path)
     with pytest.raises(UserError, match="cache_tokens = 150; raise cache_tokens, or leave the length out"):
         Passkey(target, PasskeySettings(lengths=[160], cache_tokens=150))
     running = Passkey(target, PasskeySettings(lengths=[160], depths=[0.5], samples=5, cache_tokens=350))
@@ -530,3 +298,23 @@ def test_a_run_of_the_task_is_measured_with_the_tasks_own_tokenizer(tmp_path: Pa
     assert (found.step, found.train_seq_len, found.key_tokens, found.one_token_a_digit) == (2, 126, 5, True)
     assert [cell.length for cell in found.cells] == [104, 256]
     assert "## passkey" in outcome.report.read_text()
+
+
+def test_the_readme_says_what_the_recorded_grid_says() -> None:
+    """benchmarks/results/passkey_mamba2.json, by the tokens between needle and question."""
+    root = Path(__file__).resolve().parents[2]
+    cells = json.loads((root / "benchmarks" / "results" / "passkey_mamba2.json").read_text())["result"]["cells"]
+    hits: dict[int, list[int]] = {}
+    for cell in cells:
+        total = hits.setdefault(cell["needles"][0]["distance"], [0, 0])
+        total[0], total[1] = total[0] + cell["generated"]["hits"], total[1] + cell["n"]
+    missed = sorted(distance for distance, (right, n) in hits.items() if right < n)
+    exact = max(distance for distance in hits if distance < missed[0])
+    none = max(distance for distance, (right, _) in hits.items() if right) + 1
+    none = min(distance for distance in hits if distance >= none)
+    about = [sum(pair) for pair in zip(*(hits[d] for d in hits if 950 < d < 1050), strict=True)]
+    assert 0.2 < about[0] / about[1] < 0.3
+    readme = " ".join((root / "README.md").read_text().split())
+    share = f"{100 * hits[missed[0]][0] / hits[missed[0]][1]:.0f} %"
+    said = f"every key at up to {exact} tokens, {share} at {missed[0]}, about a quarter at 1,000, none from {none:,}."
+    assert said in readme, said

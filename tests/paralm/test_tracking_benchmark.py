@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from paralm_data import make_task
 
 from paralm.config import Config
+from paralm.config_files import load_config
 from paralm.evaluation.suite import run_suite
 from paralm.training.loop import train
 
@@ -51,7 +53,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def collected(root: Path, out: Path) -> dict[str, Any]:
-    benchmark.main(["--collect", "--root", str(root), "--out", str(out), "--tasks", "arithmetic"])
+    options = ["--root", str(root), "--out", str(out), "--docs", str(out.parent), "--tasks", "arithmetic"]
+    benchmark.main(["--collect", *options])
     content: dict[str, Any] = json.loads(out.read_text())
     return content
 
@@ -63,6 +66,47 @@ def test_a_row_says_what_the_run_was(root: Path, tmp_path: Path) -> None:
     assert [(s["max_len"], s["steps"]) for s in whole["stages"]] == [(3, 3), (5, 5)]
     assert [s["max_len"] for s in bare["stages"]] == [5]
     assert (whole["mlp"], bare["mlp"], bare["mixer"], bare["seed"]) == (True, False, "paragru_nomlp", 1)
+
+
+def test_a_row_names_its_configuration_and_what_differs_from_it(root: Path, tmp_path: Path) -> None:
+    whole, bare = collected(root, tmp_path / "out.json")["rows"]
+    assert (whole["config"], bare["config"]) == ("tracking/arithmetic_paragru", "tracking/arithmetic_paragru_nomlp")
+    differing = {text.partition("=")[0]: text.partition("=")[2] for text in whole["overrides"]}
+    assert (differing["model.d_model"], differing["training.max_steps"]) == ("16", "5")
+    assert not {"run.seed", "run.name", "run.root", "training.init_from"} & differing.keys()
+    assert benchmark.overrides(whole["config"], load_config(whole["config"], ["run.seed=3"]).config) == []
+    assert whole["commit"] == json.loads((root / whole["run"] / "environment.json").read_text())["git_commit"]
+
+
+RESULT = json.loads(benchmark.RESULT.read_text())
+
+
+@pytest.mark.parametrize("row", RESULT["rows"], ids=lambda row: row["run"])
+def test_a_published_row_is_a_run_of_its_committed_configuration(row: dict[str, Any]) -> None:
+    """As that stands now: whoever changes it trains again."""
+    assert row["config"] == benchmark.config_name(row["task"], row["mixer"])
+    config = load_config(row["config"]).config
+    expected = benchmark.trained_as(config)
+    assert {key: row[key] for key in expected} == expected
+    assert row["overrides"] == []
+    assert row["steps"] == row["of_steps"]
+    assert row["result"]["task"] == make_task(config.data.synthetic or {}).spec
+    stages = [(stage["max_len"], stage["steps"], stage["batch"]) for stage in row["stages"][:-1]]
+    assert stages == list(benchmark.STAGES.get(row["task"], ()))
+    assert re.fullmatch("[0-9a-f]{40}", row["commit"] or row["recorded_in"])
+
+
+def test_architectures_of_a_task_differ_in_nothing_but_mixer_and_rate() -> None:
+    for task in {row["task"] for row in RESULT["rows"]}:
+        mine = [row for row in RESULT["rows"] if row["task"] == task and benchmark.NO_MLP not in row["mixer"]]
+        keys = ("of_steps", "d_model", "layers", "mlp", "batch")
+        assert len({tuple(row[key] for key in keys) for row in mine}) == 1, task
+
+
+def test_the_readme_has_the_results_table() -> None:
+    readme = (BENCHMARKS.parent / "README.md").read_text()
+    for line in benchmark.readme_table(RESULT).splitlines():
+        assert line in readme, line
 
 
 def test_what_the_commonest_answer_reaches(root: Path, tmp_path: Path) -> None:
