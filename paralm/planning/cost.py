@@ -54,7 +54,12 @@ class Device:
     @property
     def usable(self) -> float:
         """Bytes that a plan may fill."""
-        return self.memory * (1 - FRAGMENTED) - RESERVED
+        return usable_bytes(self.memory)
+
+
+def usable_bytes(memory: float) -> float:
+    """Of a device's memory, what a plan may fill."""
+    return memory * (1 - FRAGMENTED) - RESERVED
 
 
 DEVICES = {
@@ -153,12 +158,14 @@ def step_time(
 
     # Products inside of fused kernels: once forward, twice backward, and once more where the forward is run again.
     fused = [flops / (device.bf16 * efficiency) for flops in traced.extra_flops]
-    again = 3 if config.training.activation_checkpointing else 2
     # Ranks that take turns over pieces of a micro-batch wait while the first pieces come and the last ones go.
     pieces = min(config.training.micro_batch_size, config.parallel.time)
     turns = [(config.parallel.time + pieces - 1) / pieces if relays else 1.0 for relays in traced.relays]
     forward = [(seconds(s) + extra) * wait for s, extra, wait in zip(traced.forward, fused, turns, strict=True)]
-    backward = [(seconds(s) + again * extra) * w for s, extra, w in zip(traced.backward, fused, turns, strict=True)]
+    backward = [
+        (seconds(s) + (3 if again else 2) * extra) * wait
+        for s, extra, wait, again in zip(traced.backward, fused, turns, traced.again, strict=True)
+    ]
     ends = sum(map(seconds, (traced.embedding, traced.head, traced.head_backward, traced.embedding_backward)))
     back = sum(backward[kind] for kind in traced.layers)
     micro = ends + back + sum(forward[kind] for kind in traced.layers)

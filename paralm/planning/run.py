@@ -13,10 +13,11 @@ from typing import Any
 from paralm.config import Config
 from paralm.errors import ConfigError, UserError
 from paralm.models import build_model
-from paralm.models.lm import LanguageModel, flops_per_token
+from paralm.models.lm import LanguageModel, checkpointed_blocks, flops_per_token
+from paralm.planning.checkpointing import fewest_blocks, mixed
 from paralm.planning.cost import STORAGE, Device, Exchange, Time, exchange, step_time
-from paralm.planning.memory import Memory, Sizes, gradient_bytes, memory, optimizer_costs, sizes_of
-from paralm.planning.trace import Trace, trace
+from paralm.planning.memory import Memory, OptimizerCosts, Sizes, gradient_bytes, memory, optimizer_costs, sizes_of
+from paralm.planning.trace import Trace, uniform_trace
 from paralm.training.engine import grad_accum_steps
 from paralm.training.grid import check_grid, check_ranks
 
@@ -59,6 +60,11 @@ class RunPlan:
         """The model's FLOPs over what the devices could do in the time."""
         peak = self.device.bf16 if self.config.training.precision == "bf16" else self.device.fp32
         return self.flops_per_token * self.tokens_per_step / (self.time.step * self.gpus * peak)
+
+    def value(self, key: str) -> Any:
+        """Of a dotted key of two parts, as it was planned: a number where ``auto`` was asked for."""
+        section, name = key.split(".")
+        return getattr(getattr(self.config, section), name)
 
     @property
     def nodes(self) -> int:
@@ -109,13 +115,9 @@ class Planner:
         rows = -(-config.training.global_batch_size // data_ranks)
         if rows < config.training.micro_batch_size:  # no rank runs more rows at once than it has
             config = with_changes(config, {"training.micro_batch_size": rows})
-        training = config.training
-        kept = gradient_bytes(config, "gpu")
-        key = (training.activation_checkpointing, training.micro_batch_size, config.parallel.time, kept)
-        if key not in self._traces:
-            self._traces[key] = trace(config, self.vocab_size, "gpu", kept)
-        traced, sizes = self._traces[key], sizes_of(self.model)
-        costs = optimizer_costs(config, self.model, self.gpus)
+        sizes, costs = sizes_of(self.model), optimizer_costs(config, self.model, self.gpus)
+        config = self._settled(config, sizes, costs)
+        training, traced = config.training, self._traced(config)
         sent = exchange(config, sizes, traced.sent, self.gpus)
         moved = sum(segment.moved for segment in _segments(traced))
         return RunPlan(
@@ -133,6 +135,35 @@ class Planner:
             bytes_per_token=moved / traced.tokens,
             checkpoint=round(4 * sizes.total * (1 + costs.per_element)),
         )
+
+    def _traced(self, config: Config) -> Trace:
+        """Of a micro-batch; blocks of both kinds, those that run again and those that do not, are traced once."""
+        training, kept = config.training, gradient_bytes(config, "gpu")
+
+        def uniform(again: bool) -> Trace:
+            key = (again, training.seq_len, training.micro_batch_size, config.parallel.time, kept)
+            if key not in self._traces:
+                self._traces[key] = uniform_trace(config, self.vocab_size, again, "gpu", kept)
+            return self._traces[key]
+
+        setting = training.activation_checkpointing
+        assert setting != "auto"
+        return mixed(uniform, checkpointed_blocks(setting, len(self.model.blocks)))
+
+    def _settled(self, config: Config, sizes: Sizes, costs: OptimizerCosts) -> Config:
+        """``activation_checkpointing: auto`` as so many blocks: the fewest that fit, or all where none do."""
+        if config.training.activation_checkpointing != "auto":
+            return config
+
+        def so_many(blocks: int) -> Config:
+            return with_changes(config, {"training.activation_checkpointing": blocks})
+
+        def peak_of(blocks: int) -> int:
+            return memory(config, self._traced(so_many(blocks)), sizes, costs, self.gpus).peak.total
+
+        n = len(self.model.blocks)
+        fewest = fewest_blocks(peak_of, n, self.device.usable)
+        return so_many(n if fewest is None else fewest)
 
     def remedy(self) -> tuple[Changes, RunPlan] | None:
         """The first change that makes the run fit, or the fewest of them in order; None: none does."""
@@ -180,8 +211,9 @@ class Planner:
 
     def _remedies(self) -> Iterator[list[Changes]]:
         training, parallel = self.config.training, self.config.parallel
-        if not training.activation_checkpointing:
-            yield [{"training.activation_checkpointing": True}]
+        again = training.activation_checkpointing
+        if again != "auto" and checkpointed_blocks(again, len(self.model.blocks)) < len(self.model.blocks):
+            yield [{"training.activation_checkpointing": "auto"}]
         yield [{"parallel.zero_stage": stage} for stage in range(parallel.zero_stage + 1, 4)]
         halves, micro = list[Changes](), training.micro_batch_size
         while micro > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def test_a_preset_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert "6,945,738,752" in out
     assert "8 × H100 SXM 80 GB: ZeRO 1, bf16, micro-batch 1 × 2,048 tokens, 32 a step" in out
     assert "does not fit: " in out
-    assert "fits with: training.activation_checkpointing=true" in out
+    assert re.search(r"fits with: training\.activation_checkpointing=\d+  \(7\d\.\d\d GiB, ", out)
     assert "or with: parallel.zero_stage=2" in out
     found = rows(out)
     for key in ("weights", "gradients", "optimizer", "activations", "loss head", "MFU", "cost", "checkpoint", "step"):

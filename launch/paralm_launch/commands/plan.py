@@ -102,9 +102,14 @@ def _show_parts(found: Parts) -> None:
 
 
 def _show_memory(planner: Planner, found: RunPlan) -> None:
+    from paralm.models.lm import checkpointed_blocks
+
     training, parallel = found.config.training, found.config.parallel
     shards = f", {parallel.time} time shards" if parallel.time > 1 else ""
-    again = ", activation checkpointing" if training.activation_checkpointing else ""
+    blocks, layers = checkpointed_blocks(training.activation_checkpointing, found.config.model.n_layers), ""
+    if blocks < found.config.model.n_layers:
+        layers = f" of {blocks} of {found.config.model.n_layers} blocks"
+    again = f", activation checkpointing{layers}" if blocks else ""
     say(
         f"\n{found.gpus} × {found.device.name}: ZeRO {parallel.zero_stage}{shards}, {training.precision}{again}, "
         f"micro-batch {training.micro_batch_size} × {found.traced.tokens // training.micro_batch_size:,} tokens, "
@@ -127,7 +132,7 @@ def _show_memory(planner: Planner, found: RunPlan) -> None:
     for lead, (changes, better) in zip(
         ("fits with", *["or with"] * 9), [remedy, *planner.others(remedy[0])], strict=False
     ):
-        words = " ".join(f"{key}={str(value).lower()}" for key, value in changes.items())
+        words = " ".join(f"{key}={str(better.value(key)).lower()}" for key in changes)
         host = f", {_size(better.memory.host)} of the host's" if better.memory.host else ""
         say(f"{lead}: {words}  ({_size(better.memory.peak.total)}{host}, {better.time.step:.3g} s a step)")
 
