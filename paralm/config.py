@@ -259,6 +259,9 @@ class OptimizerConfig(Section):
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.1
+    fused: bool | None = Field(
+        default=None, description="AdamW's update as one kernel; default: on a GPU, and where its states are offloaded"
+    )
     clip_grad_norm: NonNegativeFloat = Field(default=1.0, description="0: no clipping")
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     muon: MuonConfig = Field(default_factory=MuonConfig)

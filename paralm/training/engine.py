@@ -173,8 +173,8 @@ def build_engine(config: Config, vocab_size: int, world_size: int) -> tuple[Any,
             if bf16 and stage:
                 model.to(torch.bfloat16)
         model.set_activation_checkpointing(again)
-        on_cpu = config.parallel.offload_optimizer != "none"
-        optimizer = build_optimizer(model.parameter_groups(), config.optimizer, config.run.seed, on_cpu)
+        offloaded = config.parallel.offload_optimizer != "none"
+        optimizer = build_optimizer(model.parameter_groups(), config.optimizer, config.run.seed, offloaded)
         outer = Replicated(optimizer, config.optimizer.clip_grad_norm) if stage == 0 else optimizer
         engine, *_ = deepspeed.initialize(model=model, optimizer=outer, config=generated, dist_init_required=False)
         if isinstance(outer, Replicated) and bf16:

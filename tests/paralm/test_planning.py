@@ -227,6 +227,23 @@ def test_the_optimizers_states_are_those_it_makes() -> None:
     assert muon.per_element == pytest.approx(2 - sizes_of(model).matrices / total, rel=1e-3)
 
 
+def test_a_fused_update_moves_less_and_needs_no_room() -> None:
+    """Four tensors read and three written, 28 bytes an element; the other way makes temporary ones."""
+    model = build_model(configuration().model, VOCABULARY, 0, "meta")
+    costs = {
+        fused: optimizer_costs(configuration(optimizer={"fused": fused}), model, 4) for fused in (None, True, False)
+    }
+    assert costs[None] == costs[True]
+    elements = costs[True].state / 8
+    assert costs[True].moved == pytest.approx(28 * elements, rel=0.01)
+    assert costs[True].workspace == 0
+    assert costs[False].workspace > 0
+    assert costs[False].moved > 1.5 * costs[True].moved
+    assert costs[False].state == pytest.approx(costs[True].state, rel=1e-3)
+    muon = optimizer_costs(configuration(optimizer={"name": "muon"}), model, 4)
+    assert muon.workspace > 0
+
+
 def test_shares_fall_with_the_stage_and_the_ranks() -> None:
     def held(stage: int, gpus: int) -> dict[str, int]:
         config = configuration(parallel={"zero_stage": stage}, training={"global_batch_size": 2 * gpus})

@@ -133,6 +133,18 @@ def test_activation_checkpointing_changes_no_loss(make: Any, stage: int) -> None
     assert found[0] == found[1] == found[2]
 
 
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_fused_update_resumes_to_the_last_bit(make: Any, stage: int) -> None:
+    keys: dict[str, Any] = {"optimizer": {"fused": True}}
+    whole = make("whole", {"zero_stage": stage}, training={"max_steps": 4}, **keys)
+    train(whole, say=print)
+    with pytest.raises(StoppedError):
+        train(make("cut", {"zero_stage": stage}, training={"max_steps": 4, "stop_after_seconds": 1e-9}, **keys))
+    cut = make("cut", {"zero_stage": stage}, training={"max_steps": 4}, **keys)
+    train(cut, say=print)
+    assert losses(cut) == losses(whole)
+
+
 @pytest.mark.parametrize(("free", "blocks"), [(1 << 40, 0), (0, 2)])
 def test_activation_checkpointing_by_the_plan(
     make: Any, monkeypatch: pytest.MonkeyPatch, free: int, blocks: int
