@@ -11,7 +11,7 @@ against benchmarks/results/scaling.json.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from paralm.config import Config
 from paralm.errors import UserError
@@ -60,6 +60,11 @@ class Device:
 def usable_bytes(memory: float) -> float:
     """Of a device's memory, what a plan may fill."""
     return memory * (1 - FRAGMENTED) - RESERVED
+
+
+def with_room(device: Device, room: float) -> Device:
+    """The device with this part of what a plan may fill taken away."""
+    return replace(device, memory=(device.usable * (1 - room) + RESERVED) / (1 - FRAGMENTED))
 
 
 DEVICES = {
@@ -145,15 +150,18 @@ def step_time(
     device: Device,
     ranks: int,
     efficiency: float,
+    kernels: float = 1.0,
 ) -> Time:
-    """Expected, on ``ranks`` devices."""
+    """Expected, on ``ranks`` devices. ``efficiency``: of the peak, in products; ``kernels``: of a copy's bandwidth, in
+    fused kernels."""
     micros, stage = grad_accum_steps(config, ranks), config.parallel.zero_stage
 
     def seconds(segment: Segment) -> float:
         total = 0.0
         for work in segment.work:
             peak = device.fp32 if work.wide else device.bf16
-            total += max(work.flops / (peak * efficiency), work.moved / (device.bandwidth * COPY), LAUNCH)
+            bandwidth = device.bandwidth * COPY * (kernels if work.fused else 1.0)
+            total += max(work.flops / (peak * efficiency), work.moved / bandwidth, LAUNCH)
         return total
 
     # Products inside of fused kernels: once forward, twice backward, and once more where the forward is run again.

@@ -7,7 +7,7 @@ a smaller micro-batch, time shards, offloading. The first that fits is named; wh
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from paralm.config import Config
@@ -89,8 +89,10 @@ class Planner:
     device: Device
     gpus: int
     efficiency: float
+    kernels: float = 1.0
+    """Of a copy's bandwidth, in fused kernels."""
     model: LanguageModel = field(init=False)
-    _traces: dict[tuple[Any, ...], Trace] = field(default_factory=dict)
+    _traces: dict[tuple[Any, ...], Trace] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         per_node = self.device.per_node
@@ -100,8 +102,9 @@ class Planner:
                 f"--gpus: {self.gpus} is no number of whole nodes of {per_node}; use up to {per_node}, or a multiple "
                 f"such as {lower} or {lower + per_node}"
             )
-        if not 0 < self.efficiency <= 1:
-            raise UserError(f"--efficiency: {self.efficiency} is not above 0 and at most 1")
+        for name in ("efficiency", "kernels"):
+            if not 0 < getattr(self, name) <= 1:
+                raise UserError(f"--{name}: {getattr(self, name)} is not above 0 and at most 1")
         self.model = build_model(self.config.model, self.vocab_size, seed=0, device="meta")
         check_ranks(self.config, self.gpus)
         check_grid(self.config, self.model)
@@ -128,7 +131,9 @@ class Planner:
             sizes=sizes,
             traced=traced,
             exchange=sent,
-            time=step_time(config, traced, sent, costs, sizes, self.device, self.gpus, self.efficiency),
+            time=step_time(
+                config, traced, sent, costs, sizes, self.device, self.gpus, self.efficiency, self.kernels
+            ),
             micro_batches=grad_accum_steps(config, self.gpus),
             tokens_per_step=training.global_batch_size * training.seq_len,
             flops_per_token=flops_per_token(self.model, training.seq_len),
@@ -164,6 +169,12 @@ class Planner:
         n = len(self.model.blocks)
         fewest = fewest_blocks(peak_of, n, self.device.usable)
         return so_many(n if fewest is None else fewest)
+
+    def on(self, gpus: int | None = None, device: Device | None = None) -> Planner:
+        """The same run on other GPUs; what was traced stays known."""
+        other = replace(self, gpus=gpus or self.gpus, device=device or self.device)
+        other.model, other._traces = self.model, self._traces
+        return other
 
     def remedy(self) -> tuple[Changes, RunPlan] | None:
         """The first change that makes the run fit, or the fewest of them in order; None: none does."""

@@ -24,7 +24,7 @@ from paralm.errors import ConfigError
 from paralm.models.hybrid import layer_mixers
 from paralm.models.lm import Block, LanguageModel, checkpointed_blocks, construct_model
 from paralm.models.mixers.base import shard_time
-from paralm.planning.ledger import Ledger, Segment, Work, gpu_attention
+from paralm.planning.ledger import Ledger, Segment, gpu_attention
 from paralm.planning.shards import CountedShards
 
 On = Literal["gpu", "cpu"]
@@ -277,7 +277,7 @@ def _continued(half: Trace, whole: Trace, factor: float) -> Trace:
     def segment(a: Segment, b: Segment) -> Segment:
         scale = number(a.moved, b.moved) / max(1, b.moved)
         kernels = number(len(a.work), len(b.work)) / max(1, len(b.work))
-        work = [Work(w.flops * factor / kernels, round(w.moved * scale / kernels), w.wide) for w in b.work]
+        work = [replace(w, flops=w.flops * factor / kernels, moved=round(w.moved * scale / kernels)) for w in b.work]
         work = (work * max(1, round(kernels)))[: max(len(work), round(len(work) * kernels))]
         sizes = {key: number(getattr(a, key), getattr(b, key)) for key in ("begin", "peak", "end", "kernels")}
         return Segment(b.name, gradients=b.gradients, gradients_at_peak=b.gradients_at_peak, work=work, **sizes)
