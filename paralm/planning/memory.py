@@ -148,6 +148,11 @@ def memory(config: Config, traced: Trace, sizes: Sizes, costs: OptimizerCosts, r
     return Memory([Moment(m.name, {kind: int(m.kinds.get(kind, 0)) for kind in KINDS}) for m in kept], rank.host)
 
 
+def held_always(config: Config, sizes: Sizes, costs: OptimizerCosts, ranks: int, on: On = "gpu") -> int:
+    """Bytes that no activation is needed for: less than any peak."""
+    return int(sum(_Rank(config, sizes, costs, ranks, on).always().values()))
+
+
 def gradient_bytes(config: Config, on: On) -> int:
     """Of an element of a gradient that stays where autograd put it while others are made."""
     stage, overlap = config.parallel.zero_stage, on == "gpu" and config.parallel.overlap_comm is not False

@@ -16,7 +16,16 @@ from paralm.models import build_model
 from paralm.models.lm import LanguageModel, checkpointed_blocks, flops_per_token
 from paralm.planning.checkpointing import fewest_blocks, mixed
 from paralm.planning.cost import STORAGE, Device, Exchange, Time, exchange, step_time
-from paralm.planning.memory import Memory, OptimizerCosts, Sizes, gradient_bytes, memory, optimizer_costs, sizes_of
+from paralm.planning.memory import (
+    Memory,
+    OptimizerCosts,
+    Sizes,
+    gradient_bytes,
+    held_always,
+    memory,
+    optimizer_costs,
+    sizes_of,
+)
 from paralm.planning.trace import Trace, uniform_trace
 from paralm.training.engine import grad_accum_steps
 from paralm.training.grid import check_grid, check_ranks
@@ -93,6 +102,7 @@ class Planner:
     """Of a copy's bandwidth, in fused kernels."""
     model: LanguageModel = field(init=False)
     _traces: dict[tuple[Any, ...], Trace] = field(default_factory=dict, init=False)
+    _updates: dict[tuple[Any, ...], OptimizerCosts] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         per_node = self.device.per_node
@@ -118,7 +128,7 @@ class Planner:
         rows = -(-config.training.global_batch_size // data_ranks)
         if rows < config.training.micro_batch_size:  # no rank runs more rows at once than it has
             config = with_changes(config, {"training.micro_batch_size": rows})
-        sizes, costs = sizes_of(self.model), optimizer_costs(config, self.model, self.gpus)
+        sizes, costs = sizes_of(self.model), self._update(config)
         config = self._settled(config, sizes, costs)
         training, traced = config.training, self._traced(config)
         sent = exchange(config, sizes, traced.sent, self.gpus)
@@ -131,15 +141,24 @@ class Planner:
             sizes=sizes,
             traced=traced,
             exchange=sent,
-            time=step_time(
-                config, traced, sent, costs, sizes, self.device, self.gpus, self.efficiency, self.kernels
-            ),
+            time=step_time(config, traced, sent, costs, sizes, self.device, self.gpus, self.efficiency, self.kernels),
             micro_batches=grad_accum_steps(config, self.gpus),
             tokens_per_step=training.global_batch_size * training.seq_len,
             flops_per_token=flops_per_token(self.model, training.seq_len),
             bytes_per_token=moved / traced.tokens,
             checkpoint=round(4 * sizes.total * (1 + costs.per_element)),
         )
+
+    def hopeless(self, changes: Changes) -> bool:
+        """Whether weights, gradients and optimizer alone are too large; nothing is traced for it."""
+        config = with_changes(self.config, changes)
+        return held_always(config, sizes_of(self.model), self._update(config), self.gpus) > self.device.usable
+
+    def _update(self, config: Config) -> OptimizerCosts:
+        key = (config.parallel.zero_stage == 0, config.parallel.offload_optimizer, self.gpus)
+        if key not in self._updates:
+            self._updates[key] = optimizer_costs(config, self.model, self.gpus)
+        return self._updates[key]
 
     def _traced(self, config: Config) -> Trace:
         """Of a micro-batch; blocks of both kinds, those that run again and those that do not, are traced once."""
@@ -173,7 +192,7 @@ class Planner:
     def on(self, gpus: int | None = None, device: Device | None = None) -> Planner:
         """The same run on other GPUs; what was traced stays known."""
         other = replace(self, gpus=gpus or self.gpus, device=device or self.device)
-        other.model, other._traces = self.model, self._traces
+        other.model, other._traces, other._updates = self.model, self._traces, self._updates
         return other
 
     def remedy(self) -> tuple[Changes, RunPlan] | None:

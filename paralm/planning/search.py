@@ -47,20 +47,21 @@ def _order(plan: RunPlan) -> tuple[float, ...]:
     return parallel.zero_stage, parallel.time, round(plan.time.step, 6), plan.memory.peak.total
 
 
-def search(planner: Planner, times: Iterable[int] = (1,), room: float = ROOM) -> Found:
+def search(
+    planner: Planner, times: Iterable[int] = (1,), micro_batches: Iterable[int] | None = None, room: float = ROOM
+) -> Found:
     """Plan the grid on the planner's GPUs.
 
-    ``times``: numbers of time shards; what a mixer or the ranks cannot be cut into is left out. Micro-batches are
-    powers of two, as long as each makes fewer micro-batches a step and the one before fitted somewhere. ``room``: part
-    of the fillable memory that stays free.
+    ``times``: numbers of time shards; what a mixer or the ranks cannot be cut into is left out. ``micro_batches``:
+    default: powers of two, as long as each makes fewer micro-batches a step and the one before fitted somewhere.
+    ``room``: part of the fillable memory that stays free.
     """
     planner = planner.on(device=with_room(planner.device, room))
     plans, tried = list[RunPlan](), 0
     for time in times:
-        for micro in _micro_batches(planner, time):
-            row = [plan for stage in STAGES if (plan := _plan(planner, (stage, time, micro))) is not None]
-            fitting = [plan for plan in row if plan.fits]
-            plans, tried = plans + fitting, tried + len(row)
+        for micro in micro_batches or _micro_batches(planner, time):
+            fitting = [plan for stage in STAGES if (plan := _plan(planner, (stage, time, micro))) is not None]
+            plans, tried = plans + fitting, tried + len(STAGES)
             if not fitting:
                 break
     return Found(sorted(plans, key=lambda plan: (round(plan.time.step, 6), _order(plan))), tried)
@@ -78,11 +79,15 @@ def _micro_batches(planner: Planner, time: int) -> Iterator[int]:
 
 
 def _plan(planner: Planner, asked: tuple[int, int, int]) -> RunPlan | None:
-    """None: it cannot be. Mixers that take turns over time do so at no stage 3, and with no block that runs again."""
+    """None: it cannot be, or does not fit. Mixers that take turns over time do so at no stage 3, and with no block that
+    runs again."""
     for again in ("auto", False):
         changes: Changes = dict(zip(CHOSEN, (*asked, again), strict=True))
+        if planner.hopeless(changes):
+            return None
         try:
-            return planner.plan(changes)
+            found = planner.plan(changes)
         except ConfigError:
             continue
+        return found if found.fits else None
     return None
