@@ -15,6 +15,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 
@@ -194,7 +195,11 @@ class TrainingConfig(Section):
     global_batch_size: PositiveInt = Field(default=16, description="sequences a step, over all ranks")
     micro_batch_size: PositiveInt = Field(default=16, description="sequences a rank runs at once")
     precision: Literal["fp32", "bf16"] = "fp32"
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool | int | Literal["auto"] = Field(
+        default=False,
+        description="blocks of which the backward knows the input only and runs them again: all, none, the first so "
+        "many, or auto: as few as fit the device's memory, by the plan",
+    )
     carry_state: bool = Field(default=False, description="truncated back-propagation; needs data.order: lanes")
     initial_state: Literal["zero", "passed", "noise"] = Field(
         default="zero",
@@ -213,6 +218,13 @@ class TrainingConfig(Section):
     hang_timeout: PositiveFloat = Field(default=1800.0, description="seconds without a step before stacks are dumped")
     profile_steps: tuple[int, int] | None = Field(default=None, description="first and last step of a profiler trace")
     threads: PositiveInt | None = Field(default=None, description="torch threads a rank; default: what torch chose")
+
+    @field_validator("activation_checkpointing", mode="before")
+    @classmethod
+    def _blocks(cls, value: Any) -> Any:
+        if value != "auto" and (not isinstance(value, int) or value < 0):
+            raise ValueError(f"expected true, false, auto or a number of blocks, got {value}")
+        return value
 
 
 class ScheduleConfig(Section):
@@ -249,6 +261,9 @@ class OptimizerConfig(Section):
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.1
+    fused: bool | None = Field(
+        default=None, description="AdamW's update as one kernel; default: on a GPU, and where its states are offloaded"
+    )
     clip_grad_norm: NonNegativeFloat = Field(default=1.0, description="0: no clipping")
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     muon: MuonConfig = Field(default_factory=MuonConfig)
@@ -392,6 +407,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Config:
+        again, layers = self.training.activation_checkpointing, self.model.n_layers
+        if isinstance(again, int) and not isinstance(again, bool) and again > layers:
+            raise ValueError(f"training.activation_checkpointing is {again} blocks, and model.n_layers {layers}")
         if self.training.carry_state and self.data.synthetic is not None:
             raise ValueError("training.carry_state is of text: every row of data.synthetic is a whole example")
         if self.training.initial_state != "zero" and self.data.synthetic is not None:

@@ -109,7 +109,7 @@ class LanguageModel(nn.Module):
         )
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = Head(config, vocab_size)
-        self.activation_checkpointing = False
+        self.checkpointed = 0
         declare(self.embedding, "weight", normal(_embedding_std(config)), decay=True, matrix=False)
 
     @property
@@ -180,7 +180,7 @@ class LanguageModel(nn.Module):
         stats: dict[str, Tensor | float] = {}
         for layer, block in enumerate(self.layers):
             run = block if keep_state else block.forward_without_state
-            if self.activation_checkpointing and torch.is_grad_enabled():
+            if layer < self.checkpointed and torch.is_grad_enabled():
                 x, layer_state = checkpoint(run, x, before[layer], reset, use_reentrant=False)
             else:
                 x, layer_state = run(x, before[layer], reset)
@@ -205,9 +205,12 @@ class LanguageModel(nn.Module):
         """The state before anything was read: ``{"layers": (…)}``, every leaf a tensor with the batch first."""
         return {"layers": tuple(mixer.initial_state(batch, device, dtype) for mixer in self.mixers)}
 
-    def set_activation_checkpointing(self, enabled: bool) -> None:
-        """Keep only each block's input for the backward, and run the block again there."""
-        self.activation_checkpointing = enabled
+    def set_activation_checkpointing(self, blocks: bool | int) -> None:
+        """Keep only a block's input for the backward, and run the block again there: all, none, or the first so many.
+
+        The first ones, since the backward comes to them last: what the others kept is gone by then.
+        """
+        self.checkpointed = checkpointed_blocks(blocks, len(self.blocks))
 
     def init_weights(self, seed: int) -> None:
         """Fill every parameter: a pure function of (seed, parameter name)."""
@@ -216,6 +219,11 @@ class LanguageModel(nn.Module):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """As :func:`paralm.models.parameters.parameter_groups`; every parameter is in exactly one."""
         return parameter_groups(self)
+
+
+def checkpointed_blocks(setting: bool | int, n_layers: int) -> int:
+    """How many of the first blocks run again in the backward."""
+    return n_layers if setting is True else int(setting)
 
 
 def _embedding_std(config: ModelConfig) -> float:

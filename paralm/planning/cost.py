@@ -11,7 +11,7 @@ against benchmarks/results/scaling.json.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from paralm.config import Config
 from paralm.errors import UserError
@@ -54,7 +54,17 @@ class Device:
     @property
     def usable(self) -> float:
         """Bytes that a plan may fill."""
-        return self.memory * (1 - FRAGMENTED) - RESERVED
+        return usable_bytes(self.memory)
+
+
+def usable_bytes(memory: float) -> float:
+    """Of a device's memory, what a plan may fill."""
+    return memory * (1 - FRAGMENTED) - RESERVED
+
+
+def with_room(device: Device, room: float) -> Device:
+    """The device with this part of what a plan may fill taken away."""
+    return replace(device, memory=(device.usable * (1 - room) + RESERVED) / (1 - FRAGMENTED))
 
 
 DEVICES = {
@@ -140,25 +150,30 @@ def step_time(
     device: Device,
     ranks: int,
     efficiency: float,
+    kernels: float = 1.0,
 ) -> Time:
-    """Expected, on ``ranks`` devices."""
+    """Expected, on ``ranks`` devices. ``efficiency``: of the peak, in products; ``kernels``: of a copy's bandwidth, in
+    fused kernels."""
     micros, stage = grad_accum_steps(config, ranks), config.parallel.zero_stage
 
     def seconds(segment: Segment) -> float:
         total = 0.0
         for work in segment.work:
             peak = device.fp32 if work.wide else device.bf16
-            total += max(work.flops / (peak * efficiency), work.moved / (device.bandwidth * COPY), LAUNCH)
+            bandwidth = device.bandwidth * COPY * (kernels if work.fused else 1.0)
+            total += max(work.flops / (peak * efficiency), work.moved / bandwidth, LAUNCH)
         return total
 
     # Products inside of fused kernels: once forward, twice backward, and once more where the forward is run again.
     fused = [flops / (device.bf16 * efficiency) for flops in traced.extra_flops]
-    again = 3 if config.training.activation_checkpointing else 2
     # Ranks that take turns over pieces of a micro-batch wait while the first pieces come and the last ones go.
     pieces = min(config.training.micro_batch_size, config.parallel.time)
     turns = [(config.parallel.time + pieces - 1) / pieces if relays else 1.0 for relays in traced.relays]
     forward = [(seconds(s) + extra) * wait for s, extra, wait in zip(traced.forward, fused, turns, strict=True)]
-    backward = [(seconds(s) + again * extra) * w for s, extra, w in zip(traced.backward, fused, turns, strict=True)]
+    backward = [
+        (seconds(s) + (3 if again else 2) * extra) * wait
+        for s, extra, wait, again in zip(traced.backward, fused, turns, traced.again, strict=True)
+    ]
     ends = sum(map(seconds, (traced.embedding, traced.head, traced.head_backward, traced.embedding_backward)))
     back = sum(backward[kind] for kind in traced.layers)
     micro = ends + back + sum(forward[kind] for kind in traced.layers)

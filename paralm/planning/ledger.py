@@ -22,11 +22,13 @@ from torch.utils.flop_counter import flop_registry
 
 @dataclass(frozen=True)
 class Work:
-    """One kernel: matrix-product FLOPs, bytes read and written, and whether the products are of float32."""
+    """One kernel: matrix-product FLOPs, bytes read and written, whether the products are of float32, and whether it is
+    one of ours, fused."""
 
     flops: float
     moved: int
     wide: bool = False
+    fused: bool = False
 
 
 @dataclass
@@ -94,7 +96,7 @@ class Ledger(TorchDispatchMode):
         """A fused kernel that would have started."""
         each = {(x.untyped_storage()._cdata, x.storage_offset(), tuple(x.shape)): x for x in tensors}
         self.segments[-1].kernels += 1
-        self.segments[-1].work.append(Work(0.0, sum(map(_size, each.values()))))
+        self.segments[-1].work.append(Work(0.0, sum(map(_size, each.values())), fused=True))
 
     def _forget(self, x: Tensor) -> Any:
         key = x.untyped_storage()._cdata

@@ -25,7 +25,7 @@ from paralm.models.lm import LanguageModel
 from paralm.planning.ledger import Ledger
 from paralm.planning.trace import On, Trace
 from paralm.training.engine import deepspeed_config, grad_accum_steps, reduce_after_backward
-from paralm.training.optimizers import build_optimizer
+from paralm.training.optimizers import Partitioned, build_optimizer, is_fused
 
 KINDS = ("weights", "gradients", "optimizer", "activations", "states", "communication", "loss head", "workspace")
 ENGINE_BUCKET = 500_000_000
@@ -100,7 +100,8 @@ def optimizer_costs(config: Config, model: LanguageModel, ranks: int, on: On = "
         shapes = [p.numel() for p in group["params"]]
         flats = shapes if config.parallel.zero_stage == 0 else [-(-sum(shapes) // ranks)]
         groups.append({**group, "params": [nn.Parameter(torch.empty(n, device="meta")) for n in flats]})
-    optimizer = build_optimizer(groups, config.optimizer, config.run.seed)
+    fused = is_fused(config.optimizer, on == "gpu", config.parallel.offload_optimizer != "none")
+    optimizer = build_optimizer(groups, config.optimizer.model_copy(update={"fused": False}), config.run.seed)
     optimizer.noise = None
     flats = [p for group in optimizer.param_groups for p in group["params"]]
     for group in optimizer.param_groups:
@@ -113,12 +114,27 @@ def optimizer_costs(config: Config, model: LanguageModel, ranks: int, on: On = "
     ledger.take([*flats, *(flat.grad for flat in flats if flat.grad is not None)])
     with ledger:
         optimizer.step()
+        adam = _fuse(optimizer) if fused else 0
         ledger.mark("update")
         optimizer.step()
         ledger.mark("end")
     update = next(segment for segment in ledger.segments if segment.name == "update")
     elements = sum(flat.numel() for flat in flats)
-    return OptimizerCosts(update.begin, update.peak - update.begin, update.moved, update.begin / 4 / elements)
+    written = 3 * 4 * adam  # master and both moments: an operation's results that are its arguments are not told
+    return OptimizerCosts(update.begin, update.peak - update.begin, update.moved + written, update.begin / 4 / elements)
+
+
+def _fuse(optimizer: Partitioned) -> int:
+    """Let the next update of an optimizer without values be fused, which torch refuses to make from the start; the
+    elements that it updates so."""
+    elements = 0
+    for group in optimizer.param_groups:
+        group["fused"], group["foreach"] = True, False
+        for flat in group["params"]:
+            if "step" in optimizer.state[flat]:
+                optimizer.state[flat]["step"] = torch.empty((), device="meta")
+                elements += flat.numel()
+    return elements
 
 
 def memory(config: Config, traced: Trace, sizes: Sizes, costs: OptimizerCosts, ranks: int, on: On = "gpu") -> Memory:
@@ -130,6 +146,11 @@ def memory(config: Config, traced: Trace, sizes: Sizes, costs: OptimizerCosts, r
     carried = traced.state_bytes * (grad_accum_steps(config, ranks) - 1) if config.training.carry_state else 0
     kept = [Moment(m.name, {**m.kinds, "states": m.kinds.get("states", 0) + carried}) for m in moments]
     return Memory([Moment(m.name, {kind: int(m.kinds.get(kind, 0)) for kind in KINDS}) for m in kept], rank.host)
+
+
+def held_always(config: Config, sizes: Sizes, costs: OptimizerCosts, ranks: int, on: On = "gpu") -> int:
+    """Bytes that no activation is needed for: less than any peak."""
+    return int(sum(_Rank(config, sizes, costs, ranks, on).always().values()))
 
 
 def gradient_bytes(config: Config, on: On) -> int:

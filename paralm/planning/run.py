@@ -7,16 +7,26 @@ a smaller micro-batch, time shards, offloading. The first that fits is named; wh
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from paralm.config import Config
 from paralm.errors import ConfigError, UserError
 from paralm.models import build_model
-from paralm.models.lm import LanguageModel, flops_per_token
+from paralm.models.lm import LanguageModel, checkpointed_blocks, flops_per_token
+from paralm.planning.checkpointing import fewest_blocks, mixed
 from paralm.planning.cost import STORAGE, Device, Exchange, Time, exchange, step_time
-from paralm.planning.memory import Memory, Sizes, gradient_bytes, memory, optimizer_costs, sizes_of
-from paralm.planning.trace import Trace, trace
+from paralm.planning.memory import (
+    Memory,
+    OptimizerCosts,
+    Sizes,
+    gradient_bytes,
+    held_always,
+    memory,
+    optimizer_costs,
+    sizes_of,
+)
+from paralm.planning.trace import Trace, uniform_trace
 from paralm.training.engine import grad_accum_steps
 from paralm.training.grid import check_grid, check_ranks
 
@@ -60,6 +70,11 @@ class RunPlan:
         peak = self.device.bf16 if self.config.training.precision == "bf16" else self.device.fp32
         return self.flops_per_token * self.tokens_per_step / (self.time.step * self.gpus * peak)
 
+    def value(self, key: str) -> Any:
+        """Of a dotted key of two parts, as it was planned: a number where ``auto`` was asked for."""
+        section, name = key.split(".")
+        return getattr(getattr(self.config, section), name)
+
     @property
     def nodes(self) -> int:
         return -(-self.gpus // self.device.per_node)
@@ -83,8 +98,11 @@ class Planner:
     device: Device
     gpus: int
     efficiency: float
+    kernels: float = 1.0
+    """Of a copy's bandwidth, in fused kernels."""
     model: LanguageModel = field(init=False)
-    _traces: dict[tuple[Any, ...], Trace] = field(default_factory=dict)
+    _traces: dict[tuple[Any, ...], Trace] = field(default_factory=dict, init=False)
+    _updates: dict[tuple[Any, ...], OptimizerCosts] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         per_node = self.device.per_node
@@ -94,8 +112,9 @@ class Planner:
                 f"--gpus: {self.gpus} is no number of whole nodes of {per_node}; use up to {per_node}, or a multiple "
                 f"such as {lower} or {lower + per_node}"
             )
-        if not 0 < self.efficiency <= 1:
-            raise UserError(f"--efficiency: {self.efficiency} is not above 0 and at most 1")
+        for name in ("efficiency", "kernels"):
+            if not 0 < getattr(self, name) <= 1:
+                raise UserError(f"--{name}: {getattr(self, name)} is not above 0 and at most 1")
         self.model = build_model(self.config.model, self.vocab_size, seed=0, device="meta")
         check_ranks(self.config, self.gpus)
         check_grid(self.config, self.model)
@@ -109,13 +128,9 @@ class Planner:
         rows = -(-config.training.global_batch_size // data_ranks)
         if rows < config.training.micro_batch_size:  # no rank runs more rows at once than it has
             config = with_changes(config, {"training.micro_batch_size": rows})
-        training = config.training
-        kept = gradient_bytes(config, "gpu")
-        key = (training.activation_checkpointing, training.micro_batch_size, config.parallel.time, kept)
-        if key not in self._traces:
-            self._traces[key] = trace(config, self.vocab_size, "gpu", kept)
-        traced, sizes = self._traces[key], sizes_of(self.model)
-        costs = optimizer_costs(config, self.model, self.gpus)
+        sizes, costs = sizes_of(self.model), self._update(config)
+        config = self._settled(config, sizes, costs)
+        training, traced = config.training, self._traced(config)
         sent = exchange(config, sizes, traced.sent, self.gpus)
         moved = sum(segment.moved for segment in _segments(traced))
         return RunPlan(
@@ -126,13 +141,59 @@ class Planner:
             sizes=sizes,
             traced=traced,
             exchange=sent,
-            time=step_time(config, traced, sent, costs, sizes, self.device, self.gpus, self.efficiency),
+            time=step_time(config, traced, sent, costs, sizes, self.device, self.gpus, self.efficiency, self.kernels),
             micro_batches=grad_accum_steps(config, self.gpus),
             tokens_per_step=training.global_batch_size * training.seq_len,
             flops_per_token=flops_per_token(self.model, training.seq_len),
             bytes_per_token=moved / traced.tokens,
             checkpoint=round(4 * sizes.total * (1 + costs.per_element)),
         )
+
+    def hopeless(self, changes: Changes) -> bool:
+        """Whether weights, gradients and optimizer alone are too large; nothing is traced for it."""
+        config = with_changes(self.config, changes)
+        return held_always(config, sizes_of(self.model), self._update(config), self.gpus) > self.device.usable
+
+    def _update(self, config: Config) -> OptimizerCosts:
+        key = (config.parallel.zero_stage == 0, config.parallel.offload_optimizer, self.gpus)
+        if key not in self._updates:
+            self._updates[key] = optimizer_costs(config, self.model, self.gpus)
+        return self._updates[key]
+
+    def _traced(self, config: Config) -> Trace:
+        """Of a micro-batch; blocks of both kinds, those that run again and those that do not, are traced once."""
+        training, kept = config.training, gradient_bytes(config, "gpu")
+
+        def uniform(again: bool) -> Trace:
+            key = (again, training.seq_len, training.micro_batch_size, config.parallel.time, kept)
+            if key not in self._traces:
+                self._traces[key] = uniform_trace(config, self.vocab_size, again, "gpu", kept)
+            return self._traces[key]
+
+        setting = training.activation_checkpointing
+        assert setting != "auto"
+        return mixed(uniform, checkpointed_blocks(setting, len(self.model.blocks)))
+
+    def _settled(self, config: Config, sizes: Sizes, costs: OptimizerCosts) -> Config:
+        """``activation_checkpointing: auto`` as so many blocks: the fewest that fit, or all where none do."""
+        if config.training.activation_checkpointing != "auto":
+            return config
+
+        def so_many(blocks: int) -> Config:
+            return with_changes(config, {"training.activation_checkpointing": blocks})
+
+        def peak_of(blocks: int) -> int:
+            return memory(config, self._traced(so_many(blocks)), sizes, costs, self.gpus).peak.total
+
+        n = len(self.model.blocks)
+        fewest = fewest_blocks(peak_of, n, self.device.usable)
+        return so_many(n if fewest is None else fewest)
+
+    def on(self, gpus: int | None = None, device: Device | None = None) -> Planner:
+        """The same run on other GPUs; what was traced stays known."""
+        other = replace(self, gpus=gpus or self.gpus, device=device or self.device)
+        other.model, other._traces, other._updates = self.model, self._traces, self._updates
+        return other
 
     def remedy(self) -> tuple[Changes, RunPlan] | None:
         """The first change that makes the run fit, or the fewest of them in order; None: none does."""
@@ -180,8 +241,9 @@ class Planner:
 
     def _remedies(self) -> Iterator[list[Changes]]:
         training, parallel = self.config.training, self.config.parallel
-        if not training.activation_checkpointing:
-            yield [{"training.activation_checkpointing": True}]
+        again = training.activation_checkpointing
+        if again != "auto" and checkpointed_blocks(again, len(self.model.blocks)) < len(self.model.blocks):
+            yield [{"training.activation_checkpointing": "auto"}]
         yield [{"parallel.zero_stage": stage} for stage in range(parallel.zero_stage + 1, 4)]
         halves, micro = list[Changes](), training.micro_batch_size
         while micro > 1:

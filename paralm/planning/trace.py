@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -22,9 +22,9 @@ from paralm.batching import state_nbytes
 from paralm.config import Config
 from paralm.errors import ConfigError
 from paralm.models.hybrid import layer_mixers
-from paralm.models.lm import Block, LanguageModel, construct_model
+from paralm.models.lm import Block, LanguageModel, checkpointed_blocks, construct_model
 from paralm.models.mixers.base import shard_time
-from paralm.planning.ledger import Ledger, Segment, Work, gpu_attention
+from paralm.planning.ledger import Ledger, Segment, gpu_attention
 from paralm.planning.shards import CountedShards
 
 On = Literal["gpu", "cpu"]
@@ -55,12 +55,29 @@ class Trace:
     """Of each kind: forward matrix-product FLOPs inside of fused kernels."""
     relays: list[bool]
     """Of each kind: whether time shards take turns in it."""
+    again: list[bool]
+    """Of each kind: whether its forward is run again in the backward."""
 
 
 def trace(config: Config, vocab_size: int, on: On = "gpu", gradient_bytes: int = 0) -> Trace:
     """Run one micro-batch without values. ``gradient_bytes``: of a finished gradient's element while others are made;
-    it decides which moment is the peak. Raises ConfigError for a model that cannot be."""
+    it decides which moment is the peak. ``training.activation_checkpointing`` must be settled, not auto. Raises
+    ConfigError for a model that cannot be."""
+    setting, n = config.training.activation_checkpointing, config.model.n_layers
+    if setting == "auto":
+        raise ValueError("training.activation_checkpointing: auto is not settled")
+    blocks = checkpointed_blocks(setting, n)
+    if 0 < blocks < n:
+        both = (uniform_trace(config, vocab_size, again, on, gradient_bytes) for again in (False, True))
+        return partly_again(*both, blocks)
+    return uniform_trace(config, vocab_size, blocks > 0, on, gradient_bytes)
+
+
+def uniform_trace(config: Config, vocab_size: int, again: bool, on: On, gradient_bytes: int) -> Trace:
+    """As :func:`trace`, every block or none of them run again in the backward."""
     steps = -(-config.training.seq_len // config.parallel.time)
+    training = config.training.model_copy(update={"activation_checkpointing": again})
+    config = config.model_copy(update={"training": training})
     try:
         return _of_length(config, vocab_size, on, gradient_bytes, steps, resets=True)
     except (NotImplementedError, RuntimeError, TypeError):
@@ -104,6 +121,7 @@ def _without_values(on: On, ledger: Ledger) -> Iterator[str]:
 
 def _run(config: Config, vocab_size: int, on: On, gradient_bytes: int, steps: int, resets: bool) -> Trace:
     training, rows = config.training, config.training.micro_batch_size
+    again = training.activation_checkpointing is True
     ledger = Ledger(gradient_bytes)
     dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
     with torch.device("meta"):
@@ -113,7 +131,7 @@ def _run(config: Config, vocab_size: int, on: On, gradient_bytes: int, steps: in
     with _without_values(on, ledger) as device:
         if device != "meta":
             _move(model, device)
-        model.set_activation_checkpointing(training.activation_checkpointing)
+        model.set_activation_checkpointing(again)
         shards = CountedShards(config.parallel.time) if config.parallel.time > 1 else None
         shard_time(model, shards)
         ledger.take(list(model.parameters()))
@@ -145,6 +163,7 @@ def _run(config: Config, vocab_size: int, on: On, gradient_bytes: int, steps: in
         resets=resets,
         extra_flops=[f if seg.kernels else 0.0 for f, seg in zip(flops, forward, strict=True)],
         relays=[shards is not None and not block.mixer.joins_shards for block in kinds],
+        again=[again] * len(kinds),
     )
 
 
@@ -258,7 +277,7 @@ def _continued(half: Trace, whole: Trace, factor: float) -> Trace:
     def segment(a: Segment, b: Segment) -> Segment:
         scale = number(a.moved, b.moved) / max(1, b.moved)
         kernels = number(len(a.work), len(b.work)) / max(1, len(b.work))
-        work = [Work(w.flops * factor / kernels, round(w.moved * scale / kernels), w.wide) for w in b.work]
+        work = [replace(w, flops=w.flops * factor / kernels, moved=round(w.moved * scale / kernels)) for w in b.work]
         work = (work * max(1, round(kernels)))[: max(len(work), round(len(work) * kernels))]
         sizes = {key: number(getattr(a, key), getattr(b, key)) for key in ("begin", "peak", "end", "kernels")}
         return Segment(b.name, gradients=b.gradients, gradients_at_peak=b.gradients_at_peak, work=work, **sizes)
@@ -280,4 +299,21 @@ def _continued(half: Trace, whole: Trace, factor: float) -> Trace:
         resets=whole.resets,
         extra_flops=[flops * factor for flops in whole.extra_flops],
         relays=whole.relays,
+        again=whole.again,
+    )
+
+
+def partly_again(kept: Trace, again: Trace, blocks: int) -> Trace:
+    """Of a model of which the first ``blocks`` run again in the backward: from its traces without and with that."""
+    n, kinds = len(kept.layers), len(kept.forward)
+    more = {key: again.sent.get(key, 0) - size for key, size in kept.sent.items()}
+    return replace(
+        kept,
+        layers=[kind + kinds * (layer < blocks) for layer, kind in enumerate(kept.layers)],
+        forward=kept.forward + again.forward,
+        backward=kept.backward + again.backward,
+        sent={key: size + more[key] * blocks // n for key, size in kept.sent.items()},
+        extra_flops=kept.extra_flops + again.extra_flops,
+        relays=kept.relays + again.relays,
+        again=kept.again + again.again,
     )

@@ -156,6 +156,11 @@ def build_engine(config: Config, vocab_size: int, world_size: int) -> tuple[Any,
     _check_nvme(config)
     stage = config.parallel.zero_stage
     bf16 = config.training.precision == "bf16"
+    again = config.training.activation_checkpointing
+    if again == "auto":
+        from paralm.planning.checkpointing import settle_here  # it asks this module what DeepSpeed is told
+
+        again = settle_here(config, blueprint, vocab_size, world_size, device())
     with _refusals(config), contextlib.redirect_stdout(io.StringIO()):  # it prints the machine's memory six times
         if stage == 3:
             # Without its dtype argument, which on a CPU means bf16 whatever it says (0.19.8).
@@ -167,9 +172,9 @@ def build_engine(config: Config, vocab_size: int, world_size: int) -> tuple[Any,
                 parameter.detach().zero_()
             if bf16 and stage:
                 model.to(torch.bfloat16)
-        model.set_activation_checkpointing(config.training.activation_checkpointing)
-        on_cpu = config.parallel.offload_optimizer != "none"
-        optimizer = build_optimizer(model.parameter_groups(), config.optimizer, config.run.seed, on_cpu)
+        model.set_activation_checkpointing(again)
+        offloaded = config.parallel.offload_optimizer != "none"
+        optimizer = build_optimizer(model.parameter_groups(), config.optimizer, config.run.seed, offloaded)
         outer = Replicated(optimizer, config.optimizer.clip_grad_norm) if stage == 0 else optimizer
         engine, *_ = deepspeed.initialize(model=model, optimizer=outer, config=generated, dist_init_required=False)
         if isinstance(outer, Replicated) and bf16:

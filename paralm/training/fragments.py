@@ -162,8 +162,9 @@ class EngineFragments:
                             state[key] = torch.zeros_like(flat)
                         fragment.view(state[key]).copy_(read(key, *where))
                 if any(torch.is_tensor(value) and value.shape == flat.shape for value in state.values()):
-                    for key, value in scalars.items():
-                        state[key] = torch.tensor(value, dtype=torch.float32)
+                    fused = self.optimizer.param_groups[self.groups[index]].get("fused")
+                    for key, value in scalars.items():  # a fused kernel looks for them on its device
+                        state[key] = torch.tensor(value, dtype=torch.float32, device=flat.device if fused else None)
                 if self.stage == 3:
                     self.zero._reassign_or_swap_out_partitioned_parameters(index)
         if self.stage == 0:

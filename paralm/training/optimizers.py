@@ -161,14 +161,19 @@ OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], OptimizerConfig, dict[str,
 }
 
 
+def is_fused(config: OptimizerConfig, on_gpu: bool, offloaded: bool = False) -> bool:
+    """Whether AdamW updates in one kernel, torch's own (DeepSpeed's would have to be compiled on the machine)."""
+    return config.fused if config.fused is not None else on_gpu or offloaded
+
+
 def build_optimizer(
-    groups: list[dict[str, Any]], config: OptimizerConfig, seed: int = 0, on_cpu: bool = False
+    groups: list[dict[str, Any]], config: OptimizerConfig, seed: int = 0, offloaded: bool = False
 ) -> Partitioned:
     """An optimizer over the model's explicit groups.
 
     ``groups``: as from ``LanguageModel.parameter_groups()``: ``params``, ``names``, ``weight_decay`` (whether
-    the group decays), ``clamp`` (bound or None) and ``matrix``. ``seed``: of the gradient noise. ``on_cpu``: the
-    states are offloaded to the host (torch's fused kernel there needs no extension of DeepSpeed's to be compiled).
+    the group decays), ``clamp`` (bound or None) and ``matrix``. ``seed``: of the gradient noise. ``offloaded``: the
+    states are on the host.
     """
     prepared = [
         {
@@ -180,7 +185,8 @@ def build_optimizer(
         for group in groups
         if group["params"]
     ]
-    optimizer = OPTIMIZERS[config.name](prepared, config, {"fused": True} if on_cpu else {})
+    fused = is_fused(config, torch.cuda.is_available(), offloaded)
+    optimizer = OPTIMIZERS[config.name](prepared, config, {"fused": True} if fused else {})
     if config.gradient_noise.eta > 0:
         optimizer.noise = GradientNoise(config.gradient_noise.eta, config.gradient_noise.gamma, seed)
     return optimizer

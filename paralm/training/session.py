@@ -235,6 +235,11 @@ class Session:
         self.shapes = {name: tuple(p.shape) for name, p in self.blueprint.named_parameters()}
         self.engine, self.optimizer = build_engine(config, self.vocab_size, self.world_size)
         self.model = self.engine.module
+        if config.training.activation_checkpointing == "auto" and self.rank == 0:
+            self.say(
+                f"training.activation_checkpointing: auto: {self.model.checkpointed} of {config.model.n_layers} blocks "
+                "run again in the backward"
+            )
         self.fragments = EngineFragments(self.engine, self.rank, self.world_size)
         self.optimizer.bind(self.fragments, self.shapes, self.device)
         self.shards = self.grid.shards(config.parallel.collective_timeout)

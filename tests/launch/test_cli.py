@@ -221,6 +221,7 @@ def test_show_prints_a_configuration_with_origins(run: Run, tmp_path: Path, monk
 
 def test_show_prints_what_deepspeed_is_given(run: Run) -> None:
     code, out, _ = run("config", "show", "quickstart", "parallel.zero_stage=2", "launcher.ranks=4")
+    assert "\n# adamw updates an operation at a time on this machine, in one kernel on a GPU: optimizer.fused\n" in out
     assert code == 0
     _, found, text = out.partition("# DeepSpeed's configuration on 4 ranks, generated from the above:\n")
     assert found

@@ -52,6 +52,15 @@ DAMAGED = [
     Damaged(
         "vocabulary below the bytes", "data: {tokenizer: {vocab_size: 100}}\n", ("data.tokenizer.vocab_size", "300")
     ),
+    Damaged("blocks below none", "training: {activation_checkpointing: -1}\n", ("activation_checkpointing", "got -1")),
+    Damaged(
+        "misspelt auto", "training:\n  activation_checkpointing: atuo\n", ("run.yaml:2", "auto or a number", "got atuo")
+    ),
+    Damaged(
+        "more blocks than there are",
+        "model: {n_layers: 2}\ntraining: {activation_checkpointing: 3}\n",
+        ("run.yaml:2", "training.activation_checkpointing", "model.n_layers 2"),
+    ),
     Damaged("a path for a name", "run: {name: ../other}\n", ("run.name", "got ../other")),
     # combinations
     Damaged("text without paths", "data:\n  source:\n    kind: text\n", ("run.yaml:2", "data.source", "'paths'")),

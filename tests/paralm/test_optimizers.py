@@ -16,12 +16,13 @@ from paralm.training.fragments import EngineFragments, Fragment
 from paralm.training.loop import train
 from paralm.training.metrics import read_metrics
 from paralm.training.muon import MatrixUpdate, newton_schulz
-from paralm.training.optimizers import OPTIMIZERS, GradientNoise, build_optimizer
+from paralm.training.optimizers import OPTIMIZERS, GradientNoise, build_optimizer, is_fused
 from paralm.training.rendezvous import start_distributed
 from paralm.training.replicated import Replicated
 from paralm.training.step import SpikeGuard
 from tests.conftest import settings
 
+FUSED_CASES = [(False, False), (True, False), (False, True)]
 SHAPES = {"w": (24, 16), "heads": (2, 8, 8), "vector": (16,), "bound": (16,)}
 
 
@@ -72,6 +73,28 @@ def test_a_skipped_step_changes_neither_weights_nor_state(name: str) -> None:
     inner.skip = False
     run(model, optimizer, 1)
     assert not any(torch.equal(a, b) for a, b in zip(before[:3], list(model.parameters())[:3], strict=True))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_fused_update_is_the_update(name: str) -> None:
+    """One kernel or many: the same up to rounding, noise, clamp and the share without decay included."""
+    keys: dict[str, Any] = {"name": name, "lr": 0.1, "gradient_noise": {"eta": 0.3}}
+    found = []
+    for fused in (False, True):
+        model, optimizer = make(OptimizerConfig(**keys, fused=fused))
+        assert all(bool(group["fused"]) == fused for group in optimizer.param_groups)
+        run(model, optimizer, 5)
+        found.append([p.detach() for p in model.parameters()])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
+
+
+def test_an_update_is_fused_on_a_gpu_and_where_states_are_offloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {fused: [is_fused(OptimizerConfig(fused=fused), *x) for x in FUSED_CASES] for fused in (None, True, False)}
+    assert asked == {None: [False, True, True], True: [True] * 3, False: [False] * 3}
+    assert not make(OptimizerConfig())[1].param_groups[0]["fused"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    groups = [{"params": [nn.Parameter(torch.zeros(3))], "weight_decay": True}]
+    assert build_optimizer(groups, OptimizerConfig()).param_groups[0]["fused"]
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

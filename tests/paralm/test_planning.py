@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from paralm.config_files import load_config
 from paralm.errors import ConfigError, UserError
 from paralm.models import build_model
 from paralm.planning import Planner, device_of
-from paralm.planning.cost import exchange
+from paralm.planning.cost import FRAGMENTED, RESERVED, exchange
 from paralm.planning.ledger import Ledger
 from paralm.planning.memory import optimizer_costs, sizes_of
 from paralm.planning.shards import CountedShards
@@ -141,6 +142,37 @@ def test_checkpointing_keeps_inputs_and_runs_blocks_again(mixer: str) -> None:
     assert sum(w.flops for w in again.backward[0].work) == pytest.approx(forward + backward - last)
 
 
+@pytest.mark.parametrize("mixer", ["paragru", "mamba2", "attention"])
+def test_some_blocks_that_run_again_lie_between_none_and_all(mixer: str) -> None:
+    """Memory falls (until it is one block's own that is most) and time rises with every block more; all of them, by
+    number, are the plan of `true`."""
+    made = planner(configuration({"name": mixer}, training={"seq_len": 512}))
+    found = [made.plan({"training.activation_checkpointing": blocks}) for blocks in range(4)]
+    again = [plan.time.compute for plan in found]
+    assert again == sorted(set(again))
+    kept = [max(moment.kinds["activations"] for moment in plan.memory.moments) for plan in found]
+    assert kept[0] > kept[1] > max(kept[2:])
+    for number, setting in ((0, False), (3, True)):
+        other = made.plan({"training.activation_checkpointing": setting})
+        assert (found[number].memory, found[number].time) == (other.memory, other.time)
+    assert found[1].traced.again == [False, True]
+    assert [found[1].traced.again[kind] for kind in found[1].traced.layers] == [True, False, False]
+
+
+def test_auto_takes_the_fewest_blocks_that_fit() -> None:
+    made = planner(configuration(training={"seq_len": 512}))
+    peaks = [made.plan({"training.activation_checkpointing": n}).memory.peak.total for n in range(4)]
+    assert peaks[0] > peaks[1] > peaks[2]
+    for peak in peaks:
+        memory = (peak + RESERVED) / (1 - FRAGMENTED) + 1
+        small = Planner(made.config, VOCABULARY, replace(made.device, memory=memory), 8, 0.8)
+        settled = small.plan({"training.activation_checkpointing": "auto"})
+        assert settled.value("training.activation_checkpointing") == peaks.index(next(p for p in peaks if p <= peak))
+        assert settled.fits
+    none = Planner(made.config, VOCABULARY, replace(made.device, memory=RESERVED), 8, 0.8)
+    assert none.plan({"training.activation_checkpointing": "auto"}).value("training.activation_checkpointing") == 3
+
+
 def test_time_shards_count_what_a_rank_sends() -> None:
     """Of the size of states: twice as long sequences send as much (paralm_kernels.time_shards)."""
     mixer = {"name": "mamba2", "d_state": 16, "head_dim": 16}
@@ -195,6 +227,23 @@ def test_the_optimizers_states_are_those_it_makes() -> None:
     assert muon.per_element == pytest.approx(2 - sizes_of(model).matrices / total, rel=1e-3)
 
 
+def test_a_fused_update_moves_less_and_needs_no_room() -> None:
+    """Four tensors read and three written, 28 bytes an element; the other way makes temporary ones."""
+    model = build_model(configuration().model, VOCABULARY, 0, "meta")
+    costs = {
+        fused: optimizer_costs(configuration(optimizer={"fused": fused}), model, 4) for fused in (None, True, False)
+    }
+    assert costs[None] == costs[True]
+    elements = costs[True].state / 8
+    assert costs[True].moved == pytest.approx(28 * elements, rel=0.01)
+    assert costs[True].workspace == 0
+    assert costs[False].workspace > 0
+    assert costs[False].moved > 1.5 * costs[True].moved
+    assert costs[False].state == pytest.approx(costs[True].state, rel=1e-3)
+    muon = optimizer_costs(configuration(optimizer={"name": "muon"}), model, 4)
+    assert muon.workspace > 0
+
+
 def test_shares_fall_with_the_stage_and_the_ranks() -> None:
     def held(stage: int, gpus: int) -> dict[str, int]:
         config = configuration(parallel={"zero_stage": stage}, training={"global_batch_size": 2 * gpus})
@@ -223,14 +272,18 @@ def test_paragru_7b_on_one_node() -> None:
     remedy = made.remedy()
     assert remedy is not None
     changes, better = remedy
-    assert changes == {"training.activation_checkpointing": True}
+    assert changes == {"training.activation_checkpointing": "auto"}
     assert better.fits
+    blocks = better.value("training.activation_checkpointing")
+    assert 0 < blocks < 36
+    assert not made.plan({"training.activation_checkpointing": blocks - 1}).fits
+    every = made.plan({"training.activation_checkpointing": True})
     others = made.others(changes)
     assert [other[0] for other in others][:2] == [{"parallel.zero_stage": 2}, {"parallel.zero_stage": 3}]
     assert all(other.fits for _, other in others)
-    assert better.memory.peak.total < found.memory.peak.total - 15 * 2**30
-    assert better.time.step > found.time.step
-    assert 0.2 < better.mfu < found.mfu < 0.8
+    assert every.memory.peak.total < found.memory.peak.total - 15 * 2**30
+    assert every.time.step > better.time.step > found.time.step
+    assert 0.2 < every.mfu < better.mfu < found.mfu < 0.8
     assert preset("paragru_7b", device="h200").plan().fits
     # 6.9 billion parameters: weights 2 bytes, their gradients 2 and 4, masters and two moments 12 / 8
     n = found.sizes.total

@@ -75,6 +75,7 @@ def measured(config: Config, ranks: int) -> list[int]:
 CASES = [
     ("paragru", 1, 1, {}),
     ("paragru", 1, 1, {"activation_checkpointing": True}),
+    ("paragru", 1, 1, {"activation_checkpointing": 3}),
     ("mamba2", 1, 1, {}),
     ("attention", 1, 1, {}),
     ("attention", 1, 1, {"activation_checkpointing": True}),

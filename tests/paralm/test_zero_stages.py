@@ -8,8 +8,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -123,12 +125,39 @@ def test_every_mixer_trains_the_same_when_its_weights_are_cut(make: Any, name: s
 def test_activation_checkpointing_changes_no_loss(make: Any, stage: int) -> None:
     """It runs each block again in the backward, with the same arithmetic: equal to the last bit, dropout included."""
     found = []
-    for kept in (False, True):
-        training = {"max_steps": 4, "activation_checkpointing": kept}
-        config = make(f"kept_{kept}", {"zero_stage": stage}, model={"dropout": 0.1}, training=training)
+    for blocks in (False, 1, True):
+        training = {"max_steps": 4, "activation_checkpointing": blocks}
+        config = make(f"blocks_{blocks}", {"zero_stage": stage}, model={"dropout": 0.1}, training=training)
         train(config, say=print)
         found.append(losses(config))
-    assert found[0] == found[1]
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_fused_update_resumes_to_the_last_bit(make: Any, stage: int) -> None:
+    keys: dict[str, Any] = {"optimizer": {"fused": True}}
+    whole = make("whole", {"zero_stage": stage}, training={"max_steps": 4}, **keys)
+    train(whole, say=print)
+    with pytest.raises(StoppedError):
+        train(make("cut", {"zero_stage": stage}, training={"max_steps": 4, "stop_after_seconds": 1e-9}, **keys))
+    cut = make("cut", {"zero_stage": stage}, training={"max_steps": 4}, **keys)
+    train(cut, say=print)
+    assert losses(cut) == losses(whole)
+
+
+@pytest.mark.parametrize(("free", "blocks"), [(1 << 40, 0), (0, 2)])
+def test_activation_checkpointing_by_the_plan(
+    make: Any, monkeypatch: pytest.MonkeyPatch, free: int, blocks: int
+) -> None:
+    """`auto` is settled when the run starts, from the memory there is, and said."""
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    said: list[str] = []
+    for name, setting in (("auto", "auto"), ("number", blocks)):
+        train(make(name, {}, training={"max_steps": 2, "activation_checkpointing": setting}), say=said.append)
+    assert losses(make("auto", {})) == losses(make("number", {}))
+    assert [line for line in said if "activation_checkpointing" in line] == [
+        f"training.activation_checkpointing: auto: {blocks} of 2 blocks run again in the backward"
+    ]
 
 
 def test_nvme_is_refused_in_one_line_where_it_cannot_work(

@@ -21,21 +21,28 @@ def add_to(parent: typer.Typer) -> None:
 def show(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     """Print the whole configuration, every default filled in, and where each value came from.
 
-    The output is itself a configuration: redirect it to a file to start one of your own. What DeepSpeed is given
-    follows as comments.
+    The output is itself a configuration: redirect it to a file to start one of your own. What DeepSpeed is given and
+    how the optimizer updates follow as comments.
     """
     import json
+
+    import torch
 
     from paralm.config_files import annotate, load_config
     from paralm.models import build_model
     from paralm.synthetic import vocab_size_of
     from paralm.training.engine import deepspeed_config
+    from paralm.training.optimizers import is_fused
 
     loaded = load_config(config, overrides or [])
     made, ranks = loaded.config, loaded.config.launcher.ranks or 1
     model = build_model(made.model, vocab_size_of(made.data), seed=0, device="meta")
     generated = deepspeed_config(made, ranks, sum(parameter.numel() for parameter in model.parameters()))
     typer.echo(annotate(loaded), nl=False)
+    kinds = ("an operation at a time", "in one kernel")
+    offloaded = made.parallel.offload_optimizer != "none"
+    here, there = (kinds[is_fused(made.optimizer, gpu, offloaded)] for gpu in (torch.cuda.is_available(), True))
+    typer.echo(f"\n# {made.optimizer.name} updates {here} on this machine, {there} on a GPU: optimizer.fused")
     typer.echo(f"\n# DeepSpeed's configuration on {ranks} rank{'s' if ranks > 1 else ''}, generated from the above:")
     typer.echo("\n".join(f"#   {line}" for line in json.dumps(generated, indent=2).splitlines()))
 

@@ -32,13 +32,19 @@ def add_to(parent: typer.Typer) -> None:
 def plan(
     config: ConfigArgument,
     overrides: OverridesArgument = None,
-    gpus: Annotated[int, typer.Option(help="GPUs in all; nodes have 8.")] = 8,
+    gpus: Annotated[
+        int | None, typer.Option(help="GPUs in all; nodes have 8. Default: those of the section cluster, or 8.")
+    ] = None,
     device: Annotated[str, typer.Option(help="h100, h200, a100 or mi300x.")] = "h100",
     tokens: Annotated[
         float | None, typer.Option(help="Token budget; default: the run's steps, or 20 a parameter for a preset.")
     ] = None,
     price: Annotated[float | None, typer.Option(help="Of a GPU an hour, in whatever currency.")] = None,
     efficiency: Annotated[float, typer.Option(help="Of the peak, in large matrix products.")] = 0.8,
+    kernels: Annotated[float, typer.Option(help="Of a copy's bandwidth, in fused kernels.")] = 1.0,
+    search: Annotated[
+        bool, typer.Option("--search", help="Try ZeRO stages, micro-batches, checkpointing and time shards.")
+    ] = False,
 ) -> None:
     """Plan a run: memory of a GPU by kind, work, communication, time and cost; what to change if it does not fit.
     CONFIG: a run's, or a model preset (mamba2_7b), which is planned in bf16 with 256 sequences of 2048 a step.
@@ -64,7 +70,11 @@ def plan(
     chosen = device_of(device)
     made = load_config(name, given).config
     vocabulary = vocab_size_of(made.data)
-    planner = Planner(made, vocabulary, chosen, gpus, efficiency)
+    ranks = gpus if gpus is not None else made.cluster.ranks if made.cluster.gpus_per_node else 8
+    planner = Planner(made, vocabulary, chosen, ranks, efficiency, kernels)
+    if search:
+        _show_search(planner)
+        return
     _show_parts(plan_model(made.model, vocabulary, made.training.seq_len, planner.model))
     found = planner.plan()
     _show_memory(planner, found)
@@ -74,7 +84,7 @@ def plan(
     elif budget is None:
         budget, origin = float(made.training.max_steps * found.tokens_per_step), "training.max_steps"
     _show_time(found, budget, origin, price)
-    _show_assumptions(found, efficiency)
+    _show_assumptions(found, efficiency, kernels)
 
 
 def _preset(config: str) -> tuple[str, bool]:
@@ -102,9 +112,14 @@ def _show_parts(found: Parts) -> None:
 
 
 def _show_memory(planner: Planner, found: RunPlan) -> None:
+    from paralm.models.lm import checkpointed_blocks
+
     training, parallel = found.config.training, found.config.parallel
     shards = f", {parallel.time} time shards" if parallel.time > 1 else ""
-    again = ", activation checkpointing" if training.activation_checkpointing else ""
+    blocks, layers = checkpointed_blocks(training.activation_checkpointing, found.config.model.n_layers), ""
+    if blocks < found.config.model.n_layers:
+        layers = f" of {blocks} of {found.config.model.n_layers} blocks"
+    again = f", activation checkpointing{layers}" if blocks else ""
     say(
         f"\n{found.gpus} × {found.device.name}: ZeRO {parallel.zero_stage}{shards}, {training.precision}{again}, "
         f"micro-batch {training.micro_batch_size} × {found.traced.tokens // training.micro_batch_size:,} tokens, "
@@ -127,7 +142,7 @@ def _show_memory(planner: Planner, found: RunPlan) -> None:
     for lead, (changes, better) in zip(
         ("fits with", *["or with"] * 9), [remedy, *planner.others(remedy[0])], strict=False
     ):
-        words = " ".join(f"{key}={str(value).lower()}" for key, value in changes.items())
+        words = " ".join(f"{key}={str(better.value(key)).lower()}" for key in changes)
         host = f", {_size(better.memory.host)} of the host's" if better.memory.host else ""
         say(f"{lead}: {words}  ({_size(better.memory.peak.total)}{host}, {better.time.step:.3g} s a step)")
 
@@ -168,15 +183,46 @@ def _show_time(found: RunPlan, budget: float, origin: str, price: float | None) 
     table(None, ("", ""), rows)
 
 
-def _show_assumptions(found: RunPlan, efficiency: float) -> None:
+SHOWN = 10
+"""Plans of a search, at most."""
+
+
+def _show_search(planner: Planner) -> None:
+    from paralm.planning.search import CHOSEN, NEAR, ROOM, search
+
+    shards = [2**i for i in range(planner.gpus.bit_length())]
+    found = search(planner, shards)
+    if found.best is None:
+        say(f"none of {found.tried} fits with {ROOM:.0%} of the memory left: more GPUs, or offloading")
+        return
+    say(f"{planner.gpus} × {planner.device.name}: {found.tried} tried, {len(found.plans)} fit with {ROOM:.0%} left\n")
+    rows = [
+        (
+            *(str(plan.value(key)).lower() for key in CHOSEN),
+            f"{plan.micro_batches}",
+            _size(plan.memory.peak.total),
+            f"{plan.time.step:.3g} s",
+            f"{plan.mfu:.1%}",
+            f"{plan.time.communication:.2g} s",
+        )
+        for plan in found.plans[:SHOWN]
+    ]
+    heads = ("zero_stage", "time", "micro_batch_size", "checkpointed blocks", "a step", "memory", "step", "MFU")
+    table(None, (*heads, "communication"), rows)
+    words = " ".join(f"{key}={str(found.best.value(key)).lower()}" for key in CHOSEN)
+    say(f"\nbest (equal within {NEAR:.0%}: the lowest stage): {words}  ({found.best.time.step:.3g} s a step)")
+
+
+def _show_assumptions(found: RunPlan, efficiency: float, kernels: float) -> None:
     from paralm.planning import cost
 
     device = found.device
     say(
         f"\nassumed: products at {efficiency:.0%} of {device.bf16 / 1e12:.0f} TFLOP/s in bf16 (--efficiency) and "
-        f"{device.fp32 / 1e12:.0f} in fp32; memory at {cost.COPY:.0%} of {device.bandwidth / 1e12:.3g} TB/s; a kernel "
-        f"takes at least {cost.LAUNCH * 1e6:.0f} µs; collectives at {cost.LINK:.0%} of {device.link / 1e9:.0f} GB/s a "
-        f"GPU in a node of {device.per_node} and of {device.port / 1e9:.0f} GB/s a GPU between nodes; checkpoints at "
+        f"{device.fp32 / 1e12:.0f} in fp32; memory at {cost.COPY:.0%} of {device.bandwidth / 1e12:.3g} TB/s, in fused "
+        f"kernels at {kernels:.0%} of that (--kernels); a kernel takes at least {cost.LAUNCH * 1e6:.0f} µs; "
+        f"collectives at {cost.LINK:.0%} of {device.link / 1e9:.0f} GB/s a GPU in a node of {device.per_node} and of "
+        f"{device.port / 1e9:.0f} GB/s a GPU between nodes; checkpoints at "
         f"{cost.STORAGE / 1e9:.0f} GB/s a node; {cost.RESERVED / 2**30:.1f} GiB and {cost.FRAGMENTED:.0%} of "
         f"the memory are not the plan's to fill"
     )
