@@ -63,7 +63,7 @@ class Partition:
         """Result: how many."""
         found = []
         for shard, (marker, runs) in enumerate(_scans(self.plan)):
-            mapped = map_array(marker.with_suffix(".keys"), KEY)
+            mapped = map_array(marker.with_suffix(".keys"), KEY, runs[-1])
             for start, stop in itertools.pairwise(runs):
                 high = mapped["high"][start:stop]
                 first, last = (int(np.searchsorted(high, np.uint64(b))) if b < 1 << 64 else stop - start

@@ -17,7 +17,7 @@ import numpy as np
 from paralm_data.progress import Delta
 from paralm_data.reading import Reading
 from paralm_data.scanning import KEPT, STEP_BYTES
-from paralm_data.scratch import Files, map_array, read_array
+from paralm_data.scratch import Files, map_array, read_marker
 from paralm_data.split import digest
 from paralm_data.tokenizer_training import PIECE, Sample, keyed_pieces
 
@@ -66,8 +66,9 @@ def sample_of(drawn: Iterable[Draw], limit: int) -> Sample:
 
 def _add_drawn(sample: Sample, marker: Path) -> None:
     """Offer what a shard drew."""
-    texts = map_array(marker.with_suffix(".texts"), np.uint8)
+    drawn = read_marker(marker) or {}
+    texts = map_array(marker.with_suffix(".texts"), np.uint8, drawn["bytes"])
     at = 0
-    for key, size in read_array(marker.with_suffix(".pieces"), _PIECES).tolist():
+    for key, size in map_array(marker.with_suffix(".pieces"), _PIECES, drawn["pieces"]).tolist():
         sample.add_piece(key, texts[at : at + size].tobytes())
         at += size

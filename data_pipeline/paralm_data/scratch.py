@@ -122,15 +122,20 @@ def read_array(path: Path, dtype: Any, start: int = 0, stop: int | None = None) 
         raise DataError(f"{path}: {reason(error)}") from error
 
 
-def map_array(path: Path, dtype: Any) -> NDArray[Any]:
-    """A file of numbers, mapped; none where it has none."""
+def map_array(path: Path, dtype: Any, count: int | None = None) -> NDArray[Any]:
+    """A file of numbers, mapped. DataError if it has not the ``count`` that were written; of 0 there may be no file."""
     dtype = np.dtype(dtype)
     try:
-        if not path.exists() or path.stat().st_size == 0:
-            return np.empty(0, dtype)
-        return np.asarray(np.memmap(path, dtype, mode="r"))
+        empty = count == 0 or path.stat().st_size == 0
+        found = np.empty(0, dtype) if empty else np.asarray(np.memmap(path, dtype, mode="r"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be mapped ({reason(error)})") from error
+    if count is not None and len(found) != count:
+        raise DataError(
+            f"{path}: damaged: {len(found)} entries, and {count} were written; remove {path.parent} and the same "
+            "command makes them again"
+        )
+    return found
 
 
 def blocks(path: Path, dtype: Any, elements: int = BLOCK) -> Iterator[NDArray[Any]]:

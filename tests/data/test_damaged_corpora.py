@@ -7,6 +7,7 @@ message must name.
 from __future__ import annotations
 
 import gzip
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,10 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from paralm_data import SourceSpec, documents
+from paralm_data import DataError, SourceSpec, documents
 
 from tests.data.damage import RECORDS, Case, register
-from tests.data.test_executors import SCRIPT, environment
+from tests.data.test_executors import SCRIPT, Counting, environment, run
 from tests.data.test_executors import big as big
 
 CASES: dict[str, Case] = {}
@@ -232,3 +233,24 @@ def test_a_disk_that_is_full_is_one_line(big: Path, tmp_path: Path, most: int, w
     assert what in last
     assert last.endswith(": cannot be written (File too large)")
     assert not list((tmp_path / "out").rglob("*.tmp-*"))
+
+
+@pytest.mark.parametrize(
+    ("stage", "lost", "words"),
+    [
+        ("Scan", "scan-*/*.keys", "damaged: 1 entries, and"),
+        ("Partition", "partition-*/*.later", "cannot be mapped"),
+        ("Draw", "draw-*/*.pieces", "damaged: 1 entries, and"),
+        ("Draw", "draw-*/*.texts", "damaged: 16 entries, and"),
+    ],
+)
+def test_work_in_progress_that_lost_a_part_is_not_taken_for_less_work(
+    big: Path, tmp_path: Path, stage: str, lost: str, words: str
+) -> None:
+    """Such as on a file system that does not show on one node what another has written."""
+    with pytest.raises(KeyboardInterrupt):
+        run(big, tmp_path / "out", Counting(stage, 1), 1)
+    (path,) = (tmp_path / "out" / ".work").glob(lost)
+    path.write_bytes(path.read_bytes()[: 24 if stage == "Scan" else 16]) if "damaged" in words else path.unlink()
+    with pytest.raises(DataError, match=rf"{re.escape(str(path))}: {words}"):
+        run(big, tmp_path / "out", "local", 1)

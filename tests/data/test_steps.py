@@ -25,6 +25,7 @@ from paralm_data import (
 )
 from paralm_data.executors.local import LocalExecutor
 from paralm_data.preparation import Execution, Prepared
+from paralm_data.sampling import sample_of
 from paralm_data.split import Distinct, is_held_out
 from paralm_data.stages import Stages
 from paralm_data.steps import LanguageRule, LengthRule, MinHashRule, StepsSpec
@@ -373,7 +374,7 @@ def test_the_drawn_sample_is_that_of_the_whole_stream(
         if not is_held_out(key, 0.2):
             wanted.add(key, document.text)
     stages = Stages(tmp_path / "work", LocalExecutor(1), None, StepsSpec(), shard_bytes, 0, 1)
-    found = stages.sample(stages.survey(source, held_out=0.2), limit)
+    found = sample_of(stages.draw(stages.survey(source, held_out=0.2), limit), limit)
     assert list(found.texts()) == list(wanted.texts())
     assert found.n_bytes == wanted.n_bytes
 
@@ -390,7 +391,7 @@ def test_a_bound_that_gives_too_little_is_raised(
     source = jsonl(tmp_path / "a.jsonl", texts)
     stages = Stages(tmp_path / "work", LocalExecutor(1), None, StepsSpec(), 1 << 20, 0, 1)
     survey = stages.survey(source, held_out=0.2)
-    wanted = list(stages.sample(survey, 20_000).texts())
+    wanted = list(sample_of(stages.draw(survey, 20_000), 20_000).texts())
     monkeypatch.setattr("paralm_data.stages.bound_for", too_low)
-    assert list(stages.sample(survey, 20_000).texts()) == wanted
+    assert list(sample_of(stages.draw(survey, 20_000), 20_000).texts()) == wanted
     assert bounds == [20_000]
