@@ -1,7 +1,8 @@
 """How long a step takes and what it costs: from traced work, counted communication and a device's stated speeds.
 
     compute     Σ over kernels of max(FLOPs / (efficiency · peak), bytes / copy bandwidth, launch)
-    exchange    all-reduce 2 (W−1)/W · bytes / link, gather and scatter (W−1)/W · bytes / link
+    exchange    all-reduce 2 (W−1)/W · bytes / link, gather and scatter (W−1)/W · bytes / link; each of a step's
+                collectives goes round the ring, W−1 hops (an all-reduce twice)
     step        micro-batches · compute + what of the exchange nothing hides + update
 
 Communication is counted as benchmarks/scaling.py counts it (the tensor a collective works on); a test holds it
@@ -16,7 +17,7 @@ from dataclasses import dataclass, replace
 from paralm.config import Config
 from paralm.errors import UserError
 from paralm.planning.ledger import Segment
-from paralm.planning.memory import LIVE_PARAMETERS, PERSISTENT, OptimizerCosts, Sizes, raw_number
+from paralm.planning.memory import ENGINE_BUCKET, LIVE_PARAMETERS, PERSISTENT, OptimizerCosts, Sizes, raw_number
 from paralm.planning.trace import Trace
 from paralm.training.engine import grad_accum_steps
 
@@ -28,6 +29,8 @@ COPY = 0.88
 """Of the memory's bandwidth, in a copy (measured on an H100: 2.94 of 3.35 TB/s)."""
 LINK = 0.75
 """Of a link's bandwidth, in a collective; assumed."""
+HOP = 2e-6
+"""Seconds from one rank of a ring to the next, of a collective however small; assumed."""
 RESERVED, FRAGMENTED = 1.5 * 2**30, 0.05
 """Bytes of the context and the libraries, and the part of a device that fragments leave unused; assumed."""
 HOST_LINK, HOST_UPDATE = 25e9, 1e9
@@ -85,13 +88,15 @@ def device_of(name: str) -> Device:
 @dataclass(frozen=True)
 class Exchange:
     """Bytes a rank's collectives work on in one step, by kind as torch names them; ``between_shards``: what a rank
-    gives to the other time shards."""
+    gives to the other time shards. ``reductions``, ``gathers``: how often gradients and weights go round the ring."""
 
     reduced: int = 0
     scattered: int = 0
     gathered: int = 0
     exchanged: int = 0
     between_shards: int = 0
+    reductions: int = 0
+    gathers: int = 0
 
     def by_kind(self) -> Mapping[str, int]:
         """Those there are, as benchmarks/results/scaling.json names them."""
@@ -116,15 +121,20 @@ def exchange(config: Config, sizes: Sizes, sent: Mapping[str, int], ranks: int) 
     shards = sum(sent.values()) * micros
     # Of the matrices, to their owners and back; none where every rank has all of them.
     matrices = 2 * 4 * -(-sizes.matrices // ranks) if config.optimizer.name == "muon" and stage and ranks > 1 else 0
+    bucket = config.parallel.bucket_size if stage else ENGINE_BUCKET
     if stage == 3:
         options = config.parallel.deepspeed.get("zero_optimization", {})
         small = raw_number(options, "stage3_param_persistence_threshold", PERSISTENT)
         cut = sum(size for group in sizes.groups for size in group if size >= small)
         again = 2 if n > raw_number(options, "stage3_max_reuse_distance", LIVE_PARAMETERS) else 1
         gathered = width * (cut * again * micros + (n - cut)) if ranks > 1 else 0
-        return Exchange(0, 4 * n * micros, gathered, matrices, shards)
+        # DeepSpeed gathers what a module uses when it comes to it: a tensor each, about.
+        gathers = sum(size >= small for group in sizes.groups for size in group) * again * micros + 1
+        return Exchange(0, 4 * n * micros, gathered, matrices, shards, -(-n // bucket) * micros, gathers)
     reductions = micros if stage == 2 else 1
-    return Exchange(4 * n * reductions, 0, width * n if stage and ranks > 1 else 0, matrices, shards)
+    gathered = width * n if stage and ranks > 1 else 0
+    around = 2 * -(-n // bucket) * reductions
+    return Exchange(4 * n * reductions, 0, gathered, matrices, shards, around, -(-n // bucket) if gathered else 0)
 
 
 @dataclass(frozen=True)
@@ -181,8 +191,9 @@ def step_time(
     if ranks > device.per_node:
         link = min(link, LINK * device.port * device.per_node)
     others = (ranks - 1) / ranks
-    reduction = (2 * sent.reduced + sent.scattered) * others / link
-    gathering = (sent.gathered + sent.exchanged) * others / link
+    ring = HOP * (ranks - 1)
+    reduction = (2 * sent.reduced + sent.scattered) * others / link + sent.reductions * ring
+    gathering = (sent.gathered + sent.exchanged) * others / link + sent.gathers * ring
     shards_link = LINK * (device.link if config.parallel.time <= device.per_node else device.port)
     between = sent.between_shards / shards_link if config.parallel.time > 1 else 0.0
     overlapped = config.parallel.overlap_comm is not False

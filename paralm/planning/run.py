@@ -189,9 +189,10 @@ class Planner:
         fewest = fewest_blocks(peak_of, n, self.device.usable)
         return so_many(n if fewest is None else fewest)
 
-    def on(self, gpus: int | None = None, device: Device | None = None) -> Planner:
-        """The same run on other GPUs; what was traced stays known."""
-        other = replace(self, gpus=gpus or self.gpus, device=device or self.device)
+    def on(self, gpus: int | None = None, device: Device | None = None, changes: Changes | None = None) -> Planner:
+        """The run on other GPUs, or with some keys changed that leave its model; what was traced stays known."""
+        config = with_changes(self.config, changes or {})
+        other = replace(self, gpus=gpus or self.gpus, device=device or self.device, config=config)
         other.model, other._traces, other._updates = self.model, self._traces, self._updates
         return other
 

@@ -17,8 +17,7 @@ STAGES = (0, 1, 2, 3)
 ROOM = 0.1
 """Of the memory that a plan may fill, what is left free: a plan is no measurement."""
 NEAR = 0.05
-"""Steps that differ by less are called equal. A plan does not know what starting a collective costs; a lower stage
-starts fewer."""
+"""Steps that differ by less are called equal: no plan is that good. Of equals the lower stage has fewer collectives."""
 CHOSEN = (
     "parallel.zero_stage",
     "parallel.time",

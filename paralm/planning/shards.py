@@ -23,6 +23,7 @@ class CountedShards(TimeShards):
         # No super().__init__, which asks a process group.
         self.group, self.size, self.rank = None, size, 1
         self.bytes_sent: dict[str, int] = {}
+        self._under_way = []
 
     @property
     def last(self) -> bool:

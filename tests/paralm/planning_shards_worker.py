@@ -43,7 +43,11 @@ def sent_by(spec: dict[str, Any], shards: TimeShards, device: str) -> dict[str, 
 def main(rank: str, size: str, meeting: str, mixers: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=int(rank), world_size=int(size))
-    print(json.dumps([sent_by(spec, TimeShards(), "cpu") for spec in json.loads(mixers)]), flush=True)
+    every = [(TimeShards(), spec) for spec in json.loads(mixers)]
+    print(json.dumps([sent_by(spec, shards, "cpu") for shards, spec in every]), flush=True)
+    for shards, _ in every:
+        shards.settle()
+    dist.barrier()  # a rank that left could take a message with it that was not taken yet
     dist.destroy_process_group()
 
 

@@ -18,7 +18,7 @@ from paralm.config_files import load_config
 from paralm.errors import ConfigError, UserError
 from paralm.models import build_model
 from paralm.planning import Planner, device_of
-from paralm.planning.cost import FRAGMENTED, RESERVED, exchange
+from paralm.planning.cost import FRAGMENTED, HOP, RESERVED, exchange
 from paralm.planning.ledger import Ledger
 from paralm.planning.memory import optimizer_costs, sizes_of
 from paralm.planning.shards import CountedShards
@@ -64,6 +64,24 @@ def test_communication_is_what_was_counted(row: dict[str, Any]) -> None:
     assert set(found) == set(counted)
     for kind, size in counted.items():
         assert found[kind] == pytest.approx(size, rel=1e-4), kind
+
+
+def test_collectives_cost_their_way_round_the_ring() -> None:
+    """Once a step at stage 1, every micro-batch at 2, for every weight at 3: the more ranks, the longer each."""
+    shape = {"global_batch_size": 64, "micro_batch_size": 2}
+    made = {
+        stage: planner(configuration(training=shape, parallel={"zero_stage": stage}), 8).plan() for stage in (1, 2, 3)
+    }
+    assert made[1].exchange.reductions == 2
+    assert made[2].exchange.reductions == 2 * made[2].micro_batches
+    small = {"stage3_param_persistence_threshold": 0}
+    raw = {"zero_stage": 3, "deepspeed": {"zero_optimization": small}}
+    cut = planner(configuration(training=shape, parallel=raw), 8).plan()
+    tensors = len(list(planner(cut.config).model.parameters()))
+    assert cut.exchange.gathers == tensors * cut.micro_batches + 1
+    two, eight = (planner(configuration(training={"global_batch_size": 2 * n}, parallel=raw), n).plan() for n in (2, 8))
+    waiting = eight.time.communication - two.time.communication
+    assert waiting > 0.99 * HOP * 6 * (eight.exchange.gathers + eight.exchange.reductions)
 
 
 def test_a_ledger_counts_what_lives_and_forgets_what_is_gone() -> None:

@@ -222,7 +222,7 @@ def _show_assumptions(found: RunPlan, efficiency: float, kernels: float) -> None
         f"{device.fp32 / 1e12:.0f} in fp32; memory at {cost.COPY:.0%} of {device.bandwidth / 1e12:.3g} TB/s, in fused "
         f"kernels at {kernels:.0%} of that (--kernels); a kernel takes at least {cost.LAUNCH * 1e6:.0f} µs; "
         f"collectives at {cost.LINK:.0%} of {device.link / 1e9:.0f} GB/s a GPU in a node of {device.per_node} and of "
-        f"{device.port / 1e9:.0f} GB/s a GPU between nodes; checkpoints at "
+        f"{device.port / 1e9:.0f} GB/s a GPU between nodes, {cost.HOP * 1e6:.0f} µs from rank to rank; checkpoints at "
         f"{cost.STORAGE / 1e9:.0f} GB/s a node; {cost.RESERVED / 2**30:.1f} GiB and {cost.FRAGMENTED:.0%} of "
         f"the memory are not the plan's to fill"
     )
