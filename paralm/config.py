@@ -7,7 +7,7 @@ this module is the schema alone. Every section refuses unknown keys.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import (
     Field,
@@ -23,6 +23,11 @@ from paralm.config_base import Section as Section
 from paralm.config_base import SourceConfig as SourceConfig
 from paralm.config_cluster import ClusterConfig as ClusterConfig
 from paralm.config_mixture import MixtureConfig as MixtureConfig
+from paralm.config_optimizer import GradientNoiseConfig as GradientNoiseConfig
+from paralm.config_optimizer import MuonConfig as MuonConfig
+from paralm.config_optimizer import OptimizerConfig as OptimizerConfig
+from paralm.config_optimizer import ScheduleConfig as ScheduleConfig
+from paralm.config_optimizer import SpikeConfig as SpikeConfig
 
 
 class RunConfig(Section):
@@ -200,6 +205,9 @@ class TrainingConfig(Section):
         description="blocks of which the backward knows the input only and runs them again: all, none, the first so "
         "many, or auto: as few as fit the device's memory, by the plan",
     )
+    compile: bool = Field(
+        default=False, description="what lies between the mixers (norm, SwiGLU, sum) compiled by torch; not at stage 3"
+    )
     carry_state: bool = Field(default=False, description="truncated back-propagation; needs data.order: lanes")
     initial_state: Literal["zero", "passed", "noise"] = Field(
         default="zero",
@@ -225,50 +233,6 @@ class TrainingConfig(Section):
         if value != "auto" and (not isinstance(value, int) or value < 0):
             raise ValueError(f"expected true, false, auto or a number of blocks, got {value}")
         return value
-
-
-class ScheduleConfig(Section):
-    kind: Literal["cosine", "wsd", "constant"] = "cosine"
-    warmup: float = Field(default=0.1, ge=0, description="fraction of max_steps below 1, otherwise steps")
-    decay: float = Field(default=0.2, ge=0, description="wsd: the decay's fraction of max_steps (or steps)")
-    min_ratio: float = Field(default=0.0, ge=0, le=1, description="final learning rate over the peak")
-
-
-class MuonConfig(Section):
-    """Of the matrices under ``optimizer.name: muon``; everything else is AdamW's."""
-
-    momentum: float = Field(default=0.95, ge=0, lt=1)
-    steps: PositiveInt = Field(default=5, description="Newton–Schulz steps")
-
-
-class GradientNoiseConfig(Section):
-    """Gaussian noise of variance eta / (1 + step)^gamma on every gradient element (arXiv 1511.06807)."""
-
-    eta: NonNegativeFloat = Field(default=0.0, description="0: none; the paper tries 0.01, 0.3 and 1")
-    gamma: float = Field(default=0.55, ge=0)
-
-
-class SpikeConfig(Section):
-    """Updates whose loss stands out from the last ones are skipped, and counted in the metrics."""
-
-    sigmas: NonNegativeFloat = Field(default=0.0, description="standard deviations above the mean; 0: never; usual: 6")
-    window: int = Field(default=128, ge=8, description="steps the mean and the deviation are taken over")
-
-
-class OptimizerConfig(Section):
-    name: str = Field(default="adamw", description="a registered optimizer")
-    lr: PositiveFloat = 3e-3
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
-    eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.1
-    fused: bool | None = Field(
-        default=None, description="AdamW's update as one kernel; default: on a GPU, and where its states are offloaded"
-    )
-    clip_grad_norm: NonNegativeFloat = Field(default=1.0, description="0: no clipping")
-    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
-    muon: MuonConfig = Field(default_factory=MuonConfig)
-    gradient_noise: GradientNoiseConfig = Field(default_factory=GradientNoiseConfig)
-    skip_spikes: SpikeConfig = Field(default_factory=SpikeConfig)
 
 
 class CheckpointConfig(Section):
@@ -410,6 +374,17 @@ class Config(Section):
         again, layers = self.training.activation_checkpointing, self.model.n_layers
         if isinstance(again, int) and not isinstance(again, bool) and again > layers:
             raise ValueError(f"training.activation_checkpointing is {again} blocks, and model.n_layers {layers}")
+        if self.training.compile and not self.model.mlp.enabled:
+            raise ValueError(
+                "training.compile compiles the MLPs, and model.mlp.enabled is false: mixers are left as they are"
+            )
+        if self.training.compile and self.model.dropout:
+            raise ValueError("training.compile and model.dropout: compiled code draws other numbers; use one of them")
+        if self.training.compile and self.parallel.zero_stage == 3:
+            raise ValueError(
+                "training.compile: at parallel.zero_stage 3 weights come when a module is called, which cannot be "
+                "compiled; use stage 0, 1 or 2"
+            )
         if self.training.carry_state and self.data.synthetic is not None:
             raise ValueError("training.carry_state is of text: every row of data.synthetic is a whole example")
         if self.training.initial_state != "zero" and self.data.synthetic is not None:

@@ -28,7 +28,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, gate: Tensor | None = None) 
     """
     wide = _wide(x.dtype)
     plain = weight.dtype == wide and x.dtype == wide and (gate is None or gate.dtype == wide)
-    if plain and x.device.type == "cpu":
+    if plain and x.device.type == "cpu" and not torch.compiler.is_compiling():
         normed: Tensor = _RMSNorm.apply(x.contiguous(), weight, gate, eps)
         return normed
     # On a GPU torch's own kernel is fused; in low precision on a CPU speed is nobody's concern.
@@ -68,6 +68,9 @@ class _RMSNorm(torch.autograd.Function):
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """SiLU(a) ⊙ b of (..., 2 n) = [a, b] → (..., n). Keeps only its input for the backward."""
+    if torch.compiler.is_compiling():  # which fuses the composite, and cannot write into parts of a tensor
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
     product: Tensor = _SwiGLU.apply(gate_up)
     return product
 

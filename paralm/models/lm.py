@@ -8,7 +8,7 @@ law, so does the model: a sequence fed in pieces, with the state handed on, give
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -57,14 +57,28 @@ class Block(nn.Module):
         if config.mlp.enabled:
             self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
             self.mlp = SwiGLU(config.d_model, config.mlp.d_ff, config.n_layers)
+        self._compiled: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor, state: State | None, reset: Tensor | None) -> tuple[Tensor, State]:
         """(batch, time, d_model) → the same, and the mixer's state."""
         y, state = self.mixer.over_time(self.mixer_norm(x), state, reset)
         x = x + self._drop(y)
-        if self.mlp is not None and self.mlp_norm is not None:
-            x = x + self._drop(self.mlp(self.mlp_norm(x)))
+        if self.mlp is not None:
+            # Compiled for training only: other calls have other shapes, and what is compiled anew is not kept.
+            compiled = self._compiled if torch.is_grad_enabled() else None
+            x = (compiled or self.feed_forward)(x)
         return x, state
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """The second half: (batch, time, d_model) → the same."""
+        assert self.mlp is not None
+        assert self.mlp_norm is not None
+        return x + self._drop(self.mlp(self.mlp_norm(x)))
+
+    def compile_feed_forward(self) -> None:
+        """Run the second half, in training, as torch compiles it: norm, gate and sum as few kernels. One graph a shape,
+        so that what is computed depends on nothing that ran before."""
+        self._compiled = torch.compile(self.feed_forward, dynamic=False, fullgraph=True)
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x

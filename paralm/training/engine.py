@@ -173,6 +173,9 @@ def build_engine(config: Config, vocab_size: int, world_size: int) -> tuple[Any,
             if bf16 and stage:
                 model.to(torch.bfloat16)
         model.set_activation_checkpointing(again)
+        if config.training.compile:
+            for block in model.layers:
+                block.compile_feed_forward()
         offloaded = config.parallel.offload_optimizer != "none"
         optimizer = build_optimizer(model.parameter_groups(), config.optimizer, config.run.seed, offloaded)
         outer = Replicated(optimizer, config.optimizer.clip_grad_norm) if stage == 0 else optimizer

@@ -57,6 +57,21 @@ DAMAGED = [
         "misspelt auto", "training:\n  activation_checkpointing: atuo\n", ("run.yaml:2", "auto or a number", "got atuo")
     ),
     Damaged(
+        "compiled, nothing to compile",
+        "model: {mlp: {enabled: false}}\ntraining: {compile: true}\n",
+        ("training.compile", "model.mlp.enabled is false"),
+    ),
+    Damaged(
+        "compiled dropout",
+        "model: {dropout: 0.1}\ntraining: {compile: true}\n",
+        ("training.compile", "model.dropout", "use one"),
+    ),
+    Damaged(
+        "compiled at stage 3",
+        "parallel: {zero_stage: 3}\ntraining: {compile: true}\n",
+        ("training.compile", "use stage 0, 1 or 2"),
+    ),
+    Damaged(
         "more blocks than there are",
         "model: {n_layers: 2}\ntraining: {activation_checkpointing: 3}\n",
         ("run.yaml:2", "training.activation_checkpointing", "model.n_layers 2"),

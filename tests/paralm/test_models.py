@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.utils import _pytree as pytree
 
 from paralm.config import MLPConfig, ModelConfig
@@ -157,6 +158,33 @@ def test_activation_checkpointing_keeps_less() -> None:
     assert kept[-1] < kept[0] / 3
     steps = [a - b for a, b in itertools.pairwise(kept)]
     assert steps == [steps[0]] * 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["paragru", "attention"])
+def test_a_compiled_feed_forward_is_the_feed_forward(name: str) -> None:
+    """In training, blocks that run again included; without a gradient nothing of it is used."""
+    tokens, labels, reset = batch()
+    results = []
+    for compiled in (False, True):
+        lm = model(name, torch.float32, n_layers=3)
+        lm.set_activation_checkpointing(1)
+        if compiled:
+            torch._dynamo.reset()
+            counters.clear()
+            for block in lm.layers:
+                block.compile_feed_forward()
+        output = lm(tokens, labels=labels, reset=reset)
+        output.loss.backward()
+        results.append((output.loss.detach(), gradients(lm)))
+        with torch.no_grad():
+            results.append((lm(tokens, labels=labels, reset=reset).loss, {}))
+    (eager, ours), (scored, _), (loss, theirs), (scored_too, _) = results
+    assert torch.equal(scored, scored_too)
+    torch.testing.assert_close(loss, eager, rtol=1e-5, atol=0)
+    for key, grad in ours.items():
+        assert float((theirs[key] - grad).abs().max()) <= 1e-5 * float(grad.abs().max()), key
+    assert counters["stats"]["unique_graphs"] == 1, "one graph serves every block"
 
 
 def test_dropout_is_for_training_only() -> None:

@@ -145,6 +145,23 @@ def test_a_fused_update_resumes_to_the_last_bit(make: Any, stage: int) -> None:
     assert losses(cut) == losses(whole)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_compiled_blocks_train_the_same_and_resume_to_the_last_bit(make: Any, stage: int) -> None:
+    found = {}
+    for name, more in (("plain", {}), ("whole", {"compile": True}), ("cut", {"compile": True})):
+        shape = {"max_steps": 4, **more}
+        if name == "cut":
+            with pytest.raises(StoppedError):
+                train(make(name, {"zero_stage": stage}, training={**shape, "stop_after_seconds": 1e-9}), say=print)
+            torch._dynamo.reset()
+        config = make(name, {"zero_stage": stage}, training=shape)
+        train(config, say=print)
+        found[name] = losses(config)
+    assert found["whole"] == pytest.approx(found["plain"], rel=1e-5)
+    assert found["cut"] == found["whole"]
+
+
 @pytest.mark.parametrize(("free", "blocks"), [(1 << 40, 0), (0, 2)])
 def test_activation_checkpointing_by_the_plan(
     make: Any, monkeypatch: pytest.MonkeyPatch, free: int, blocks: int
