@@ -107,6 +107,11 @@ def test_the_readme_has_the_results_table() -> None:
     readme = (BENCHMARKS.parent / "README.md").read_text()
     for line in benchmark.readme_table(RESULT).splitlines():
         assert line in readme, line
+    words = " ".join(readme.split())
+    for row in (row for row in RESULT["rows"] if row["task"] == "s3"):
+        right = " / ".join(f"{100 * benchmark.at(row, size):.0f}" for size in benchmark.SHOWN)
+        name = {"slstm": "dense sLSTM", "paragru": "ParaGRU", "paralstm": "ParaLSTM", "mamba2": "Mamba2"}[row["mixer"]]
+        assert f"{name} {right}" in words, row["run"]
 
 
 def test_what_the_commonest_answer_reaches(root: Path, tmp_path: Path) -> None:
