@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -143,11 +144,7 @@ def test_ray_gives_the_same_bytes_and_survives_the_loss_of_a_worker(
         killed: list[int] = []
 
         def kill_one(step: Progress) -> None:
-            for process in psutil.Process().children(recursive=True) if not killed else ():
-                if any("ray::paralm" in part for part in process.cmdline()):
-                    process.kill()
-                    killed.append(process.pid)
-                    return
+            killed.extend(kill_below("ray::paralm") if not killed else [])
 
         for workers in (1, 2, 4):
             out = tmp_path / str(workers)
@@ -174,6 +171,16 @@ def test_mpi_ranks_give_the_same_bytes_also_after_a_kill(
     done = subprocess.run(whole, env=environment(), capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert tree(tmp_path / "out") == expected
+
+
+def kill_below(word: str) -> list[int]:
+    """Kill one process below this one that has ``word`` in its command line; its number, if there is one."""
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            if any(word in part for part in process.cmdline()):
+                process.kill()
+                return [process.pid]
+    return []
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[Any]) -> None:
