@@ -8,7 +8,7 @@ notices, a test that fails without it, or a text that no longer stands in its fi
 
 --passed: the whole suite has just passed on this tree, so the named tests need not be run without a defect first.
 --recorded: what ``tests/mutants_caught.json`` says was caught is left out, unless its file, its test's file or the
-defect itself has changed since; but for a sixteenth of them. --record writes that file anew, as far as it goes.
+defect itself has changed since; but for every 32nd of them. --record writes that file anew, as far as it goes.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def main() -> int:
     marks = {mutant.name: fingerprint(mutant) for mutant in mutants}  # of the tree that is copied now
     if arguments.recorded:
         known = caught_before()
-        mutants = [m for m in mutants if known.get(m.name) != marks[m.name] or marks[m.name].startswith("0")]
+        mutants = [m for m in mutants if known.get(m.name) != marks[m.name] or int(marks[m.name][:2], 16) < 8]
     with tempfile.TemporaryDirectory(prefix="paralm-mutants-") as folder:
         trees: Queue[Path] = Queue()
         for index in range(arguments.jobs):

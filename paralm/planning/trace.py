@@ -68,8 +68,8 @@ def trace(config: Config, vocab_size: int, on: On = "gpu", gradient_bytes: int =
         raise ValueError("training.activation_checkpointing: auto is not settled")
     blocks = checkpointed_blocks(setting, n)
     if 0 < blocks < n:
-        both = (uniform_trace(config, vocab_size, again, on, gradient_bytes) for again in (False, True))
-        return partly_again(*both, blocks)
+        kept, again = (uniform_trace(config, vocab_size, every, on, gradient_bytes) for every in (False, True))
+        return partly_again(kept, again, blocks)
     return uniform_trace(config, vocab_size, blocks > 0, on, gradient_bytes)
 
 

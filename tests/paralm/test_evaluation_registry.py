@@ -51,13 +51,13 @@ several are alike, and how much reading was saved."""
 
 GROWING = {"collapse"}  # refuses a state that grows (test_models_that_it_does_not_fit_are_refused)
 QUICK = ("paragru", "mamba2", "attention")
-"""Mixers with which lm_eval's own runner, which takes seconds, is tried wherever tests run; the others are slow tests
-(its reading has its law over every mixer in tests/paralm/test_lm_eval.py)."""
+"""Mixers with which lm_eval's own runner, which takes seconds, is tried; its reading has its law over every mixer in
+tests/paralm/test_lm_eval.py."""
 CASES = [
-    pytest.param(evaluation, mixer, marks=[pytest.mark.slow] if evaluation == "lm-eval" and mixer not in QUICK else [])
+    (evaluation, mixer)
     for evaluation in evaluations()
     for mixer, entry in MIXERS.entries().items()
-    if entry.value.bounded_state or evaluation not in GROWING
+    if (entry.value.bounded_state or evaluation not in GROWING) and (evaluation != "lm-eval" or mixer in QUICK)
 ]
 
 

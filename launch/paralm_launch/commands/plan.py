@@ -116,6 +116,7 @@ def _show_memory(planner: Planner, found: RunPlan) -> None:
 
     training, parallel = found.config.training, found.config.parallel
     shards = f", {parallel.time} time shards" if parallel.time > 1 else ""
+    assert training.activation_checkpointing != "auto", "a plan has settled it"
     blocks, layers = checkpointed_blocks(training.activation_checkpointing, found.config.model.n_layers), ""
     if blocks < found.config.model.n_layers:
         layers = f" of {blocks} of {found.config.model.n_layers} blocks"
