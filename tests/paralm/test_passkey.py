@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -136,6 +137,30 @@ def test_greedy_decoding_follows_the_model_not_the_key(tokenizer: Tokenizer) -> 
     (answers,) = Reader(model, 64, tokenizer.vocab_size).ask(prompts, 2)
     assert answers.right.all()
     assert answers.generated.all()
+
+
+def test_shared_text_is_read_in_the_same_calls_whatever_was_read_before(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every call begins at a multiple of ``chunk``: with chunked mixers the last bits depend on where calls begin."""
+    calls: list[tuple[int, int]] = []
+
+    def step(self: Reader, tokens: np.ndarray, state: int | None, last: bool = True) -> SimpleNamespace:
+        calls.append((state or 0, tokens.shape[1]))
+        return SimpleNamespace(state=sum(calls[-1]))
+
+    monkeypatch.setattr(Reader, "_step", step)
+    made = Builder(tokenizer, chosen("passkey", haystack="noise"), name="passkey", reach=400)
+    cells = [made.prompts(400, depth, 1) for depth in (0.31, 0.52, 0.83)]
+    assert len({prompts.prefix % 32 for prompts in cells} | {0}) == 4, "none ends where a call does"
+    reader = Reader(None, 32, tokenizer.vocab_size)
+    assert [reader._shared(prompts) for prompts in cells] == [prompts.prefix for prompts in cells]
+    assert all(start % 32 == 0 for start, _ in calls)
+    assert sum(count for _, count in calls) < 400, "it goes on from what was kept"
+    together, calls[:] = set(calls), []
+    for prompts in cells:
+        Reader(None, 32, tokenizer.vocab_size)._shared(prompts)
+    assert together == set(calls)
 
 
 def grid(tmp_path: Path, tokenizer: Tokenizer, **changes: Any) -> tuple[Target, dict[str, Any]]:
