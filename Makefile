@@ -33,7 +33,7 @@ quickstart: $(BASE)  ## text → tokenizer → trained model → report, on this
 	$(BIN)/paralm run quickstart
 
 test: $(DEV) $(PEERS)  ## every test that needs no GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not gpu" tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations 30 --durations-min 8 -m "not gpu" tests
 
 lint: $(DEV)  ## ruff (lint and format) and mypy
 	$(BIN)/ruff check $(SOURCES)
