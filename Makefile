@@ -24,10 +24,10 @@ PEERS := $(VENV)/.paralm-peers-installed
 SOURCES := paralm kernels data_pipeline launch tests benchmarks tools
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart compare tracking test peers lint format bench gpu-check gpu-wheels mutants chaos clean
+.PHONY: help quickstart compare tracking test peers lint format scaling-study bench gpu-check gpu-wheels mutants chaos clean
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | awk -F ':.*  ## ' '{printf "make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | awk -F ':.*  ## ' '{printf "make %-14s %s\n", $$1, $$2}'
 
 quickstart: $(BASE)  ## text → tokenizer → trained model → report, on this machine, in minutes
 	$(BIN)/paralm run quickstart
@@ -64,8 +64,11 @@ tracking: $(BASE)  ## every architecture on parity, tested far past the trained 
 	@set -e; for name in $(TRACKED); do $(BIN)/paralm run tracking/$$name; done
 	$(BIN)/paralm compare $(foreach name,$(TRACKED),runs/tracking-$(subst _,-,$(name))) --out runs/tracking.png
 
+scaling-study: $(DEV)  ## docs/scaling.md: plans of 7B runs, 8 to 1,024 GPUs, 2K to 1M tokens; minutes
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/scaling_study.py
+
 bench: $(DEV) $(PEERS)  ## every benchmark that needs no GPU; results in benchmarks/results
-	@set -e; for script in $(filter-out benchmarks/gpu_%,$(wildcard benchmarks/*.py)); do \
+	@set -e; for script in $(filter-out benchmarks/gpu_% benchmarks/scaling_study.py,$(wildcard benchmarks/*.py)); do \
 	  echo "== $$script"; $(BIN)/python "$$script"; done
 
 gpu-check: $(DEV)  ## tests and benchmarks that need a GPU

@@ -34,6 +34,10 @@ PROBE, STEPWISE = 128, 8
 """A mixer that makes so many operations a step, seen over so many steps, walks step by step: twice as many are run."""
 
 
+_WHATEVER_THE_STEPS: set[tuple[Any, ...]] = set()
+"""Models that were seen to make as many operations for a long sequence as for half of it."""
+
+
 @dataclass(frozen=True)
 class Trace:
     """Segments of one micro-batch on one rank; ``layers``: the kind of each layer, an index into ``forward`` and
@@ -93,16 +97,20 @@ def _of_length(config: Config, vocab_size: int, on: On, gradient_bytes: int, ste
     def run(length: int) -> Trace:
         return _run(config, vocab_size, on, gradient_bytes, length, resets)
 
-    if steps <= PROBE:
+    # Whether operations become more with the steps is a question of the model alone, asked once.
+    kind = config.model.model_dump_json(), on, config.parallel.time > 1, config.training.activation_checkpointing
+    if steps <= PROBE or kind in _WHATEVER_THE_STEPS:
         return run(steps)
     short = run(PROBE)
     longest = 2 * PROBE if any(len(s.work) > STEPWISE * PROBE for s in short.forward) else LONGEST_WALK
-    if steps <= longest:
-        return run(steps)
-    whole, half = run(longest), short if longest == 2 * PROBE else run(longest // 2)
-    if all(len(a.work) < 1.2 * len(b.work) for a, b in zip(whole.forward, half.forward, strict=True)):
-        return run(steps)
-    return _continued(half, whole, steps / longest)
+    whole = run(min(steps, longest))
+    half = run(longest // 2) if steps > longest > 2 * PROBE else short
+    if steps >= 2 * PROBE and all(
+        len(a.work) < 1.2 * len(b.work) for a, b in zip(whole.forward, half.forward, strict=True)
+    ):
+        _WHATEVER_THE_STEPS.add(kind)
+        return run(steps) if steps > longest else whole
+    return whole if steps <= longest else _continued(half, whole, steps / longest)
 
 
 @contextmanager

@@ -232,6 +232,8 @@ def _show_assumptions(found: RunPlan, efficiency: float, kernels: float) -> None
             f"assumed of offloading, a GPU: {cost.HOST_LINK / 1e9:.0f} GB/s to the host, "
             f"{cost.HOST_UPDATE / 1e9:.0f}G elements a second updated there"
         )
+    if found.config.training.compile:
+        say("training.compile: planned as if it were off; compiled blocks keep and move less")
     if find_spec("triton") is None:
         say("not traced: the fused kernels that a GPU runs (Triton is not installed here); memory and time are more")
     if any(found.traced.relays):
