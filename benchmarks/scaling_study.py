@@ -191,8 +191,8 @@ def configurations(models: tuple[str, ...] = MODELS) -> str:
             "(`tests/paralm/test_configs_7b.py`).",
             plans_table("run", rows),
             table(heads, budget, right=range(1, len(heads))),
-            "Titans: most of its step is the neural memory, in float32 and in torch's own operations; a fused kernel "
-            "would have to come first.",
+            "Titans' blocks are thousands of small operations, most of them in float32: its neural memory has no fused "
+            "kernel, which would have to come first.",
         ]
     )
 
@@ -245,7 +245,7 @@ def which_dimension() -> str:
             f"otherwise data. Both come from the batch: {TOKENS:,} tokens are {TOKENS // CONTEXTS[0]:,} sequences of "
             f"{length(CONTEXTS[0])}, and {TOKENS // CONTEXTS[-1]} of {length(CONTEXTS[-1])}. More shards than that "
             f"forces are taken where they make a step {NEAR:.0%} faster.",
-            "![Predicted MFU over context, and memory of a GPU over time shards](scaling.png)",
+            "![Predicted MFU of ParaGRU over context, and memory of a GPU over time shards](scaling.png)",
         ]
     )
 
@@ -285,7 +285,8 @@ models, traced without values, for H100 SXM 80 GB in nodes of 8. **None of these
 
 Columns: *data × time*: GPUs that read different sequences × those that share each; *blocks again*: run a second time in
 the backward; *GiB*: the peak on a GPU; *communication*: the part of a step that nothing hides; *if none is hidden*: how
-much longer a step would be. Plans keep {ROOM:.0%} of the memory free."""
+much longer a step would be. Plans keep {ROOM:.0%} of the memory free. Rows with time shards are the least certain: that a
+cell walks its part of a sequence again is not in them, nor is waiting for the slowest of many GPUs in any."""
 
 SECTIONS: dict[str, Callable[[], str]] = {
     "What the numbers rest on": constants,
