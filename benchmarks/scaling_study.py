@@ -281,12 +281,12 @@ HEADER = f"""# Scaling, on paper
 
 What 7B training would take, before a cluster is booked: every number here is computed by `paralm plan` from the real
 models, traced without values, for H100 SXM 80 GB in nodes of 8. **None of these runs was made.** Made by
-`make scaling-study` (`benchmarks/scaling_study.py`); a test makes it again and compares.
+`make scaling-study` (`benchmarks/scaling_study.py`); tests make parts of it again and compare.
 
 Columns: *data × time*: GPUs that read different sequences × those that share each; *blocks again*: run a second time in
 the backward; *GiB*: the peak on a GPU; *communication*: the part of a step that nothing hides; *if none is hidden*: how
-much longer a step would be. Plans keep {ROOM:.0%} of the memory free. Rows with time shards are the least certain: that a
-cell walks its part of a sequence again is not in them, nor is waiting for the slowest of many GPUs in any."""
+much longer a step would be. Plans keep {ROOM:.0%} of the memory free. Rows with time shards are the least certain: that
+a cell walks its part of a sequence again is not in them, nor is waiting for the slowest of many GPUs in any."""
 
 SECTIONS: dict[str, Callable[[], str]] = {
     "What the numbers rest on": constants,
