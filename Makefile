@@ -4,7 +4,7 @@
 # PYTHON   the interpreter, 3.11 to 3.13       make PYTHON=python3.12 test
 # VENV     the virtual environment's folder
 # TORCH    what pip installs for torch         make TORCH=torch quickstart
-# JOBS     test processes
+# JOBS     test processes (one more for the tests, of which many wait)
 
 SUPPORTED := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 ifndef PYTHON
@@ -33,7 +33,7 @@ quickstart: $(BASE)  ## text → tokenizer → trained model → report, on this
 	$(BIN)/paralm run quickstart
 
 test: $(DEV) $(PEERS)  ## every test that needs no GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations 30 --durations-min 8 -m "not gpu" tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(($(JOBS) + 1)) --dist worksteal --durations 30 --durations-min 8 -m "not gpu" tests
 
 lint: $(DEV)  ## ruff (lint and format) and mypy
 	$(BIN)/ruff check $(SOURCES)
