@@ -10,7 +10,8 @@ has them; where the other ranks' are right they wait for it, until the group's t
 What is sent is of the size of a state, however long the sequence: an affine recurrence is one map a part,
 S ↦ e^{D} S + E, and each rank composes those of the ranks before it; a convolution takes the last inputs of the part
 before. Gradients come back by one sum over the ranks. Ranks meet at these sums. `relay` sends without waiting: a rank
-computes its next rows while a state, or its gradient, is under way. `bytes_sent` counts all of it.
+computes its next rows while a state, or its gradient, is under way, and calls `settle` before it leaves the group
+where nothing after the last relay makes it meet the others. `bytes_sent` counts all of it.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from paralm.evaluation.result import eval_dir
 from paralm.evaluation.suite import MODULES, Part, Target, evaluations, read_settings, run_suite
 from paralm.registry import MIXERS
 from tests.conftest import _WORDS
+from tests.paralm.interrupting import interrupted
 from tests.paralm.small_models import small_model
 
 T = 8  # the training length
@@ -210,18 +211,8 @@ def test_interrupted_and_in_parts_is_uninterrupted(
         return run_suite(chosen, bench.target("paragru", tmp_path / way), settings, part=part)
 
     cells = run("whole").measured
-    measure, calls = chosen.measure, list[str]()
-
-    def stopping(self: Any, cell: str) -> dict[str, Any]:
-        if calls:
-            raise KeyboardInterrupt
-        calls.append(cell)
-        return measure(self, cell)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(chosen, "measure", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            run("interrupted")
+    with interrupted(monkeypatch, chosen, after=1):
+        run("interrupted")
     assert not list(eval_dir(tmp_path / "interrupted").glob("*.json"))
     resumed = run("interrupted")
     assert (resumed.kept, resumed.measured) == (1, cells - 1)

@@ -20,6 +20,7 @@ from paralm.evaluation.passkey import Passkey, PasskeyResult, PasskeySettings
 from paralm.evaluation.retrieval import Reader
 from paralm.evaluation.suite import Part, Target, run_suite
 from paralm.registry import MIXERS
+from tests.paralm.interrupting import interrupted
 from tests.paralm.passkey_models import LENGTHS, Blind, Oracle
 from tests.paralm.small_models import small_model
 
@@ -200,18 +201,8 @@ def test_interrupted_and_in_parts_equals_uninterrupted(
     for way in ("whole", "interrupted", "parts"):
         target, settings = grid(tmp_path / way, tokenizer)
         if way == "interrupted":
-            measure, calls = Passkey.measure, list[str]()
-
-            def stopping(self: Passkey, cell: str, measure: Any = measure, calls: list[str] = calls) -> dict[str, Any]:
-                if len(calls) == 3:
-                    raise KeyboardInterrupt
-                calls.append(cell)
-                return measure(self, cell)
-
-            with monkeypatch.context() as patched:
-                patched.setattr(Passkey, "measure", stopping)
-                with pytest.raises(KeyboardInterrupt):
-                    run_suite(Passkey, target, settings)
+            with interrupted(monkeypatch, Passkey, after=3):
+                run_suite(Passkey, target, settings)
             outcome = run_suite(Passkey, target, settings)
             assert (outcome.kept, outcome.measured) == (3, 5)
         elif way == "parts":
