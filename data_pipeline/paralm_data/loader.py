@@ -1,9 +1,9 @@
 """Batches out of a token store: a pure function of (seed, step), whatever the world size.
 
 A step's global batch is ``global_batch_size`` rows; rank r of W takes rows [G·r//W, G·(r+1)//W), so the ranks' rows
-laid end to end are the batch that a single rank would see, and a run can go on with another number of ranks. Ranks may
-also share rows, each with a ``part`` of their steps: of the others it reads no more than the label at its end. The only
-state is the number of the next step.
+laid end to end are the batch that a single rank would see, and a run can go on with another number of ranks. Ranks
+may also share rows, each with a ``part`` of their steps: of a store it reads no more than these and the last one's
+label. The only state is the number of the next step.
 """
 
 from __future__ import annotations

@@ -147,7 +147,9 @@ def _make(plan: _Plan, executor: Executor) -> bool:
             plan.execution,
         )  # fmt: skip
         skipped, further = skipped and made.skipped, {}
-    return not _union(plan, model, executor) and skipped
+    skipped = not _union(plan, model, executor) and skipped
+    executor.clear(plan.out / SCRATCH)  # also what processes that shared an earlier part of it have left
+    return skipped
 
 
 def _train(folder: Path) -> Path:

@@ -237,7 +237,8 @@ class SyntheticLoader(StepLoader):
     """Batches of a task, with the interface of :class:`paralm_data.Loader`.
 
     Row r of step s is example s·G + r of the split, whatever the number of ranks. There are no epochs: no example
-    comes twice. Raises DataError when ``seq_len`` does not hold the longest example.
+    comes twice. Of rows that ranks share, each computes the whole and keeps its part. Raises DataError when ``seq_len``
+    does not hold the longest example.
     """
 
     def __init__(

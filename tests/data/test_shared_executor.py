@@ -302,3 +302,10 @@ def test_a_mixture_is_shared_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert errors == []
     assert tree(tmp_path / "out") == tree(tmp_path / "expected")
     assert not list((tmp_path / "out").rglob(".work"))
+
+
+def test_a_heartbeat_that_cannot_beat_is_one_line(big: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "heartbeat.py").write_text("raise SystemExit(3)\n")
+    monkeypatch.setattr(claims, "_HEARTBEAT", tmp_path / "heartbeat.py")
+    with pytest.raises(DataError, match="the heartbeat of this process ended with code 3, 3 times"):
+        run(big, tmp_path / "out", "shared", 1)

@@ -60,6 +60,11 @@ class Member:
         """Whether the others count on this process."""
         return self._heart.poll() is None and self.path.exists()
 
+    @property
+    def heartbeat_code(self) -> int:
+        """Of a heartbeat that ended by itself; 0 where it beats, or ended because the file was gone."""
+        return self._heart.poll() or 0
+
     def leave(self) -> None:
         """What is claimed and not done is the others' from now on."""
         os.close(self._mine)

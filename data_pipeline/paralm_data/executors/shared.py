@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from paralm_data.atomic import write_file
 from paralm_data.errors import DataError
-from paralm_data.executors import Event, Executor, Task, claims
+from paralm_data.executors import ATTEMPTS, Event, Executor, Task, claims
 from paralm_data.executors.claims import Member, Watch, is_taken, take
 from paralm_data.executors.local import LocalExecutor
 from paralm_data.holding import locked, remove_unfinished
@@ -32,7 +32,11 @@ _OTHERS = {"claimed": "by another worker"}  # the result of a task that is not d
 
 
 class _DismissedError(Exception):
-    """The others took this process for dead."""
+    """The others took this process for dead, or its heartbeat ended with a ``code`` and they will."""
+
+    def __init__(self, code: int = 0) -> None:
+        super().__init__(code)
+        self.code = code
 
 
 class _ToldError(DataError):
@@ -91,9 +95,18 @@ class SharedExecutor(Executor):
         if self._member is not None:  # a part of what is being made
             with locked(folder, shared=True):
                 return work(left())
+        failed = 0
         while left() or (folder / SCRATCH).exists():
-            with locked(folder, shared=True), contextlib.suppress(_DismissedError):
-                return self._take_part(folder, left, work)
+            try:
+                with locked(folder, shared=True):
+                    return self._take_part(folder, left, work)
+            except _DismissedError as error:
+                failed += error.code != 0
+                if failed == ATTEMPTS:
+                    raise DataError(
+                        f"{folder}: the heartbeat of this process ended with code {error.code}, {ATTEMPTS} times; if "
+                        "memory ran out, give fewer data.workers"
+                    ) from None
         return work(False)
 
     def _take_part(self, folder: Path, left: Callable[[], bool], work: Callable[[bool], T]) -> T:
@@ -104,7 +117,7 @@ class SharedExecutor(Executor):
             result = work(left())  # asked again: what is made from here on is made before the others
         except BaseException as error:
             if isinstance(error, Exception) and not member.is_known():
-                raise _DismissedError from error
+                raise _DismissedError(member.heartbeat_code) from error
             if isinstance(error, DataError) and not isinstance(error, _ToldError):
                 with contextlib.suppress(OSError):
                     write_file(self._home / f"failed-{member.path.name}", str(error).encode("utf-8"))
@@ -128,10 +141,10 @@ class SharedExecutor(Executor):
     def clear(self, scratch: Path) -> None:
         self._scratches.append(scratch)  # others may read it still
 
-    def _check(self) -> Member:
+    def _check(self, now: bool = False) -> Member:
         """Now and then: raises what ends this process's part."""
         assert self._member is not None
-        if time.monotonic() - self._looked >= claims.POLL_SECONDS:
+        if now or time.monotonic() - self._looked >= claims.POLL_SECONDS:
             self._looked = time.monotonic()
             if not self._member.is_known():
                 raise _DismissedError
@@ -183,6 +196,7 @@ class SharedExecutor(Executor):
         while not done():
             if take(claim, self._check().path, self._watch):
                 if not done():
+                    self._check(now=True)  # suspended since it took this, another may be writing there
                     remove_unfinished(folder)
                     work()
                 return
