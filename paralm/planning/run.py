@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from pydantic import ValidationError
+
 from paralm.config import Config
 from paralm.errors import ConfigError, UserError
 from paralm.models import build_model
@@ -274,11 +276,13 @@ def _segments(traced: Trace) -> Iterator[Any]:
 
 
 def with_changes(config: Config, changes: Mapping[str, Any]) -> Config:
-    """A copy with dotted keys of two parts changed."""
-    sections: dict[str, dict[str, Any]] = {}
+    """A copy with dotted keys of two parts changed. Raises ConfigError, one line, for what no configuration may be."""
+    sections = config.model_dump()
     for key, value in changes.items():
         section, name = key.split(".")
-        sections.setdefault(section, {})[name] = value
-    return config.model_copy(
-        update={name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
-    )
+        sections[section][name] = value
+    try:
+        return Config.model_validate(sections)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None

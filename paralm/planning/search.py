@@ -82,9 +82,9 @@ def _plan(planner: Planner, asked: tuple[int, int, int]) -> RunPlan | None:
     runs again."""
     for again in ("auto", False):
         changes: Changes = dict(zip(CHOSEN, (*asked, again), strict=True))
-        if planner.hopeless(changes):
-            return None
         try:
+            if planner.hopeless(changes):
+                return None
             found = planner.plan(changes)
         except ConfigError:
             continue

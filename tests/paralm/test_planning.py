@@ -21,6 +21,7 @@ from paralm.planning import Planner, device_of
 from paralm.planning.cost import FRAGMENTED, HOP, RESERVED, exchange
 from paralm.planning.ledger import Ledger
 from paralm.planning.memory import optimizer_costs, sizes_of
+from paralm.planning.search import search
 from paralm.planning.shards import CountedShards
 from paralm.planning.trace import trace
 
@@ -392,3 +393,17 @@ def test_what_is_counted_between_shards_is_what_is_sent(index: int, really_sent:
     with dry_run():
         counted = sent_by(SHARDED[index], CountedShards(3), "meta")
     assert counted == really_sent[index]
+
+
+def test_nothing_is_proposed_that_no_configuration_may_be() -> None:
+    """Compiled blocks have no stage 3, an offloaded optimizer no stage 0."""
+    compiled = planner(configuration(training={"compile": True}), 8)
+    for step in compiled._remedies():
+        for changes in step:
+            if changes.get("parallel.zero_stage") == 3:
+                with pytest.raises(ConfigError, match="stage 0, 1 or 2"):
+                    compiled.plan(changes)
+    stages = {plan.value("parallel.zero_stage") for plan in search(compiled, (1,), (1,)).plans}
+    assert 3 not in stages
+    offloaded = planner(configuration(parallel={"zero_stage": 2, "offload_optimizer": "cpu"}), 8)
+    assert {plan.value("parallel.zero_stage") for plan in search(offloaded, (1,), (1,)).plans} == {1, 2, 3}
