@@ -30,8 +30,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 VOCABULARY = 32000
-EFFICIENCY = 0.8
-"""The plan's share of a product's peak speed."""
 MIXERS = ("paragru", "paralstm", "mamba2", "xlstm", "titans_mag", "transformer")
 
 
@@ -73,18 +71,21 @@ def cases(options: argparse.Namespace) -> list[Case]:
             found += [Case("middle", f"{name}_{size}", 2048, 4, 2, again, 5) for again in (False, True)]
     found += [Case("large", f"{name}_7b", 2048, 1, 16, True, 18, offload=True, shrinks=True) for name in MIXERS]
     found.append(Case("long", "paragru_130m", 1 << 20, 1, 1, True, 2, shrinks=True))
-    return [
-        case for case in found if case.kind in options.only and (not options.presets or case.preset in options.presets)
-    ]
+    found = [case for case in found if case.kind in options.only]
+    known = sorted({case.preset for case in found})
+    for name in options.presets or ():
+        if name not in known:
+            sys.exit(f"benchmarks/gpu_plan.py: --presets: no '{name}' among {', '.join(known)}")
+    return [case for case in found if not options.presets or case.preset in options.presets]
 
 
 def planned(case: Case, device: Any, host: float) -> tuple[Any, Any, int]:
     """The configuration, its plan, and how many layers were left out for it to fit a GPU, and ``host`` bytes."""
-    from paralm.planning import Planner
+    from paralm.planning import Planner, cost
 
     def at(layers: int | None) -> tuple[Any, Any]:
         config = case.configuration(**({} if layers is None else {"model.n_layers": layers}))
-        return config, Planner(config, VOCABULARY, device, 1, EFFICIENCY).plan()
+        return config, Planner(config, VOCABULARY, device, 1, cost.EFFICIENCY).plan()
 
     config, plan = at(None)
     whole = fewest = config.model.n_layers

@@ -22,7 +22,7 @@ from paralm.evaluation.figures import save, style
 from paralm.evaluation.markdown import table
 from paralm.models import flops_per_token
 from paralm.planning import Planner, RunPlan, cost, device_of, shards
-from paralm.planning.run import Changes
+from paralm.planning.run import Changes, value_of
 from paralm.planning.search import CHOSEN, NEAR, ROOM, search
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,7 +49,7 @@ def planner(model: str) -> Planner:
 def spread_of(name: str) -> Changes:
     """What a run's configuration says of the keys that a search decides."""
     made = load_config(name).config
-    return {key: getattr(getattr(made, key.split(".")[0]), key.split(".")[1]) for key in CHOSEN}
+    return {key: value_of(made, key) for key in CHOSEN}
 
 
 @cache
@@ -188,7 +188,7 @@ def configurations(models: tuple[str, ...] = MODELS) -> str:
         [
             f"Each step has {TOKENS:,} tokens, each run {STEPS * TOKENS / 1e9:.1f} billion. A row is what `paralm plan "
             "7b/NAME` says, and the best of what its `--search` tries without time shards "
-            "(`tests/paralm/test_configs_7b.py`).",
+            "(`tests/paralm/test_configs_7b.py`, but for Titans).",
             plans_table("run", rows),
             table(heads, budget, right=range(1, len(heads))),
             "Titans' blocks are thousands of small operations, most of them in float32: its neural memory has no fused "
@@ -252,7 +252,6 @@ def which_dimension() -> str:
 
 def sensitivity() -> str:
     slow = round(lowest_fraction(), 2)
-    base = planner("paragru").on(64).plan(spread_of("7b/paragru_64"))
     cases: list[tuple[str, float, float, bool]] = [
         ("as planned", cost.EFFICIENCY, 1.0, False),
         (f"fused kernels at {slow:.0%} of a copy, the lowest measured at this shape", cost.EFFICIENCY, slow, False),
@@ -262,9 +261,7 @@ def sensitivity() -> str:
     ]
     rows = []
     for name, efficiency, kernels, bare in cases:
-        other = Planner(base.config, planner("paragru").vocab_size, base.device, 64, efficiency, kernels)
-        other._traces = planner("paragru")._traces
-        plan = other.plan()
+        plan = planner("paragru").on(64, efficiency=efficiency, kernels=kernels).plan(spread_of("7b/paragru_64"))
         step = plan.time.step + (plan.time.communication - plan.time.exposed if bare else 0)
         rows.append((name, f"{step:.3g}", f"{plan.mfu * plan.time.step / step:.1%}",
                      f"{plan.seconds_of(STEPS * TOKENS) / plan.time.step * step / 86400:.3g}"))  # fmt: skip

@@ -74,8 +74,7 @@ class RunPlan:
 
     def value(self, key: str) -> Any:
         """Of a dotted key of two parts, as it was planned: a number where ``auto`` was asked for."""
-        section, name = key.split(".")
-        return getattr(getattr(self.config, section), name)
+        return value_of(self.config, key)
 
     @property
     def nodes(self) -> int:
@@ -191,10 +190,13 @@ class Planner:
         fewest = fewest_blocks(peak_of, n, self.device.usable)
         return so_many(n if fewest is None else fewest)
 
-    def on(self, gpus: int | None = None, device: Device | None = None, changes: Changes | None = None) -> Planner:
-        """The run on other GPUs, or with some keys changed that leave its model; what was traced stays known."""
+    def on(
+        self, gpus: int | None = None, device: Device | None = None, changes: Changes | None = None, **assumed: float
+    ) -> Planner:
+        """The run on other GPUs, with keys changed that leave its model, or with another ``efficiency`` or speed of
+        ``kernels`` assumed; what was traced stays known."""
         config = with_changes(self.config, changes or {})
-        other = replace(self, gpus=gpus or self.gpus, device=device or self.device, config=config)
+        other = replace(self, gpus=gpus or self.gpus, device=device or self.device, config=config, **assumed)  # type: ignore[arg-type]
         other.model, other._traces, other._updates = self.model, self._traces, self._updates
         return other
 
@@ -273,6 +275,12 @@ def _segments(traced: Trace) -> Iterator[Any]:
     for kind in traced.layers:
         yield traced.forward[kind]
         yield traced.backward[kind]
+
+
+def value_of(config: Config, key: str) -> Any:
+    """Of a dotted key of two parts."""
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
 
 
 def with_changes(config: Config, changes: Mapping[str, Any]) -> Config:

@@ -11,6 +11,7 @@ from paralm.config import Config
 from paralm.config_files import load_config
 from paralm.planning import Planner, device_of
 from paralm.planning.cost import with_room
+from paralm.planning.run import value_of
 from paralm.planning.search import CHOSEN, NEAR, ROOM, search
 
 MODELS = ("paragru", "paralstm", "mamba2", "xlstm", "titans_mag", "transformer")
@@ -37,7 +38,7 @@ def planner(model: str) -> Planner:
 
 
 def chosen(made: Config) -> dict[str, object]:
-    return {key: getattr(getattr(made, key.split(".")[0]), key.split(".")[1]) for key in CHOSEN}
+    return {key: value_of(made, key) for key in CHOSEN}
 
 
 def test_there_is_one_for_each_model_and_scale() -> None:

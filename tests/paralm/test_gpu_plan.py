@@ -31,11 +31,17 @@ def test_no_unknown_gpu_is_planned_as_another(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
-    monkeypatch.setattr(sys, "argv", ["gpu_plan.py", "--presets", "none", "--out", str(tmp_path / "plan.json")])
+    monkeypatch.setattr(sys, "argv", ["gpu_plan.py", "--only", "long", "--out", str(tmp_path / "plan.json")])
     with pytest.raises(SystemExit, match=r"'NVIDIA .*--device"):
         gpu_plan.main()
+    monkeypatch.setattr(gpu_plan, "measured", lambda case, device, host: {"error": device.name})
+    monkeypatch.setattr(gpu_plan, "line", str)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     assert gpu_plan.main() == 0
+    assert json.loads((tmp_path / "plan.json").read_text())["rows"] == [{"error": "H100 SXM 80 GB"}]
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--presets", "paragru_131m"])
+    with pytest.raises(SystemExit, match="--presets: no 'paragru_131m' among paragru_130m"):
+        gpu_plan.main()
 
 
 def test_a_model_that_fits_neither_gpu_nor_host_keeps_its_width(gpu_plan: Any) -> None:
