@@ -41,6 +41,8 @@ class Derived:
     """state, inputs, params, cotangents of the next state → cotangents of inputs and params."""
     pullback: Graph
     """The same with the cotangents of the state before them."""
+    bounded: tuple[str, ...]
+    """The state components that the cell's box bounds."""
 
     @property
     def n_state(self) -> int:
@@ -117,7 +119,9 @@ def _derive(cell: Cell) -> Derived:
         jacobian.update({jacobian_name(row, name): columns[name] for name in cell.state})
     kept = {name: grads[name] for name in map(cotangent_name, (*cell.inputs, *cell.params))}
     given = (*names, *cotangents)
-    return Derived(cell, Graph(names, step), Graph(names, jacobian), Graph(given, kept), Graph(given, grads))
+    box = cell.box(tuple(torch.zeros(2, 3, dtype=torch.float64) for _ in cell.state)) or (None,) * n
+    bounded = tuple(name for name, bound in zip(cell.state, box, strict=True) if bound is not None)
+    return Derived(cell, Graph(names, step), Graph(names, jacobian), Graph(given, kept), Graph(given, grads), bounded)
 
 
 def _trace(cell: Cell, count: int) -> GraphModule:

@@ -10,9 +10,6 @@ Layouts: inputs and states (batch, time, channel); what belongs to pieces of tim
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import cached_property
-
-import torch
 
 from .derive import Derived, cotangent_name, jacobian_name, next_name
 from .graph import Graph
@@ -35,6 +32,7 @@ class Names:
         self.state = [self.of[name] for name in self.cell.state]
         self.inputs = [self.of[name] for name in self.cell.inputs]
         self.params = [self.of[name] for name in self.cell.params]
+        self.bounded = [self.of[name] for name in derived.bounded]
         size = range(len(self.state))
         self.pairs = [(i, i) for i in size] if derived.diagonal else [(i, j) for i in size for j in size]
         self.unroll = group(_AHEAD, len(self.inputs), derived.linearised)
@@ -60,12 +58,6 @@ class Names:
 
     def row(self, names: Iterable[str], what: str = "") -> list[str]:
         return [f"{name}{what}_row" for name in names]
-
-    @cached_property
-    def bounded(self) -> list[str]:
-        """The state components that the cell's box bounds."""
-        box = self.cell.box(tuple(torch.zeros(2, 3, dtype=torch.float64) for _ in self.state))
-        return [name for name, bound in zip(self.state, box, strict=True) if bound is not None] if box else []
 
     def sum_of_products(self, first: str, second: str, i: int, j: int, sparse: str = "") -> str:
         """Σ_k first_ik second_kj, without the entries that are always zero in the matrix named `sparse`."""

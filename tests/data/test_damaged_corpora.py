@@ -227,7 +227,11 @@ def test_a_disk_that_is_full_is_one_line(big: Path, tmp_path: Path, most: int, w
     """Files may have ``most`` bytes, which is an error in the same places."""
     limit = f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({most}, {most}))\n"
     whole = [sys.executable, "-c", limit + SCRIPT, str(big), str(tmp_path / "out"), "local", "1"]
-    done = subprocess.run(whole, env=environment(), capture_output=True, text=True, check=False)
+    own = {
+        **environment(),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }  # it would be cut off, for all that come later
+    done = subprocess.run(whole, env=own, capture_output=True, text=True, check=False)
     last = done.stderr.splitlines()[-1]
     assert last.startswith(f"paralm_data.errors.DataError: {tmp_path / 'out'}")
     assert what in last

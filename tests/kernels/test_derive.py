@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
 from paralm_kernels import Cell, CellError, solve
 from paralm_kernels.derive import derive, jacobian_name
+from paralm_kernels.generate import generate
 from paralm_kernels.laws import by, deviation, outcome, random_case, reference
 from paralm_kernels.lowering import lowerable
 from paralm_kernels.torch_code import torch_code
+from paralm_kernels.triton_template import Names
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -204,3 +209,22 @@ def test_a_cell_is_traced_wherever_it_is_first_met():
 def test_the_list_of_operations_is_for_people():
     assert "sigmoid" in lowerable()
     assert "_backward" not in lowerable()
+
+
+def test_nothing_is_computed_where_a_cell_is_first_used(cell: Cell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a plan, which counts operations, would find more of them in a process that meets the cell for the first
+    time than in any other."""
+    monkeypatch.setattr("paralm_kernels.derive._cache", weakref.WeakKeyDictionary())
+    seen: list[str] = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Seen(), torch.device("meta"):
+        names = Names(derive(cell))
+        generate(cell)
+    assert seen == []
+    box = cell.box(tuple(torch.zeros(2, 3) for _ in cell.state)) or (None,) * len(cell.state)
+    assert names.bounded == [names.of[h] for h, bound in zip(cell.state, box, strict=True) if bound is not None]
