@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -170,11 +171,16 @@ def test_prepare_train_and_an_evaluation_array_one_after_the_other(
 
 
 def test_preparation_and_evaluation_begin_again_after_the_limit(cluster: SlurmCluster, tmp_path: Path) -> None:
-    """With a command in place of paralm that the first start never ends."""
+    """With a command in place of paralm that the first start never ends. SLURM's own TERM, which follows a requeue,
+    always finds scontrol at work here."""
     start = "${SLURM_RESTART_COUNT:-0}"
-    lines = ("#!/bin/bash", f'echo "{start} $*" >>calls', f"[ {start} -gt 0 ] || exec sleep 100", "")
-    (tmp_path / "paralm").write_text("\n".join(lines))
-    (tmp_path / "paralm").chmod(0o755)
+    scontrol = shutil.which("scontrol", path=cluster.environment["PATH"])
+    for name, lines in {
+        "paralm": (f'echo "{start} $*" >>calls', f"[ {start} -gt 0 ] || exec sleep 100"),
+        "scontrol": (f'{scontrol} "$@"; code=$?', "kill -TERM $$", "exit $code"),
+    }.items():
+        (tmp_path / name).write_text("\n".join(("#!/bin/bash", *lines, "")))
+        (tmp_path / name).chmod(0o755)
     first = ("--parsable", f"--export=ALL,PATH={tmp_path}:{cluster.environment['PATH']}", "--cpus-per-task=1")
     jobs = []
     array = ("--array=0-1",)
@@ -184,7 +190,8 @@ def test_preparation_and_evaluation_begin_again_after_the_limit(cluster: SlurmCl
         (array, "eval", ("capacity", "runs/x")),
     ):
         text = resources.find(f"slurm/{name}.sbatch").read_text()
-        (tmp_path / name).write_text(text.replace("#SBATCH --gpus-per-node", "##SBATCH --gpus-per-node"))
+        text = text.replace("#SBATCH --gpus-per-node", "##SBATCH --gpus-per-node")
+        (tmp_path / name).write_text(text.replace("events=/dev/null", "events=events"))
         jobs.append(cluster.run("sbatch", *first, *more, name, *arguments, cwd=tmp_path).stdout.strip())
     calls = tmp_path / "calls"
     wait_for(lambda: calls.exists() and len(calls.read_text().splitlines()) == 5)
@@ -193,6 +200,10 @@ def test_preparation_and_evaluation_begin_again_after_the_limit(cluster: SlurmCl
     for job in jobs:
         wait_for(lambda job=job: cluster.restarts(job) == 1)
         cluster.wait(job)
+    kinds = Counter(tuple(line.split()[2:4]) for line in (tmp_path / "events").read_text().splitlines())
+    assert kinds == {
+        (f"restarts={n}", kind): 5 for n, kind in ((0, "start"), (0, "requeue"), (1, "start"), (1, "end"))
+    }
     assert sorted(calls.read_text().splitlines()) == [
         *["0 data prepare x.yaml data.executor=local data.workers=1"],
         *["0 data prepare y.yaml data.executor=shared data.workers=1"] * 2,
