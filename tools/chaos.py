@@ -189,11 +189,13 @@ def strike(driver: Driver, target: str, rng: random.Random, moment: float, outco
     )
     if target == "driver":
         driver.process.wait(PATIENCE)
-        agents = [process for process in below if name_of(process) in RAY_AGENTS]
-        _, left = psutil.wait_procs([process for process in below if process not in agents], timeout=30)
-        for process in agents:
+        others = [process for process in below if name_of(process) not in RAY_AGENTS]
+        _, left = psutil.wait_procs(others, timeout=30)
+        left = [process for process in left if name_of(process) not in RAY_AGENTS]  # when hit, some had no name yet
+        for process in below:
             with contextlib.suppress(psutil.Error):
-                process.kill()
+                if name_of(process) in RAY_AGENTS:
+                    process.kill()
         if left:
             outcome.problems.append(f"{driver.run.name}: {len(left)} processes outlived the driver: {left}")
             for process in left:
