@@ -60,15 +60,9 @@ def chunkwise(
     Returns y (batch, time, heads, d_v) in the dtype of v, and the state in the compute dtype. Memory: a backward pass
     keeps only the arguments and computes the states at the starts of chunks again. Raises ArgumentError.
     """
-    dtype = check(q, k, v, log_decay, gain, state, reset, normalized)
-    if method not in METHODS:
-        raise ArgumentError(f"chunkwise: method is {method!r}; expected one of {', '.join(METHODS)}")
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
-        raise ArgumentError(f"chunkwise: chunk_size is {chunk_size!r}; expected a whole number of at least 1")
-    if not (math.isfinite(eps) and eps >= 0):
-        raise ArgumentError(f"chunkwise: eps is {eps}; expected a finite number of at least 0")
-    plan = Plan(normalized, chunk_size, eps, dtype)
-    begin = _initial(q, v, dtype, normalized) if state is None else _state(state, dtype)
+    plan = plan_of(check(q, k, v, log_decay, gain, state, reset, normalized), normalized, chunk_size, method, eps)
+    dtype = plan.dtype
+    begin = initial_state(q, v, dtype, normalized) if state is None else given_state(state, dtype)
     every = (q, k, v, log_decay, gain, *begin)
     if q.shape[1] == 1 and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in every)):
         y, end = loop(q, k, v, log_decay, gain, begin, reset, normalized, eps, dtype)
@@ -78,6 +72,17 @@ def chunkwise(
     else:
         y, end = chunkwise_torch(q, k, v, log_decay, gain, begin, reset, plan)
     return y, (end if normalized else end[0])
+
+
+def plan_of(dtype: torch.dtype, normalized: bool, chunk_size: int, method: str, eps: float) -> Plan:
+    """The options of `chunkwise`, looked at."""
+    if method not in METHODS:
+        raise ArgumentError(f"chunkwise: method is {method!r}; expected one of {', '.join(METHODS)}")
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
+        raise ArgumentError(f"chunkwise: chunk_size is {chunk_size!r}; expected a whole number of at least 1")
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ArgumentError(f"chunkwise: eps is {eps}; expected a finite number of at least 0")
+    return Plan(normalized, chunk_size, eps, dtype)
 
 
 def reference_chunkwise(
@@ -94,12 +99,12 @@ def reference_chunkwise(
 ) -> tuple[Tensor, Any]:
     """`chunkwise` as a loop over time in plain torch under autograd: slow, obviously right. Same arguments."""
     dtype = check(q, k, v, log_decay, gain, state, reset, normalized)
-    begin = _initial(q, v, dtype, normalized) if state is None else _state(state, dtype)
+    begin = initial_state(q, v, dtype, normalized) if state is None else given_state(state, dtype)
     y, end = loop(q, k, v, log_decay, gain, begin, reset, normalized, eps, dtype)
     return y, (end if normalized else end[0])
 
 
-def _initial(q: Tensor, v: Tensor, dtype: torch.dtype, normalized: bool) -> ChunkState:
+def initial_state(q: Tensor, v: Tensor, dtype: torch.dtype, normalized: bool) -> ChunkState:
     (batch, _, heads, d_v), d_k = v.shape, q.shape[3]
     first = torch.zeros((batch, heads, d_k, d_v), dtype=dtype, device=v.device)
     if not normalized:
@@ -107,7 +112,7 @@ def _initial(q: Tensor, v: Tensor, dtype: torch.dtype, normalized: bool) -> Chun
     return first, first.new_zeros((batch, heads, d_k)), first.new_full((batch, heads), -math.inf)
 
 
-def _state(state: Tensor | tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> ChunkState:
+def given_state(state: Tensor | tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> ChunkState:
     given = (state,) if isinstance(state, Tensor) else state
     return tuple(part.to(dtype) for part in given)
 

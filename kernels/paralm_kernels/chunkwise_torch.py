@@ -21,7 +21,8 @@ time, so that the memory is that of a block; backward keeps the arguments and th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,8 +67,9 @@ class _Chunkwise(torch.autograd.Function):
         ctx.plan = plan
         ctx.save_for_backward(reset, *tensors)
         ctx.set_materialize_grads(False)
-        with torch.autocast(tensors[0].device.type, enabled=False):
-            y, end = _forward(_Problem(plan, reset, tensors))
+        y = torch.empty_like(tensors[2], memory_format=torch.contiguous_format)
+        with context(tensors[0]):
+            end, _ = outputs(Problem(plan, reset, tensors), y)
         if plan.normalized:
             ctx.mark_non_differentiable(end[-1])
         return (y, *end)
@@ -76,11 +78,18 @@ class _Chunkwise(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_y: Tensor | None, *grad_end: Tensor | None) -> tuple[Tensor | None, ...]:
         reset, *tensors = ctx.saved_tensors
-        with torch.autocast(tensors[0].device.type, enabled=False):
-            return (None, None, *_backward(_Problem(ctx.plan, reset, tensors), grad_y, grad_end))
+        grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors[:5])
+        with context(tensors[0]):
+            first = gradients(Problem(ctx.plan, reset, tensors), (), grad_y, grad_end, grads)
+        return (None, None, *grads, *first)
 
 
-class _Problem:
+def context(x: Tensor) -> AbstractContextManager[Any]:
+    """In which `outputs`, `end`, `gradients` and `entry_gradient` are called."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+class Problem:
     """The arguments, and how they are laid out: every result of a block has (chunks, batch, groups, …) first.
 
     The state is (batch, groups, d_k, shared · columns): the heads that share q and k lie side by side.
@@ -147,7 +156,7 @@ class _Problem:
 class _Block:
     """Some chunks of a problem, with their weights and their contributions to the state."""
 
-    def __init__(self, problem: _Problem, block: tuple[int, int, int], m: Tensor | None) -> None:
+    def __init__(self, problem: Problem, block: tuple[int, int, int], m: Tensor | None) -> None:
         self.problem, self.block = problem, block
         plan, dtype = problem.plan, problem.plan.dtype
         self.chunks, self.size = block[1:]
@@ -260,20 +269,33 @@ def _finite(m: Tensor) -> Tensor:
     return m.masked_fill(m == -math.inf, 0.0)
 
 
-def _forward(problem: _Problem) -> tuple[Tensor, ChunkState]:
+def outputs(problem: Problem, y: Tensor) -> tuple[ChunkState, tuple[Tensor, ...]]:
+    """Writes y, of any strides; the state at the end, and what `gradients` needs of this again (here nothing)."""
     state, m = problem.pack(problem.state[:2]), problem.first_m()
-    y = torch.empty_like(problem.v, memory_format=torch.contiguous_format)
     for where in problem.blocks():
         block = _Block(problem, where, m)
         states = block.states(state)
         result = block.read(states)
         problem.per_head(y, where).copy_(block.divide(result) if problem.plan.normalized else result)
         state, m = states[-1].clone(), block.last_m()
-    end = problem.unpack(state)
-    return y, (end if m is None else (*end, m.flatten(1).clone()))
+    return _end(problem, state, m), ()
 
 
-def _starts(problem: _Problem) -> Iterator[tuple[tuple[int, int, int], Tensor, Tensor | None]]:
+def end(problem: Problem) -> ChunkState:
+    """The state at the end alone, as of `outputs`."""
+    state, m = problem.pack(problem.state[:2]), problem.first_m()
+    for where in problem.blocks():
+        block = _Block(problem, where, m)
+        state, m = block.states(state)[-1].clone(), block.last_m()
+    return _end(problem, state, m)
+
+
+def _end(problem: Problem, state: Tensor, m: Tensor | None) -> ChunkState:
+    found = problem.unpack(state)
+    return found if m is None else (*found, m.flatten(1).clone())
+
+
+def _starts(problem: Problem) -> Iterator[tuple[tuple[int, int, int], Tensor, Tensor | None]]:
     """Every block with the state and m at its start."""
     state, m = problem.pack(problem.state[:2]), problem.first_m()
     blocks = problem.blocks()
@@ -284,15 +306,53 @@ def _starts(problem: _Problem) -> Iterator[tuple[tuple[int, int, int], Tensor, T
             state, m = block.states(state)[-1].clone(), block.last_m()
 
 
-def _backward(
-    problem: _Problem, grad_y: Tensor | None, grad_end: tuple[Tensor | None, ...]
-) -> tuple[Tensor | None, ...]:
-    normalized, dtype = problem.plan.normalized, problem.plan.dtype
-    sizes = (problem.state[:2]) if normalized else problem.state
-    last = [torch.zeros_like(part, dtype=dtype) if g is None else g for part, g in zip(sizes, grad_end, strict=False)]
-    grad_state = problem.pack(last)
-    arguments = (problem.q, problem.k, problem.v, problem.log_decay, problem.gain)
-    grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in arguments)
+GradEnd = Sequence[Tensor | None]
+"""Gradients of the state at the end, S or (C, n, None); None for a zero."""
+
+
+def gradients(
+    problem: Problem,
+    kept: Sequence[Tensor],
+    grad_y: Tensor | None,
+    grad_end: GradEnd,
+    grads: Sequence[Tensor],
+) -> ChunkState:
+    """Writes those of q, k, v, log_decay and gain, of any strides; returns those of the state at the start (m's is 0).
+
+    kept: what `outputs` gave.
+    """
+    grad_state = _packed_end(problem, grad_end)
+    for where, block, states, y, grad in _reversed(problem, grad_y):
+        grad_state = _pull_back(block, where, grads, states, y, grad, grad_state)
+    return _unpacked_start(problem, grad_state)
+
+
+def entry_gradient(problem: Problem, kept: Sequence[Tensor], grad_y: Tensor | None, grad_end: GradEnd) -> ChunkState:
+    """Only what `gradients` returns."""
+    grad_state = _packed_end(problem, grad_end)
+    for _, block, _, _, grad in _reversed(problem, grad_y):
+        grad_state = block.grad_states(grad * block.across, grad_state)[0].clone()
+    return _unpacked_start(problem, grad_state)
+
+
+def _packed_end(problem: Problem, grad_end: GradEnd) -> Tensor:
+    sizes, dtype = problem.state[:2] if problem.plan.normalized else problem.state, problem.plan.dtype
+    return problem.pack(
+        [torch.zeros_like(part, dtype=dtype) if g is None else g for part, g in zip(sizes, grad_end, strict=False)]
+    )
+
+
+def _unpacked_start(problem: Problem, grad_state: Tensor) -> ChunkState:
+    first = problem.unpack(grad_state)
+    if problem.plan.normalized:
+        first = (*first, torch.zeros_like(problem.state[2]))
+    return tuple(g.to(part.dtype) for g, part in zip(first, problem.state, strict=True))
+
+
+def _reversed(
+    problem: Problem, grad_y: Tensor | None
+) -> Iterator[tuple[tuple[int, int, int], _Block, Tensor, Tensor, Tensor]]:
+    """From the last block to the first: where it is, its weights, states, Y and dY."""
     for where, state, m in reversed(list(_starts(problem))):
         block = _Block(problem, where, m)
         states = block.states(state)
@@ -300,23 +360,25 @@ def _backward(
         if grad_y is None:
             grad = torch.zeros_like(y)
         else:
-            grad = problem.per_head(grad_y, where).to(dtype)
-            if normalized:
+            grad = problem.per_head(grad_y, where).to(problem.plan.dtype)
+            if problem.plan.normalized:
                 block.divide(y)
                 grad = block.divide_back(y, grad)
             grad = grad.contiguous()
-        grad_state = _pull_back(block, grads, states, y, grad, grad_state)
-    first = problem.unpack(grad_state)
-    if normalized:
-        first = (*first, torch.zeros_like(problem.state[2]))
-    return (*grads, *(g.to(part.dtype) for g, part in zip(first, problem.state, strict=True)))
+        yield where, block, states, y, grad
 
 
 def _pull_back(
-    block: _Block, grads: tuple[Tensor, ...], states: Tensor, y: Tensor, grad: Tensor, grad_last: Tensor
+    block: _Block,
+    where: tuple[int, int, int],
+    grads: Sequence[Tensor],
+    states: Tensor,
+    y: Tensor,
+    grad: Tensor,
+    grad_last: Tensor,
 ) -> Tensor:
     """Writes a block's part of the gradients; returns that of the state at its start. grad: dY; grad_last: dS'."""
-    problem, where = block.problem, block.block
+    problem = block.problem
     read = grad * block.across
     grad_states = block.grad_states(read, grad_last)
     by_head, u = grad.transpose(3, 4), block.u.transpose(3, 4)

@@ -51,13 +51,16 @@ def causal_conv(
     by_kernels = method == "triton" or (method == "auto" and fused.by_default(x))
     if by_kernels:
         fused.kernels("triton_solver", "causal_conv: ").check_device(x.device)
-    taps = weight.shape[1]
-    if state is None:
-        state = x.new_zeros((x.shape[0], taps - 1, x.shape[2]))
-    if bias is None:
-        bias = weight.new_zeros(x.shape[2])
+    state, bias = zeros_for(x, weight, bias, state)
     result: tuple[Tensor, Tensor] = _CausalConv.apply(x, weight, bias, state, reset, dtype, by_kernels)
     return result
+
+
+def zeros_for(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The state and the bias, zeros for None."""
+    if state is None:
+        state = x.new_zeros((x.shape[0], weight.shape[1] - 1, x.shape[2]))
+    return state, weight.new_zeros(x.shape[2]) if bias is None else bias
 
 
 def check(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, reset: Tensor | None) -> torch.dtype:
@@ -147,66 +150,92 @@ class _CausalConv(torch.autograd.Function):
         dtype: torch.dtype,
         by_kernels: bool,
     ) -> tuple[Tensor, Tensor]:
-        taps = weight.shape[1]
-        geometry = Geometry(x, taps, reset)
         ctx.save_for_backward(x, weight, bias, state, reset)
         ctx.dtype, ctx.by_kernels = dtype, by_kernels
         ctx.set_materialize_grads(False)
-        if by_kernels:
-            y = _kernels(x, weight, state, geometry, dtype).forward(bias)
-            return y, tail_of(x, state, geometry)
-        rows, shift = weight.to(dtype).t().contiguous(), bias.to(dtype)
-        y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        for start, stop in geometry.pieces():
-            window = geometry.window(x, state, start, stop, dtype)
-            here = stop - start
-            target = y[:, start:stop] if y.dtype == dtype else torch.empty_like(y[:, start:stop], dtype=dtype)
-            torch.addcmul(shift, window[:, taps - 1 :], rows[taps - 1], out=target)
-            for back in range(1, taps):
-                source, cut = window[:, taps - 1 - back :][:, :here], geometry.cut(back, start, stop)
-                target.addcmul_(source if cut is None else source.masked_fill(cut, 0.0), rows[taps - 1 - back])
-            if y.dtype != dtype:
-                y[:, start:stop] = target
-        return y, tail_of(x, state, geometry)
+        geometry = Geometry(x, weight.shape[1], reset)
+        return outputs(x, weight, bias, state, geometry, dtype, by_kernels), tail_of(x, state, geometry)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_y: Tensor | None, grad_tail: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, bias, state, reset = ctx.saved_tensors
-        dtype, taps = ctx.dtype, weight.shape[1]
-        geometry = Geometry(x, taps, reset)
-        if ctx.by_kernels:
-            return _backward_fused(x, weight, bias, state, geometry, grad_y, grad_tail, dtype)
-        rows = weight.to(dtype).t().contiguous()
-        grad_x = torch.zeros(x.shape, dtype=dtype, device=x.device)
-        grad_state = torch.zeros(state.shape, dtype=dtype, device=x.device)
-        grad_rows, grad_bias = torch.zeros_like(rows), torch.zeros_like(rows[0])
-        if grad_tail is not None:
-            dropped = geometry.dropped()
-            tail = grad_tail.to(dtype)
-            tail = tail if dropped is None else tail.masked_fill(dropped, 0.0)
-            _add_back(grad_x, grad_state, tail, torch.ones_like(rows[0]), x.shape[1])
-        for start, stop in geometry.pieces() if grad_y is not None else ():
-            assert grad_y is not None
-            window, here = geometry.window(x, state, start, stop, dtype), stop - start
-            grad = grad_y[:, start:stop].to(dtype)
-            product = torch.empty_like(window[:, :here])
-            grad_bias += grad.sum((0, 1))
-            for back in range(taps):
-                cut = geometry.cut(back, start, stop)
-                passed = grad if cut is None else grad.masked_fill(cut, 0.0)
-                tap = taps - 1 - back
-                grad_rows[tap] += torch.mul(passed, window[:, tap : tap + here], out=product).sum((0, 1))
-                _add_back(grad_x, grad_state, passed, rows[tap], start + tap)
-        return (
-            grad_x.to(x.dtype),
-            grad_rows.t().to(weight.dtype),
-            grad_bias.to(bias.dtype),
-            grad_state.to(state.dtype),
-            None,
-            None,
-            None,
-        )
+        geometry = Geometry(x, weight.shape[1], reset)
+        found = gradients(x, weight, bias, state, geometry, grad_y, grad_tail, ctx.dtype, ctx.by_kernels)
+        return (*found, None, None, None)
+
+
+def outputs(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    state: Tensor,
+    geometry: Geometry,
+    dtype: torch.dtype,
+    by_kernels: bool,
+) -> Tensor:
+    """y of checked arguments, computed in ``dtype``."""
+    taps = weight.shape[1]
+    if by_kernels:
+        made: Tensor = _kernels(x, weight, state, geometry, dtype).forward(bias)
+        return made
+    rows, shift = weight.to(dtype).t().contiguous(), bias.to(dtype)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for start, stop in geometry.pieces():
+        window = geometry.window(x, state, start, stop, dtype)
+        here = stop - start
+        target = y[:, start:stop] if y.dtype == dtype else torch.empty_like(y[:, start:stop], dtype=dtype)
+        torch.addcmul(shift, window[:, taps - 1 :], rows[taps - 1], out=target)
+        for back in range(1, taps):
+            source, cut = window[:, taps - 1 - back :][:, :here], geometry.cut(back, start, stop)
+            target.addcmul_(source if cut is None else source.masked_fill(cut, 0.0), rows[taps - 1 - back])
+        if y.dtype != dtype:
+            y[:, start:stop] = target
+    return y
+
+
+def gradients(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    state: Tensor,
+    geometry: Geometry,
+    grad_y: Tensor | None,
+    grad_tail: Tensor | None,
+    dtype: torch.dtype,
+    by_kernels: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Those of x, weight, bias and state, each in its dtype, given those of y and of the new state."""
+    taps = weight.shape[1]
+    if by_kernels:
+        return _backward_fused(x, weight, bias, state, geometry, grad_y, grad_tail, dtype)
+    rows = weight.to(dtype).t().contiguous()
+    grad_x = torch.zeros(x.shape, dtype=dtype, device=x.device)
+    grad_state = torch.zeros(state.shape, dtype=dtype, device=x.device)
+    grad_rows, grad_bias = torch.zeros_like(rows), torch.zeros_like(rows[0])
+    if grad_tail is not None:
+        dropped = geometry.dropped()
+        tail = grad_tail.to(dtype)
+        tail = tail if dropped is None else tail.masked_fill(dropped, 0.0)
+        _add_back(grad_x, grad_state, tail, torch.ones_like(rows[0]), x.shape[1])
+    for start, stop in geometry.pieces() if grad_y is not None else ():
+        assert grad_y is not None
+        window, here = geometry.window(x, state, start, stop, dtype), stop - start
+        grad = grad_y[:, start:stop].to(dtype)
+        product = torch.empty_like(window[:, :here])
+        grad_bias += grad.sum((0, 1))
+        for back in range(taps):
+            cut = geometry.cut(back, start, stop)
+            passed = grad if cut is None else grad.masked_fill(cut, 0.0)
+            tap = taps - 1 - back
+            grad_rows[tap] += torch.mul(passed, window[:, tap : tap + here], out=product).sum((0, 1))
+            _add_back(grad_x, grad_state, passed, rows[tap], start + tap)
+    return (
+        grad_x.to(x.dtype),
+        grad_rows.t().to(weight.dtype),
+        grad_bias.to(bias.dtype),
+        grad_state.to(state.dtype),
+    )
 
 
 def _backward_fused(
@@ -218,7 +247,7 @@ def _backward_fused(
     grad_y: Tensor | None,
     grad_tail: Tensor | None,
     dtype: torch.dtype,
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """By the kernels; what the first steps give to the state, and the new state to the last inputs, in torch."""
     rows, taps = weight.to(dtype).t(), weight.shape[1]
     grad_state = torch.zeros(state.shape, dtype=dtype, device=x.device)
@@ -240,8 +269,7 @@ def _backward_fused(
         tail = grad_tail.to(dtype)
         tail = tail if dropped is None else tail.masked_fill(dropped, 0.0)
         _add_back(grad_x, grad_state, tail, torch.ones_like(rows[0]), x.shape[1])
-    every = (grad_x.to(x.dtype), grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), grad_state.to(state.dtype))
-    return (*every, None, None, None)
+    return grad_x.to(x.dtype), grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), grad_state.to(state.dtype)
 
 
 def _kernels(x: Tensor, weight: Tensor, state: Tensor, geometry: Geometry, dtype: torch.dtype) -> Any:

@@ -7,16 +7,16 @@ alone; the state that comes back is the one after the rank's own part, on the la
 the same functions in the same order, forward and backward. What is wrong with the arguments is said by the rank that
 has them; where the other ranks' are right they wait for it, until the group's timeout.
 
-What is sent is of the size of a state, however long the sequence: an affine recurrence is one map a part,
-S ↦ e^{D} S + E, and each rank composes those of the ranks before it; a convolution takes the last inputs of the part
-before. Gradients come back by one sum over the ranks. Ranks meet at these sums. `relay` sends without waiting: a rank
-computes its next rows while a state, or its gradient, is under way, and calls `settle` before it leaves the group
-where nothing after the last relay makes it meet the others. `bytes_sent` counts all of it.
+What is sent is of the size of a state, however long the sequence, and travels while something is computed that does not
+need it: a convolution's halo while the part is convolved, the map of an affine recurrence while the other half of its
+rows or heads is computed, a cell's guess while its part is walked; forward and backward. Waited for are what a cell's
+solve asks of all ranks after that, and its one message backward: some numbers a channel. `relay` sends without waiting:
+a rank computes its next rows while a state, or its gradient, is under way, and calls `settle` before it leaves the
+group where nothing after the last relay makes it meet the others. `bytes_sent` counts all of it.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,10 +25,24 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from . import conv
-from .chunkwise import check, chunkwise
-from .errors import ArgumentError
 from .solve import Trajectory
+
+HIDDEN = frozenset({"convolution", "convolution, gradient", "state", "state, gradient", "guess"})
+"""Kinds of messages that travel while this rank computes what does not need them."""
+
+
+class Message:
+    """What is under way between ranks."""
+
+    def __init__(self, works: Sequence[Any], taken: Callable[[], Any], *sent: Tensor) -> None:
+        self._works, self._taken = works, taken
+        self._sent = sent  # must stay as it is until it has arrived
+
+    def taken(self) -> Any:
+        """What came, once it has; a device's stream waits for it, not this thread."""
+        for work in self._works:
+            work.wait()
+        return self._taken()
 
 
 class TimeShards:
@@ -41,7 +55,7 @@ class TimeShards:
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.bytes_sent: dict[str, int] = {}
-        """By the kind of message: bytes that this rank has given to collectives and to its neighbours."""
+        """By the kind of message: bytes that left this rank, once for every rank that got them."""
         self._under_way: list[tuple[Any, Tensor]] = []  # messages that may not have left yet
 
     @property
@@ -54,31 +68,41 @@ class TimeShards:
         """Whether this rank's part ends it."""
         return self.rank == self.size - 1
 
-    def count(self, kind: str, *tensors: Tensor) -> None:
-        """Adds what is about to be sent."""
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    def count(self, kind: str, tensor: Tensor, ranks: int = 1) -> None:
+        """Adds what is about to be sent to so many ranks."""
+        size = tensor.numel() * tensor.element_size() * ranks
         self.bytes_sent[kind] = self.bytes_sent.get(kind, 0) + size
 
-    def gathered(self, kind: str, *tensors: Tensor) -> list[Tensor]:
-        """Tensors of every rank, (rank, …) each, in one message; of one dtype, and of one shape on all ranks. No
-        gradient: see :meth:`joined`."""
+    def gather(self, kind: str, *tensors: Tensor) -> Message:
+        """Begins to tell every rank. Taken: tensors of every rank, (rank, …) each, without gradients. They are of one
+        dtype, and of one shape on all ranks."""
         flat = torch.cat([x.detach().flatten() for x in tensors])
-        self.count(kind, flat)
-        parts = [torch.empty_like(flat) for _ in range(self.size)]
-        dist.all_gather(parts, flat, group=self.group)
-        pieces = torch.stack(parts).split([x.numel() for x in tensors], 1)
-        return [piece.unflatten(1, x.shape) for piece, x in zip(pieces, tensors, strict=True)]
+        self.count(kind, flat, self.size - 1)
+        every = flat.new_empty(self.size * flat.numel())
+        work = dist.all_gather_into_tensor(every, flat, group=self.group, async_op=True)
 
-    def joined(self, kind: str, combine: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
-        """combine(*gathered tensors), differentiable: the gradients of what came from a rank go back to it, by one sum
-        over the ranks. combine may differ from rank to rank; its outputs must be used on all ranks, or on none."""
-        result: tuple[Tensor, ...] = _Join.apply(self, kind, combine, *tensors)
-        return result
+        def taken() -> list[Tensor]:
+            pieces = every.unflatten(0, (self.size, -1)).split([x.numel() for x in tensors], 1)
+            return [piece.unflatten(1, x.shape) for piece, x in zip(pieces, tensors, strict=True)]
+
+        return Message([work], taken, flat)
+
+    def pass_on(self, kind: str, tensor: Tensor, offset: int) -> Message:
+        """Begins to send to a neighbour in time (+1 or −1), as all ranks do. Taken: what came from the other side, like
+        `tensor`; None where there is no such rank."""
+        tensor, operations, came = tensor.detach().contiguous(), [], None
+        if 0 <= self.rank + offset < self.size:
+            self.count(kind, tensor)
+            operations.append(dist.P2POp(dist.isend, tensor, self.neighbour(offset), self.group))
+        if 0 <= self.rank - offset < self.size:
+            came = torch.empty_like(tensor)
+            operations.append(dist.P2POp(dist.irecv, came, self.neighbour(-offset), self.group))
+        return Message(dist.batch_isend_irecv(operations) if operations else [], lambda: came, tensor)
 
     def largest(self, x: float, device: torch.device) -> float:
         """The largest of a number over the ranks, the same number on all."""
         value = torch.tensor(x, dtype=torch.float64, device=device)
-        self.count("agreement", value)
+        self.count("agreement", value, self.size - 1)
         dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.group)
         return float(value)
 
@@ -106,25 +130,10 @@ class TimeShards:
         state: Tensor | None = None,
         reset: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """As :func:`paralm_kernels.causal_conv`, after one message from the rank before. A part has at least as many
-        steps as the convolution looks back; ArgumentError otherwise."""
-        conv.check(x, weight, bias, state, reset)
-        reach = weight.shape[1] - 1
-        if x.shape[1] < reach:
-            raise ArgumentError(
-                f"causal_conv over time shards: this rank's part has {x.shape[1]} steps, the convolution looks back "
-                f"{reach}; use fewer time shards or longer sequences"
-            )
-        if reach == 0:
-            return conv.causal_conv(x, weight, bias, state, reset)
-        tail = conv.tail_of(x, x[:, :reach], conv.Geometry(x, reach + 1, reset))
-        given = _zero_unless(self.first, state, tail)
+        """As :func:`paralm_kernels.causal_conv`; see time_shards_conv.py."""
+        from .time_shards_conv import conv_sharded
 
-        def entry(tails: Tensor, states: Tensor) -> tuple[Tensor]:
-            return (states[0] if self.first else tails[self.rank - 1],)
-
-        (before,) = self.joined("convolution", entry, tail, given)
-        return conv.causal_conv(x, weight, bias, before, reset)
+        return conv_sharded(self, x, weight, bias, state, reset)
 
     def chunkwise(
         self,
@@ -139,51 +148,10 @@ class TimeShards:
         normalized: bool = False,
         **options: Any,
     ) -> tuple[Tensor, Any]:
-        """As :func:`paralm_kernels.chunkwise`."""
-        dtype = check(q, k, v, log_decay, gain, state, reset, normalized)
-        total, write = _suffix(log_decay.to(dtype), reset)
-        entry: Any
-        if normalized:
-            entry = self._normalized_entry(k.to(dtype), v.to(dtype), total, write + gain.to(dtype), state)
-        else:
-            entry = self._plain_entry(k.to(dtype), v.to(dtype), total, write.exp() * gain.to(dtype), state)
-        return chunkwise(q, k, v, log_decay, gain, entry, reset, normalized=normalized, **options)
+        """As :func:`paralm_kernels.chunkwise`; see time_shards_chunkwise.py."""
+        from .time_shards_chunkwise import chunkwise_sharded
 
-    def _plain_entry(self, k: Tensor, v: Tensor, total: Tensor, weight: Tensor, state: Tensor | None) -> Tensor:
-        """S before this rank's part."""
-        end = _written(k, v * weight.unsqueeze(-1))
-
-        def entry(totals: Tensor, ends: Tensor, states: Tensor) -> tuple[Tensor]:
-            now = states[0]
-            for before in range(self.rank):
-                now = totals[before].exp()[..., None, None] * now + ends[before]
-            return (now,)
-
-        return self.joined("state", entry, total, end, _zero_unless(self.first, state, end))[0]
-
-    def _normalized_entry(self, k: Tensor, v: Tensor, total: Tensor, logs: Tensor, state: Any) -> tuple[Tensor, ...]:
-        """(C, n, m) before this rank's part; m is a constant in the gradient."""
-        m_end = logs.detach().amax(1)  # (batch, head); −∞ only if every gain is
-        weight = (logs - _finite(m_end).unsqueeze(1)).exp()
-        c_end, n_end = _written(k, v * weight.unsqueeze(-1)), _written(k, weight.unsqueeze(-1)).squeeze(-1)
-        given = (None, None, None) if state is None else state
-        begin = [_zero_unless(self.first, part, like) for part, like in zip(given, (c_end, n_end, m_end), strict=True)]
-        if state is None or not self.first:
-            begin[2] = torch.full_like(m_end, -math.inf)
-
-        def entry(totals: Tensor, ms: Tensor, cs: Tensor, ns: Tensor, *begin: Tensor) -> tuple[Tensor, ...]:
-            c, n, m = (part[0] for part in begin)
-            m, ms = m.detach(), ms.detach()
-            for before in range(self.rank):
-                carried = totals[before] + m
-                new = torch.maximum(carried.detach(), ms[before])
-                old, written = (carried - _finite(new)).exp(), (ms[before] - _finite(new)).exp()
-                c = old[..., None, None] * c + written[..., None, None] * cs[before]
-                n = old[..., None] * n + written[..., None] * ns[before]
-                m = new
-            return c, n, m
-
-        return self.joined("state", entry, total, m_end, c_end, n_end, *begin)
+        return chunkwise_sharded(self, q, k, v, log_decay, gain, state, reset, normalized, **options)
 
     def solve(
         self,
@@ -242,58 +210,6 @@ class TimeShards:
 def _anchor(x: Tensor) -> Tensor:
     """Makes both ends of a message part of the backward pass, even where one of them has nothing to learn."""
     return x.new_zeros((), requires_grad=torch.is_grad_enabled())
-
-
-def _finite(x: Tensor) -> Tensor:
-    return torch.where(x.isfinite(), x, torch.zeros_like(x))
-
-
-def _suffix(log_decay: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Of a part: the log of what is left of the state before it, (batch, head), and of what is left at its end of what
-    each step writes, (batch, time, head); −∞ where a reset cuts it."""
-    after = log_decay.flip(1).cumsum(1).flip(1)
-    total, write = after[:, 0], after - log_decay
-    if reset is None:
-        return total, write
-    later = reset.flip(1).cumsum(1).flip(1)  # resets at or after a step
-    total = total.masked_fill(later[:, :1] > 0, -math.inf)
-    return total, write.masked_fill(((later - reset.to(later.dtype)) > 0).unsqueeze(-1), -math.inf)
-
-
-def _written(k: Tensor, v: Tensor) -> Tensor:
-    """Σ_t k_t v_tᵀ, (batch, head, d_k, d_v); k by groups of heads."""
-    shared = v.unflatten(2, (k.shape[2], -1))
-    return torch.einsum("btgk,btgsv->bgskv", k, shared).flatten(1, 2)
-
-
-def _zero_unless(here: bool, state: Tensor | None, like: Tensor) -> Tensor:
-    return state.to(like.dtype) if here and state is not None else torch.zeros_like(like)
-
-
-class _Join(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, shards: TimeShards, kind: str, combine: Callable[..., tuple[Tensor, ...]], *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.shards, ctx.kind = shards, kind
-        with torch.enable_grad():
-            ctx.leaves = [leaf.detach().requires_grad_() for leaf in shards.gathered(kind, *tensors)]
-            ctx.results = combine(*ctx.leaves)
-        return tuple(result.detach() for result in ctx.results)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        pairs = [(result, grad) for result, grad in zip(ctx.results, grads, strict=True) if result.requires_grad]
-        results, given = zip(*pairs, strict=True)
-        found = torch.autograd.grad(results, ctx.leaves, given, retain_graph=True, allow_unused=True)
-        every = [torch.zeros_like(x) if grad is None else grad for x, grad in zip(ctx.leaves, found, strict=True)]
-        flat = torch.cat([grad.flatten(1) for grad in every], 1)
-        wide = flat.to(torch.promote_types(flat.dtype, torch.float32))
-        ctx.shards.count(f"{ctx.kind}, gradient", wide)
-        dist.all_reduce(wide, group=ctx.shards.group)
-        own = wide[ctx.shards.rank].to(flat.dtype).split([grad[0].numel() for grad in every])
-        return None, None, None, *(piece.view(grad.shape[1:]) for piece, grad in zip(own, every, strict=True))
 
 
 class _TakeOver(torch.autograd.Function):

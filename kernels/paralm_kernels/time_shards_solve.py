@@ -1,13 +1,15 @@
 """A nonlinear recurrence whose time lies on several ranks, solved exactly: Newton's method on the states at the cuts.
 
 Each rank walks its part from a guessed entry s_r (multiple shooting); y_r is the state at its end, M_r the product of
-its Jacobians. All ranks learn (s, y, M) of all, (batch, channel) × (S² + 2S) numbers a rank, and join them,
+its Jacobians. The guess is the state after the last steps of the part before, walked from nothing: it is sent before
+the part is walked, and has come when that is done. A cell that forgets is right then, but for the first steps of the
+part, which are walked again until they meet the trajectory that is there. Then all ranks learn (s, y, M) of all,
+(batch, channel) × (S² + 2S) numbers a rank, and join them,
 
     s'_0 = s_0        s'_{r+1} = y_r + M_r (s'_r − s_r)
 
 which is Newton's step on the entries; a rank whose entry moved walks its part again. After k walks the first k parts
-are exact whatever M is, so it ends after as many rounds as there are ranks. The first round takes M = 0: a cell that
-forgets is done with one further walk, which ends where it meets the trajectory that is there.
+are exact whatever M is, so it ends after as many rounds as there are ranks.
 
 Backward the recurrence is linear: one exchange of (M, d), where d is what a part's own cotangents give to its entry,
 and then one pass over the part with the carry that the later ranks send.
@@ -33,7 +35,8 @@ if TYPE_CHECKING:
     from .time_shards import TimeShards
 
 _FIRST = 256
-"""Steps of a second walk before it looks whether it has met the first; then twice as many, and so on."""
+"""Steps that guess the state at the end of a part; and of a second walk before it looks whether it has met the first,
+then twice as many, and so on."""
 _NUMBERS = 1 << 16
 """Of a buffer: so many steps at once that it has about as many."""
 _TINY = {torch.float32: 2.0**-64, torch.float64: 2.0**-100}
@@ -85,7 +88,7 @@ class _Sharded(torch.autograd.Function):
         product, entry = part_map(ctx.call, problem, states, grads[:size])
         own = [torch.zeros_like(s) if g is None else g.to(problem.dtype) for s, g in zip(problem.state, grads[size:])]
         cotangent = torch.stack(own)
-        products, entries, finals = shards.gathered("cotangents", product, entry, cotangent)
+        products, entries, finals = shards.gather("cotangents", product, entry, cotangent).taken()
         carry = torch.zeros_like(cotangent)  # of the state at the end of a part, from the last rank back to this one
         for later in range(shards.size - 1, shards.rank, -1):
             carry = entries[later] + _transposed(products[later], carry + finals[later])
@@ -97,28 +100,33 @@ class _Sharded(torch.autograd.Function):
 
 def _walks(shards: TimeShards, call: Any, problem: Problem) -> tuple[Problem, Tensors, Tensors]:
     """The part solved from its true entry, that entry in the problem; how it went is in `call.info`."""
-    time = problem.shape[1]
-    states, final, info = run(call, problem)
+    time, size = problem.shape[1], len(problem.state)
     meet = 2 * torch.finfo(problem.dtype).eps
-    size = len(problem.state)
+    message, walked = None, 0
+    if time > _FIRST:
+        _, final, _ = run(call, _steps(problem, time - _FIRST, time, tuple(torch.zeros_like(s) for s in problem.state)))
+        message, walked = shards.pass_on("guess", torch.stack(final), 1), _FIRST
+    states, final, info = run(call, problem)
+    guess = (message or shards.pass_on("guess", torch.stack(final), 1)).taken()
     product = torch.zeros((size, size, *problem.state[0].shape), dtype=problem.dtype, device=problem.device)
-    walked, rounds = 0, 1
+    rounds, entry = 1, guess
     while True:
-        ends, entries, products = shards.gathered("states", torch.stack(final), torch.stack(problem.state), product)
-        entry = entries[0]
-        for before in range(shards.rank):
-            moved = _applied(products[before], entry - entries[before])
-            entry = ends[before] + torch.where(moved.isfinite(), moved, torch.zeros_like(moved))
-        change = _change(entry, entries[shards.rank])
-        update = shards.largest(change, problem.device)
-        if update <= meet:
-            break
-        rounds += 1
-        if change > meet:
+        if entry is not None and _change(entry, torch.stack(problem.state)) > meet:
             problem = replace(problem, state=tuple(entry))
             states, final, steps = _again(call, problem, states, final)
             walked += steps
             product, _ = part_map(call, problem, states, (None,) * size)
+        rounds += 1
+        ends, entries, products = shards.gather(
+            "states", torch.stack(final), torch.stack(problem.state), product
+        ).taken()
+        entry = entries[0]
+        for before in range(shards.rank):
+            moved = _applied(products[before], entry - entries[before])
+            entry = ends[before] + torch.where(moved.isfinite(), moved, torch.zeros_like(moved))
+        update = shards.largest(_change(entry, entries[shards.rank]), problem.device)
+        if update <= meet:
+            break
     call.info = SolveInfo(rounds, update, f"shards of {info.method}", walked / time)
     return problem, states, final
 
@@ -140,9 +148,7 @@ def _again(call: Any, problem: Problem, states: Tensors, final: Tensors) -> tupl
     states, entry, start, length = tuple(h.clone() for h in states), problem.state, 0, _FIRST
     while start < time:
         stop = min(start + length, time)
-        reset = None if problem.reset is None else problem.reset[:, start:stop]
-        piece = replace(problem, inputs=tuple(x[:, start:stop] for x in problem.inputs), state=entry, reset=reset)
-        new, entry, _ = run(call, piece)
+        new, entry, _ = run(call, _steps(problem, start, stop, entry))
         met = _change(torch.stack(entry), torch.stack([h[:, stop - 1] for h in states])) <= meet
         for h, values in zip(states, new, strict=True):
             h[:, start:stop] = values
@@ -150,6 +156,12 @@ def _again(call: Any, problem: Problem, states: Tensors, final: Tensors) -> tupl
             return states, final, stop
         start, length = stop, 2 * length
     return states, entry, time
+
+
+def _steps(problem: Problem, start: int, stop: int, entry: Tensors) -> Problem:
+    """Some steps, from a state before them."""
+    reset = None if problem.reset is None else problem.reset[:, start:stop]
+    return replace(problem, inputs=tuple(x[:, start:stop] for x in problem.inputs), state=entry, reset=reset)
 
 
 def part_map(call: Any, problem: Problem, states: Tensors, grads: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:

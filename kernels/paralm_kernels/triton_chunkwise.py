@@ -21,7 +21,7 @@ from torch import Tensor
 from . import triton_chunkwise_backward as backward
 from . import triton_chunkwise_kernels as forward
 from .chunkwise_reference import ChunkState
-from .chunkwise_torch import Plan, chunkwise_torch, past
+from .chunkwise_torch import GradEnd, Plan, chunkwise_torch, past
 from .errors import ArgumentError
 from .triton_launch import Launch
 from .triton_solver import check_device, interpreted
@@ -52,10 +52,18 @@ def chunkwise_triton(
     strict: bool,
 ) -> tuple[Tensor, ChunkState]:
     """As chunkwise_torch. strict: refuse what the kernels do not take (ArgumentError), else torch computes it."""
+    if not takes(q, v, plan, strict):
+        return chunkwise_torch(q, k, v, log_decay, gain, state, reset, plan)
+    y, *end = _Fused.apply(plan, reset, q, k, v, log_decay, gain, *state)
+    return y, tuple(end)
+
+
+def takes(q: Tensor, v: Tensor, plan: Plan, strict: bool) -> bool:
+    """Whether the kernels can compute this. strict: ArgumentError, one line, where not."""
     wide = plan.dtype == torch.float64 and not interpreted()
     rows = v.shape[0] * v.shape[2]
     if not strict and (wide or plan.chunk_size not in CHUNKS or rows > _ROWS):
-        return chunkwise_torch(q, k, v, log_decay, gain, state, reset, plan)
+        return False
     check_device(q.device)
     if plan.chunk_size not in CHUNKS:
         raise ArgumentError(
@@ -67,18 +75,18 @@ def chunkwise_triton(
         raise ArgumentError(
             f"chunkwise: v has {v.shape[0]} batch rows × {v.shape[2]} heads; method 'triton' takes {_ROWS} together"
         )
-    y, *end = _Fused.apply(plan, reset, q, k, v, log_decay, gain, *state)
-    return y, tuple(end)
+    return True
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: Plan, reset: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
-        problem = _Problem(plan, reset, tensors)
-        with _on(problem.q.device):
-            y, inner, end = _forward(problem)
+        problem = Problem(plan, reset, tensors)
+        y = torch.empty_like(tensors[2], memory_format=torch.contiguous_format)
+        with context(problem.q):
+            end, kept = outputs(problem, y)
         ctx.plan = plan
-        ctx.save_for_backward(reset, *((y, inner) if plan.normalized else (None, None)), *tensors)
+        ctx.save_for_backward(reset, *tensors, *kept)
         ctx.set_materialize_grads(False)
         if plan.normalized:
             ctx.mark_non_differentiable(end[-1])
@@ -87,14 +95,17 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_y: Tensor | None, *grad_end: Tensor | None) -> tuple[Tensor | None, ...]:
-        reset, y, inner, *tensors = ctx.saved_tensors
-        problem = _Problem(ctx.plan, reset, tensors)
-        with _on(problem.q.device):
-            return (None, None, *_backward(problem, y, inner, grad_y, grad_end))
+        reset, *tensors = ctx.saved_tensors
+        count = 8 if ctx.plan.normalized else 6
+        problem, kept = Problem(ctx.plan, reset, tensors[:count]), tensors[count:]
+        grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in problem.tensors[:5])
+        with context(problem.q):
+            return (None, None, *grads, *gradients(problem, kept, grad_y, grad_end, grads))
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+def context(x: Tensor) -> AbstractContextManager[Any]:
+    """In which `outputs`, `end`, `gradients` and `entry_gradient` are called."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
 
 
 def constants(
@@ -137,7 +148,7 @@ def shaped(name: str, chosen: dict[str, Any], vendor: str) -> tuple[dict[str, An
     return {**chosen, "BV": min(chosen["BV"], 32)}, 8 if vendor == "cuda" else 4
 
 
-class _Problem:
+class Problem:
     """The arguments, with q, k and v such that heads lie side by side, and the launching of kernels."""
 
     def __init__(self, plan: Plan, reset: Tensor | None, tensors: Sequence[Tensor]) -> None:
@@ -185,7 +196,7 @@ def _big(name: str, x: Tensor) -> dict[str, Any]:
 class _Segment:
     """A segment's views and weights, and the states of its chunks."""
 
-    def __init__(self, problem: _Problem, start: int, stop: int, state: ChunkState) -> None:
+    def __init__(self, problem: Problem, start: int, stop: int, state: ChunkState) -> None:
         self.problem, self.cut = problem, slice(start, stop)
         plan, rows, size = problem.plan, problem.rows, problem.plan.chunk_size
         self.time, self.chunks = stop - start, -(-(stop - start) // size)
@@ -244,10 +255,10 @@ def _sequence(reset: Tensor, chunks: int, size: int) -> Tensor:
     return full.unflatten(1, (chunks, size)).cumsum(-1)
 
 
-def _forward(problem: _Problem) -> tuple[Tensor, Tensor | None, ChunkState]:
-    """y, n·q̃ of every segment laid end to end (row, steps) and the last state."""
+def outputs(problem: Problem, y: Tensor) -> tuple[ChunkState, tuple[Tensor, ...]]:
+    """As chunkwise_torch's; y has a head's columns side by side. Kept: y and n·q̃ of every segment laid end to end (row,
+    steps), where normalized."""
     state: ChunkState = tuple(problem.state)
-    y = problem.empty(*problem.v.shape, dtype=problem.v.dtype)
     inner = []
     for start, stop in problem.segments():
         segment = _Segment(problem, start, stop, state)
@@ -257,10 +268,18 @@ def _forward(problem: _Problem) -> tuple[Tensor, Tensor | None, ChunkState]:
             segment.given["inner_ptr"] = inner[-1]
         grid = (segment.chunks * problem.subs, problem.rows, problem.tiles_v)
         segment.run("outputs_kernel", grid, **_big("y", y[:, segment.cut]))
-    return y, (torch.cat(inner, 1) if inner else None), state
+    return state, ((y, torch.cat(inner, 1)) if inner else ())
 
 
-def _starts(problem: _Problem) -> Iterator[tuple[int, int, ChunkState]]:
+def end(problem: Problem) -> ChunkState:
+    """As chunkwise_torch's."""
+    state: ChunkState = tuple(problem.state)
+    for start, stop in problem.segments():
+        state = _Segment(problem, start, stop, state).states(store=False)
+    return state
+
+
+def _starts(problem: Problem) -> Iterator[tuple[int, int, ChunkState]]:
     """Every segment with the state at its start."""
     state: ChunkState = tuple(problem.state)
     for start, stop in problem.segments():
@@ -269,46 +288,68 @@ def _starts(problem: _Problem) -> Iterator[tuple[int, int, ChunkState]]:
             state = _Segment(problem, start, stop, state).states(store=False)
 
 
-def _backward(
-    problem: _Problem,
-    y: Tensor | None,
-    inner: Tensor | None,
-    grad_y: Tensor | None,
-    grad_end: tuple[Tensor | None, ...],
-) -> tuple[Tensor | None, ...]:
-    p, normalized = problem, problem.plan.normalized
-    dy = _packed(torch.zeros_like(p.v) if grad_y is None else grad_y.to(p.v.dtype))
-    parts = 2 if normalized else 1
+def gradients(
+    problem: Problem, kept: Sequence[Tensor], grad_y: Tensor | None, grad_end: GradEnd, grads: Sequence[Tensor]
+) -> ChunkState:
+    """As chunkwise_torch's; those of q, k and v have their last two axes side by side."""
+    grad_state = _at_end(problem, grad_end)
+    for segment in _reversed(problem, kept, grad_y):
+        grad_state = _pull_back(segment, grad_state, tuple(x[:, segment.cut] for x in grads))
+    return _at_start(problem, grad_state)
+
+
+def entry_gradient(problem: Problem, kept: Sequence[Tensor], grad_y: Tensor | None, grad_end: GradEnd) -> ChunkState:
+    """As chunkwise_torch's."""
+    grad_state = _at_end(problem, grad_end)
+    for segment in _reversed(problem, kept, grad_y):
+        grad_state, _ = _grad_states(segment, grad_state)
+    return _at_start(problem, grad_state)
+
+
+def _at_end(p: Problem, grad_end: GradEnd) -> list[Tensor]:
+    parts = 2 if p.plan.normalized else 1
     ends = zip(p.state[:parts], grad_end[:parts], strict=True)
-    grad_state = [p.empty(*s.shape).zero_() if g is None else g.contiguous() for s, g in ends]
-    grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in p.tensors[:5])
+    return [p.empty(*s.shape).zero_() if g is None else g.contiguous() for s, g in ends]
+
+
+def _at_start(problem: Problem, grad_state: list[Tensor]) -> ChunkState:
+    return (*grad_state, torch.zeros_like(problem.state[2])) if problem.plan.normalized else tuple(grad_state)
+
+
+def _reversed(p: Problem, kept: Sequence[Tensor], grad_y: Tensor | None) -> Iterator[_Segment]:
+    """From the last segment to the first, with its states and with dy, through the division where normalized."""
+    dy = _packed(torch.zeros_like(p.v) if grad_y is None else grad_y.to(p.v.dtype))
     for start, stop, state in reversed(list(_starts(p))):
         segment = _Segment(p, start, stop, state)
         segment.states()
         segment.given |= _big("dy", dy[:, segment.cut])
-        if normalized:
-            assert y is not None
-            assert inner is not None
+        if p.plan.normalized:
+            y, inner = kept
             padded = segment.given["padded"]
             rho, dn = p.empty(2, p.rows, padded)
             segment.given |= _big("y", y[:, segment.cut]) | {"rho_ptr": rho, "dn_ptr": dn}
             segment.given["inner_ptr"] = inner[:, start : start + padded].contiguous()
             segment.run("norm_back_kernel", (segment.chunks * p.subs, p.rows))
-        grad_state = _pull_back(segment, grad_state, tuple(x[:, segment.cut] for x in grads))
-    if normalized:
-        grad_state.append(torch.zeros_like(p.state[2]))
-    return (*grads, *grad_state)
+        yield segment
+
+
+def _grad_states(segment: _Segment, last: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """The gradient of the state before a segment, and what flows past the ends of its chunks, by tiles; leaves those of
+    the states at the starts of chunks behind."""
+    p, given = segment.problem, segment.given
+    first = [torch.empty_like(x) for x in last]
+    given |= {"ds_last_ptr": last[0], "ds_first_ptr": first[0], "ds_ptr": torch.empty_like(given["s_ptr"])}
+    if p.plan.normalized:
+        given |= {"dn_last_ptr": last[1], "dn_first_ptr": first[1], "dnorm_ptr": torch.empty_like(given["n_ptr"])}
+    passed = p.empty(p.rows, segment.chunks, p.tiles_k * p.tiles_v)
+    segment.run("grad_states_kernel", (p.tiles_k, p.tiles_v, p.rows), end_ptr=passed)
+    return first, passed
 
 
 def _pull_back(segment: _Segment, last: list[Tensor], grads: tuple[Tensor, ...]) -> list[Tensor]:
     """Writes a segment's part of the gradients of q, k, v, log_decay and gain; returns that of the state before it."""
     p, given, chunks = segment.problem, segment.given, segment.chunks
-    first = [torch.empty_like(x) for x in last]
-    given |= {"ds_last_ptr": last[0], "ds_first_ptr": first[0], "ds_ptr": torch.empty_like(given["s_ptr"])}
-    if p.plan.normalized:
-        given |= {"dn_last_ptr": last[1], "dn_first_ptr": first[1], "dnorm_ptr": torch.empty_like(given["n_ptr"])}
-    end = p.empty(p.rows, chunks, p.tiles_k * p.tiles_v)
-    segment.run("grad_states_kernel", (p.tiles_k, p.tiles_v, p.rows), end_ptr=end)
+    first, end = _grad_states(segment, last)
     segment.run("grad_v_kernel", (chunks * p.subs, p.rows, p.tiles_v), **_big("dv", grads[2]))
     splits = _splits(p, chunks)
     flows = []
@@ -334,7 +375,7 @@ def _pull_back(segment: _Segment, last: list[Tensor], grads: tuple[Tensor, ...])
     return first
 
 
-def _splits(problem: _Problem, chunks: int) -> int:
+def _splits(problem: Problem, chunks: int) -> int:
     """How many programs share the heads of a group: the fewest that make PROGRAMS, or one for each head."""
     programs = chunks * problem.subs * problem.batch * problem.groups * problem.tiles_k
     counts = [count for count in range(1, problem.shared + 1) if problem.shared % count == 0]

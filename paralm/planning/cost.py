@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from paralm_kernels.time_shards import HIDDEN
+
 from paralm.config import Config
 from paralm.errors import UserError
 from paralm.planning.ledger import Segment
@@ -88,13 +90,15 @@ def device_of(name: str) -> Device:
 @dataclass(frozen=True)
 class Exchange:
     """Bytes a rank's collectives work on in one step, by kind as torch names them; ``between_shards``: what a rank
-    gives to the other time shards. ``reductions``, ``gathers``: how often gradients and weights go round the ring."""
+    gives to the other time shards, ``waited_for`` of it with nothing to compute meanwhile. ``reductions``,
+    ``gathers``: how often gradients and weights go round the ring."""
 
     reduced: int = 0
     scattered: int = 0
     gathered: int = 0
     exchanged: int = 0
     between_shards: int = 0
+    waited_for: int = 0
     reductions: int = 0
     gathers: int = 0
 
@@ -119,6 +123,7 @@ def exchange(config: Config, sizes: Sizes, sent: Mapping[str, int], ranks: int) 
     n, micros, stage = sizes.total, grad_accum_steps(config, ranks), config.parallel.zero_stage
     width = 2 if config.training.precision == "bf16" else 4
     shards = sum(sent.values()) * micros
+    waited = sum(size for kind, size in sent.items() if kind not in HIDDEN) * micros
     # Of the matrices, to their owners and back; none where every rank has all of them.
     matrices = 2 * 4 * -(-sizes.matrices // ranks) if config.optimizer.name == "muon" and stage and ranks > 1 else 0
     bucket = config.parallel.bucket_size if stage else ENGINE_BUCKET
@@ -130,11 +135,13 @@ def exchange(config: Config, sizes: Sizes, sent: Mapping[str, int], ranks: int) 
         gathered = width * (cut * again * micros + (n - cut)) if ranks > 1 else 0
         # DeepSpeed gathers what a module uses when it comes to it: a tensor each, about.
         gathers = sum(size >= small for group in sizes.groups for size in group) * again * micros + 1
-        return Exchange(0, 4 * n * micros, gathered, matrices, shards, -(-n // bucket) * micros, gathers)
+        return Exchange(0, 4 * n * micros, gathered, matrices, shards, waited, -(-n // bucket) * micros, gathers)
     reductions = micros if stage == 2 else 1
     gathered = width * n if stage and ranks > 1 else 0
     around = 2 * -(-n // bucket) * reductions
-    return Exchange(4 * n * reductions, 0, gathered, matrices, shards, around, -(-n // bucket) if gathered else 0)
+    return Exchange(
+        4 * n * reductions, 0, gathered, matrices, shards, waited, around, -(-n // bucket) if gathered else 0
+    )
 
 
 @dataclass(frozen=True)
@@ -195,7 +202,12 @@ def step_time(
     reduction = (2 * sent.reduced + sent.scattered) * others / link + sent.reductions * ring
     gathering = (sent.gathered + sent.exchanged) * others / link + sent.gathers * ring
     shards_link = LINK * (device.link if config.parallel.time <= device.per_node else device.port)
-    between = sent.between_shards / shards_link if config.parallel.time > 1 else 0.0
+    between = waited = 0.0
+    if config.parallel.time > 1:
+        between, waited = sent.between_shards / shards_link, sent.waited_for / shards_link
+        # The others travel beside the products inside of fused kernels, of one of two lanes at a time.
+        beside = sum((4 if traced.again[kind] else 3) * fused[kind] for kind in traced.layers) * micros / 2
+        waited += max(0.0, between - waited - beside)
     overlapped = config.parallel.overlap_comm is not False
     if overlapped and stage == 3:  # weights are gathered ahead, gradients scattered behind
         exposed = max(0.0, reduction + gathering - micro * micros)
@@ -207,4 +219,4 @@ def step_time(
     if config.parallel.offload_optimizer != "none":
         part = sizes.total / ranks
         update = part / HOST_UPDATE + part * 6 / HOST_LINK
-    return Time(micro * micros, reduction + gathering + between, exposed + between, update)
+    return Time(micro * micros, reduction + gathering + between, exposed + waited, update)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import paralm_kernels
 import torch
 from paralm_kernels import TimeShards
 from paralm_kernels.solve import Trajectory
+from paralm_kernels.time_shards import Message
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 ROUNDS = 2
-"""Exchanges of a cell's solve: cells that forget are done with one further walk (paralm_kernels.time_shards_solve)."""
+"""Rounds of a cell's solve, the guess among them: cells that forget are done with one further walk
+(paralm_kernels.time_shards_solve)."""
 
 
 class CountedShards(TimeShards):
@@ -30,25 +32,24 @@ class CountedShards(TimeShards):
         """As the ranks that send most: none but the first of two is the last."""
         return False
 
-    def gathered(self, kind: str, *tensors: Tensor) -> list[Tensor]:
+    def gather(self, kind: str, *tensors: Tensor) -> Message:
         flat = torch.cat([x.detach().flatten() for x in tensors])
-        self.count(kind, flat)
+        self.count(kind, flat, self.size - 1)
         parts = torch.stack([torch.empty_like(flat) for _ in range(self.size)])
         pieces = parts.split([x.numel() for x in tensors], 1)
-        return [piece.unflatten(1, x.shape) for piece, x in zip(pieces, tensors, strict=True)]
+        return Message([], lambda: [piece.unflatten(1, x.shape) for piece, x in zip(pieces, tensors, strict=True)])
 
-    def joined(self, kind: str, combine: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
-        leaves = self.gathered(kind, *tensors)
-        wide = torch.promote_types(tensors[0].dtype, torch.float32).itemsize
-        key = f"{kind}, gradient"
-        sent = sum(leaf.numel() for leaf in leaves) * wide
-        self.bytes_sent[key] = self.bytes_sent.get(key, 0) + sent
-        anchor = sum((x.sum() * 0 for x in tensors), torch.zeros((), device=leaves[0].device))
-        return tuple(result + anchor.to(result.dtype) for result in combine(*leaves))
+    def pass_on(self, kind: str, tensor: Tensor, offset: int) -> Message:
+        self.count(kind, tensor)
+        return Message([], lambda: torch.empty_like(tensor, memory_format=torch.contiguous_format))
 
     def largest(self, x: float, device: torch.device) -> float:
-        self.bytes_sent["agreement"] = self.bytes_sent.get("agreement", 0) + 8
+        self._add(agreement=8 * (self.size - 1))
         return x
+
+    def _add(self, **sizes: int) -> None:
+        for kind, size in sizes.items():
+            self.bytes_sent[kind] = self.bytes_sent.get(kind, 0) + size
 
     def solve(
         self,
@@ -62,10 +63,10 @@ class CountedShards(TimeShards):
     ) -> Trajectory:
         solved = paralm_kernels.solve(cell, inputs, params, None, reset, method, **options)
         size, (batch, channel) = len(solved.final), solved.final[0].shape
-        each = (size * size + 2 * size) * batch * channel * solved.final[0].element_size()
-        for kind, count in (("states", ROUNDS), ("cotangents", 1)):
-            self.bytes_sent[kind] = self.bytes_sent.get(kind, 0) + count * each
-        self.bytes_sent["agreement"] = self.bytes_sent.get("agreement", 0) + 8 * ROUNDS
+        part = batch * channel * solved.final[0].element_size()
+        others, again = self.size - 1, ROUNDS - 1
+        each = (size * size + 2 * size) * part * others
+        self._add(guess=size * part, states=again * each, cotangents=each, agreement=again * 8 * others)
         return solved
 
     def _take_over(self, like: Any, x: Tensor) -> Any:
@@ -73,6 +74,8 @@ class CountedShards(TimeShards):
 
     def _hand_on(self, end: Any, y: Tensor) -> Tensor:
         leaves = pytree.tree_leaves(end)
-        self.count("relay", *leaves)
-        self.count("relay, gradient", *(leaf for leaf in leaves if leaf.is_floating_point()))
+        for leaf in leaves:
+            self.count("relay", leaf)
+            if leaf.is_floating_point():
+                self.count("relay, gradient", leaf)
         return y

@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from paralm_kernels import ArgumentError, chunkwise, reference_chunkwise
 
+from .replayed import over_shards
+
 FORMS = pytest.mark.parametrize("normalized", [False, True], ids=["plain", "normalized"])
 
 
@@ -178,7 +180,7 @@ def test_the_mlstm_cell_has_the_exact_gradient():
 @FORMS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_extreme_gates_stay_finite_and_right(normalized, dtype):
-    """Decays of 1 and of e^−10000, gains of e^±40, in chunks where both meet."""
+    """Decays of 1 and of e^−10000, gains of e^±40, in chunks where both meet; also over time shards."""
     for seed in range(4):
         case = Case(normalized, time=40, state=False, seed=seed, dtype=dtype)
         log_decay, gain = case.inputs[3:]
@@ -189,9 +191,10 @@ def test_extreme_gates_stay_finite_and_right(normalized, dtype):
         if normalized:
             gain[pick > 0.7] = 40.0
             gain[pick > 0.85] = -40.0
-        got = case.run(chunk_size=16)
+        every = case.run(chunk_size=16), over_shards(case, [13, 1, 20, 6], chunk_size=16)
         case.inputs, case.weights = [x.double() for x in case.inputs], [w.double() for w in case.weights]
-        assert_close(got, case.run(reference_chunkwise), 2e-4 if dtype == torch.float32 else 1e-9)
+        for got in every:
+            assert_close(got, case.run(reference_chunkwise), 2e-4 if dtype == torch.float32 else 1e-9)
 
 
 def test_a_large_decay_does_not_blur_the_others():
@@ -289,3 +292,20 @@ def test_wrong_arguments_are_refused_in_one_line(message):
         chunkwise(**arguments(**REFUSED[message]))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    normalized=st.booleans(),
+    batch=st.integers(1, 2),
+    cuts=st.lists(st.integers(1, 12), min_size=1, max_size=4),
+    groups=st.integers(1, 2),
+    shared=st.integers(1, 3),
+    resets=st.sampled_from([0, 0.05, 0.3]),
+    state=st.booleans(),
+    chunk_size=st.integers(1, 8),
+    seed=st.integers(0, 1000),
+)
+def test_time_shards_equal_the_loop(normalized, batch, cuts, groups, shared, resets, state, chunk_size, seed):
+    case = Case(normalized, batch, sum(cuts), groups, shared, resets=resets, state=state, seed=seed)
+    assert_close(over_shards(case, cuts, chunk_size=chunk_size), case.run(reference_chunkwise))

@@ -20,6 +20,7 @@ import triton.language as tl
 import triton.runtime.interpreter as interpreter
 from paralm_kernels import triton_chunkwise
 
+from .replayed import over_shards
 from .test_chunkwise import FORMS, Case, assert_close
 
 _patch_language = interpreter._patch_lang
@@ -68,6 +69,18 @@ def test_pieces_equal_the_whole(normalized, pieces):
     case = Case(normalized, batch=1, time=40, groups=1)
     whole = case.run(chunk_size=16, method="triton")
     assert_close(case.run(pieces=pieces, chunk_size=16, method="triton"), whole, 1e-10)
+
+
+@FORMS
+@pytest.mark.parametrize(
+    ("batch", "groups", "shared"),
+    [(1, 2, 1), (1, 1, 3), (2, 1, 1), (1, 1, 1)],
+    ids=["lanes of groups", "lanes of heads that share q and k", "lanes of rows", "one lane"],
+)
+def test_time_shards_by_kernels_equal_the_loop(normalized, batch, groups, shared):
+    case = Case(normalized, batch, 45, groups, shared, resets=0.03)
+    got = over_shards(case, [17, 3, 25], chunk_size=16, method="triton")
+    assert_close(got, case.run(reference_chunkwise), 1e-10)
 
 
 @FORMS

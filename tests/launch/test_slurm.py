@@ -201,9 +201,7 @@ def test_preparation_and_evaluation_begin_again_after_the_limit(cluster: SlurmCl
         wait_for(lambda job=job: cluster.restarts(job) == 1)
         cluster.wait(job)
     kinds = Counter(tuple(line.split()[2:4]) for line in (tmp_path / "events").read_text().splitlines())
-    assert kinds == {
-        (f"restarts={n}", kind): 5 for n, kind in ((0, "start"), (0, "requeue"), (1, "start"), (1, "end"))
-    }
+    assert kinds == {(f"restarts={n}", kind): 5 for n, kind in ((0, "start"), (0, "requeue"), (1, "start"), (1, "end"))}
     assert sorted(calls.read_text().splitlines()) == [
         *["0 data prepare x.yaml data.executor=local data.workers=1"],
         *["0 data prepare y.yaml data.executor=shared data.workers=1"] * 2,

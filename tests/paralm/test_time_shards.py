@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from paralm_kernels.time_shards import HIDDEN
 
 from paralm.errors import ConfigError
 from paralm.models.mixers.base import shard_time
@@ -47,6 +48,12 @@ def cases() -> list[dict[str, Any]]:
         found.append({**found[0], "name": name, "keys": keys, "frozen": True})
         reach = {"d_conv": 2} if "d_conv" in MIXERS.get(name).config.model_fields else {}
         found.append({**found[0], "name": name, "keys": {**keys, **reach}, "time": "one step a rank"})
+        found.append({**found[1], "name": name, "keys": keys, "rows": 1})
+    for name in ("paragru", "paralstm", "fastslow"):  # parts so long that their ends are guessed first
+        for keys in ({}, {"gate_spread": -6.0}):
+            found.append({**found[1], "name": name, "keys": keys, "time": 1800, "rows": 3, "uneven": False})
+    one_group = {**SMALL["mamba2"], "n_groups": 1}
+    found.append({**found[1], "name": "mamba2", "keys": one_group, "rows": 1})
     for time in (24, 96):
         found += [{**found[0], "name": name, "keys": SMALL.get(name, {}), "time": time} for name in BOUNDED]
     return found
@@ -93,6 +100,24 @@ def test_what_is_sent_does_not_grow_with_the_sequence(results: dict[str, Any]) -
         # a cell may need a round more or less: four messages of a state, an entry and a product
         assert a > 0
         assert b <= 1.5 * a + 64, name
+
+
+def test_messages_travel_while_something_is_computed(results: dict[str, Any]) -> None:
+    """On every rank between two others: something is computed from the beginning of each until it is taken. Of a cell's
+    solve one other round is waited for, and one message backward."""
+    seen: dict[str, list[bool]] = {kind: [] for kind in HIDDEN}
+    for case, row in zip(cases(), results["rows"], strict=True):
+        for events in row["events"][1:-1]:
+            begun: dict[str, list[int]] = {}
+            for index, event in enumerate(events):
+                what, _, kind = event.partition(" ")
+                if what == "begun":
+                    begun.setdefault(kind, []).append(index)
+                elif what == "taken" and kind in HIDDEN and (kind != "guess" or case["time"] == 1800):
+                    seen[kind].append("computed" in events[begun[kind].pop(0) : index])
+    if results["size"] > 2:
+        assert all(seen.values())
+        assert {kind: sum(found) for kind, found in seen.items()} == {kind: len(found) for kind, found in seen.items()}
 
 
 def test_a_state_that_grows_cannot_be_handed_on() -> None:

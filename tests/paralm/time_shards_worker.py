@@ -5,14 +5,17 @@ python -m tests.paralm.time_shards_worker RANK WORLD_SIZE RENDEZVOUS_FILE CASES_
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
-from paralm_kernels import TimeShards
+from paralm_kernels import TimeShards, chunkwise_torch, conv, time_shards_solve
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -21,7 +24,7 @@ from paralm.models import build_mixer
 from paralm.models.mixers.base import shard_time
 from paralm.models.parameters import initialize
 
-BATCH, D_MODEL = 4, 16
+ROWS, D_MODEL = 4, 16
 DTYPE = torch.float64
 """In which numbers are drawn; a case may compute in another."""
 
@@ -37,20 +40,24 @@ def cuts_of(time: int, world_size: int, uneven: bool) -> list[int]:
     return [time * (rank + 1) // world_size for rank in range(world_size)]
 
 
-def resets_of(kind: str, time: int, cuts: list[int]) -> Tensor | None:
-    """None, or resets on a cut, next to one on both sides, and at the very first step; in the last row none."""
+def resets_of(kind: str, rows: int, time: int, cuts: list[int]) -> Tensor | None:
+    """None, or resets on a cut, next to one on both sides, and at the very first step; in the last row none, and of a
+    single row one in the middle of the first part."""
     if kind == "none":
         return None
-    reset = torch.zeros(BATCH, time, dtype=torch.bool)
+    reset = torch.zeros(rows, time, dtype=torch.bool)
+    if rows == 1:
+        reset[0, cuts[0] // 2] = True
+        return reset
     reset[0, cuts[0]] = reset[1, cuts[0] - 1] = reset[1, cuts[-2] + 1] = reset[2, 0] = True
     reset[0, cuts[-2]] = True
     return reset
 
 
-def given_state(mixer: Any, seed: int, dtype: torch.dtype) -> Any:
+def given_state(mixer: Any, rows: int, seed: int, dtype: torch.dtype) -> Any:
     """A state that a run has left, as a leaf that wants gradients."""
     with torch.no_grad():
-        _, state = mixer(normal(BATCH, 7, D_MODEL, seed=seed).to(dtype))
+        _, state = mixer(normal(rows, 7, D_MODEL, seed=seed).to(dtype))
     return pytree.tree_map(lambda x: x.clone().requires_grad_() if x.is_floating_point() else x, state)
 
 
@@ -70,9 +77,10 @@ class Case:
         self.dtype = getattr(torch, case.get("dtype", "float64"))
         self.time = world_size if case["time"] == "one step a rank" else case["time"]
         self.cuts = cuts_of(self.time, world_size, case["uneven"])
-        self.x, self.weights = (normal(BATCH, self.time, D_MODEL, seed=seed).to(self.dtype) for seed in (1, 2))
-        self.reset = resets_of(case["resets"], self.time, self.cuts)
-        self.state = given_state(self.build(), 4, self.dtype) if case["state"] else None
+        rows = case.get("rows", ROWS)
+        self.x, self.weights = (normal(rows, self.time, D_MODEL, seed=seed).to(self.dtype) for seed in (1, 2))
+        self.reset = resets_of(case["resets"], rows, self.time, self.cuts)
+        self.state = given_state(self.build(), rows, 4, self.dtype) if case["state"] else None
 
     def build(self) -> Any:
         keys = {"name": self.case["name"], **self.case["keys"]}
@@ -113,6 +121,46 @@ def gradient(leaf: Tensor) -> Tensor:
     return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.detach()
 
 
+@contextlib.contextmanager
+def recorded(shards: TimeShards) -> Iterator[list[str]]:
+    """In their order: "begun KIND" and "taken KIND" of each message, "computed" of what a part is computed by."""
+    events: list[str] = []
+
+    def telling(begin: Any) -> Any:
+        def begun(kind: str, *arguments: Any) -> Any:
+            events.append(f"begun {kind}")
+            message = begin(kind, *arguments)
+            take = message.taken
+
+            def taken() -> Any:
+                events.append(f"taken {kind}")
+                return take()
+
+            message.taken = taken
+            return message
+
+        return begun
+
+    def computing(function: Any) -> Any:
+        def computed(*arguments: Any) -> Any:
+            events.append("computed")
+            return function(*arguments)
+
+        return computed
+
+    with contextlib.ExitStack() as stack:
+        for name in ("gather", "pass_on"):
+            stack.enter_context(mock.patch.object(shards, name, telling(getattr(shards, name))))
+        for module, names in (
+            (conv, ("outputs", "gradients")),
+            (chunkwise_torch, ("outputs", "end", "gradients", "entry_gradient")),
+            (time_shards_solve, ("run", "part_map", "gradients_of")),
+        ):
+            for name in names:
+                stack.enter_context(mock.patch.object(module, name, computing(getattr(module, name))))
+        yield events
+
+
 def run_case(case: dict[str, Any], rank: int, world_size: int) -> dict[str, Any]:
     """On the first rank: for what is compared, the largest deviation from the whole in float64, and that of the whole
     in the case's own numbers.
@@ -125,13 +173,14 @@ def run_case(case: dict[str, Any], rank: int, world_size: int) -> dict[str, Any]
     shard_time(mixer, shards)
     part = made.x[:, start:stop].clone().requires_grad_(not made.frozen)
     reset = None if made.reset is None else made.reset[:, start:stop]
-    y, end = mixer.over_time(part, made.state if rank == 0 else None, reset)
     last = rank == world_size - 1
-    score(y * scale, made.weights[:, start:stop], end if last else None).backward()
+    with recorded(shards) as events:
+        y, end = mixer.over_time(part, made.state if rank == 0 else None, reset)
+        score(y * scale, made.weights[:, start:stop], end if last else None).backward()
     for parameter in (*mixer.parameters(), scale):
         parameter.grad = gradient(parameter)
         dist.all_reduce(parameter.grad)
-    own = {"y": y.detach(), "x": gradient(part), "bytes": sum(shards.bytes_sent.values())}
+    own = {"y": y.detach(), "x": gradient(part), "bytes": sum(shards.bytes_sent.values()), "events": events}
     if last:
         own["end"] = [leaf.detach() for leaf in pytree.tree_leaves(end)]
     every: list[Any] = [None] * world_size
@@ -156,6 +205,7 @@ def run_case(case: dict[str, Any], rank: int, world_size: int) -> dict[str, Any]
         "deviations": {what: worst(got[what], exact[what]) for what in exact},
         "rounding": {what: worst(whole[what], exact[what]) for what in exact},
         "bytes": max(one["bytes"] for one in every),
+        "events": [one["events"] for one in every],
     }
 
 
