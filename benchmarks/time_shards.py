@@ -7,6 +7,9 @@ thread a rank, float32. Counted on every rank: bytes given to collectives and ne
 rounds of walks, and the peak of memory above what stands before (Linux's, of the process, after a short call that
 brings libraries into memory). Seconds are of one call on shared cores. Peaks include torch's own buffers, so short
 sequences say little about 1/t.
+
+Besides, every call once more over links of which each message takes --delay milliseconds longer: `waited` is, by kind,
+what a rank in the middle then waited for of that time, 1 where nothing was computed while a message was under way.
 Writes benchmarks/results/time_shards.json.
 """
 
@@ -36,6 +39,38 @@ MIXERS: dict[str, dict[str, Any]] = {
     "window_attention": {"window": 256, "n_heads": 2},
 }
 """The last two hand their state from rank to rank, over as many micro-batches as there are ranks."""
+
+
+def slow_shards(delay: float) -> Any:
+    """TimeShards whose messages take longer; `waited` has the seconds by kind, and `begun` the number."""
+    from paralm_kernels import TimeShards
+
+    class Slow(TimeShards):
+        def __init__(self) -> None:
+            super().__init__()
+            self.waited: dict[str, float] = {}
+            self.begun: dict[str, int] = {}
+
+        def _slow(self, kind: str, message: Any) -> Any:
+            arrives, take = time.perf_counter() + delay, message.taken
+            self.begun[kind] = self.begun.get(kind, 0) + 1
+
+            def taken() -> Any:
+                late = max(0.0, arrives - time.perf_counter())
+                self.waited[kind] = self.waited.get(kind, 0.0) + late
+                time.sleep(late)
+                return take()
+
+            message.taken = taken
+            return message
+
+        def gather(self, kind: str, *tensors: Any) -> Any:
+            return self._slow(kind, super().gather(kind, *tensors))
+
+        def pass_on(self, kind: str, tensor: Any, offset: int) -> Any:
+            return self._slow(kind, super().pass_on(kind, tensor, offset))
+
+    return Slow()
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -78,8 +113,19 @@ def measure(options: argparse.Namespace) -> None:
             run(x)
             seconds, peak = time.perf_counter() - start, held("VmHWM") - before
             sent = {} if shards is None else dict(shards.bytes_sent)
+            waited = {}
+            if shards is not None:
+                slow = slow_shards(options.delay / 1000)
+                shard_time(mixer, slow)
+                dist.barrier()
+                run(x)
+                slow.settle()
+                waited = {
+                    kind: round(slow.waited[kind] / (count * options.delay / 1000), 3)
+                    for kind, count in slow.begun.items()
+                }
             every: list[Any] = [None] * options.ranks
-            dist.all_gather_object(every, (peak, sum(sent.values()), seconds))
+            dist.all_gather_object(every, (peak, sum(sent.values()), seconds, waited))
             row = {
                 "mixer": label,
                 "ranks": options.ranks,
@@ -88,6 +134,7 @@ def measure(options: argparse.Namespace) -> None:
                 "bytes_sent_most": max(each[1] for each in every),
                 "peak_bytes_most": max(each[0] for each in every),
                 "seconds_most": max(each[2] for each in every),
+                "waited": every[options.ranks // 2][3],
                 "rounds": mixer.stats.get("newton_iterations") if shards is not None else None,
             }
             if options.rank == 0:
@@ -98,7 +145,8 @@ def measure(options: argparse.Namespace) -> None:
 def spread(ranks: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of one number of ranks."""
     with tempfile.TemporaryDirectory() as folder:
-        given = {"ranks": ranks, "batch": options.batch, "width": options.width, "store": f"{folder}/store"}
+        given = {key: getattr(options, key) for key in ("batch", "width", "delay")}
+        given |= {"ranks": ranks, "store": f"{folder}/store"}
         command = [sys.executable, __file__, *(f"--{key}={value}" for key, value in given.items())]
         command += ["--lengths", *map(str, options.lengths), "--mixers", *options.mixers]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -125,6 +173,13 @@ def show(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
                 scale = 1e6 if what.startswith("peak") else 1
                 print(f"{mixer:<24}{ranks:>6}" + "".join(f"{form.format(value / scale):>14}" for value in values))
 
+    print(f"\nwaited for of a delay of {options.delay:g} ms a message, by kind")
+    for mixer in options.mixers:
+        for ranks in (ranks for ranks in options.all_ranks if ranks > 1):
+            for kind in cells[mixer, ranks, options.lengths[-1]]["waited"]:
+                values = [cells[mixer, ranks, length]["waited"].get(kind, 0.0) for length in options.lengths]
+                print(f"{mixer:<24}{ranks:>6}" + "".join(f"{value:>14.2f}" for value in values) + f"  {kind}")
+
 
 def main(arguments: list[str] | None = None) -> int:
     """All numbers of ranks, or one rank of one (`--rank`)."""
@@ -134,6 +189,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--mixers", nargs="+", default=list(MIXERS), choices=list(MIXERS))
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--delay", type=float, default=5.0, help="milliseconds")
     parser.add_argument("--output", type=Path, default=RESULT)
     for hidden in ("--rank", "--ranks"):
         parser.add_argument(hidden, type=int, help=argparse.SUPPRESS)
@@ -152,6 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
         "d_model": options.width,
         "batch": options.batch,
         "dtype": "float32",
+        "delay_ms": options.delay,
         "mixers": {name: MIXERS[name] for name in options.mixers},
         "rows": rows,
     }

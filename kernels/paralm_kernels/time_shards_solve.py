@@ -85,14 +85,15 @@ class _Sharded(torch.autograd.Function):
         count, shards = len(ctx.given), ctx.shards
         problem = problem_of(ctx.call, reset, saved[:count])
         states, size = tuple(saved[count:]), len(problem.state)
-        product, entry = part_map(ctx.call, problem, states, grads[:size])
+        adjoint = _Adjoint(ctx.call, problem, states, grads[:size])
+        product, entry = adjoint.part_map()
         own = [torch.zeros_like(s) if g is None else g.to(problem.dtype) for s, g in zip(problem.state, grads[size:])]
         cotangent = torch.stack(own)
         products, entries, finals = shards.gather("cotangents", product, entry, cotangent).taken()
         carry = torch.zeros_like(cotangent)  # of the state at the end of a part, from the last rank back to this one
         for later in range(shards.size - 1, shards.rank, -1):
             carry = entries[later] + _transposed(products[later], carry + finals[later])
-        result = gradients_of(ctx.call, problem, states, grads[:size], tuple(cotangent + carry))
+        result = adjoint.gradients(tuple(cotangent + carry))
         to_state = result.state if shards.first else tuple(torch.zeros_like(s) for s in result.state)
         every = (*result.inputs, *result.params, *to_state)
         return (None, None, None, *(grad.to(dtype) for grad, dtype in zip(every, ctx.given, strict=True)))
@@ -172,9 +173,7 @@ def part_map(call: Any, problem: Problem, states: Tensors, grads: Sequence[Tenso
     fused kernels, by those.
     """
     if call.method.startswith("triton"):
-        fused_map: tuple[Tensor, Tensor] = fused.kernels("triton_solver").part_map_triton(
-            problem, states, grads, call.method, call.options
-        )
+        fused_map: tuple[Tensor, Tensor] = _fused_adjoint(call, problem, states, grads).part_map()
         return fused_map
     batch, time, channel = problem.shape
     size, diagonal, dtype = problem.derived.n_state, problem.derived.diagonal, problem.dtype
@@ -205,6 +204,26 @@ def part_map(call: Any, problem: Problem, states: Tensors, grads: Sequence[Tenso
     assert found.matrix is not None
     matrix = found.matrix if found.full else found.matrix * _identity(problem, full=True)[0]
     return matrix.transpose(0, 1), found.offset
+
+
+def _fused_adjoint(call: Any, problem: Problem, states: Tensors, grads: Sequence[Tensor | None]) -> Any:
+    compiled = fused.kernels("triton_solver")
+    return compiled.Adjoint(problem, states, grads, call.method, call.options)
+
+
+class _Adjoint:
+    """A part's map, and its gradients once the cotangent of its end is known."""
+
+    def __init__(self, call: Any, problem: Problem, states: Tensors, grads: tuple[Tensor | None, ...]) -> None:
+        self._given = (call, problem, states, grads)
+        self._fused = _fused_adjoint(*self._given) if call.method.startswith("triton") else None
+
+    def part_map(self) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = part_map(*self._given) if self._fused is None else self._fused.part_map()
+        return found
+
+    def gradients(self, final: tuple[Tensor | None, ...]) -> Any:
+        return gradients_of(*self._given, final) if self._fused is None else self._fused.gradients(final)
 
 
 def _identity(problem: Problem, full: bool = False) -> tuple[Tensor, Tensor]:

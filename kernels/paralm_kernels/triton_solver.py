@@ -23,6 +23,7 @@ from .triton_launch import CHECK, COMPUTE, TINY, Kernels, Launch, default_launch
 from .triton_table import ROUNDS, Choice, choose, pieces_for
 
 __all__ = [
+    "Adjoint",
     "Launch",
     "check_device",
     "check_tile",
@@ -162,71 +163,78 @@ def gradients_triton(
     method: str,
     options: NewtonOptions,
 ) -> Gradients:
-    """The gradients of sum(grad_states · states) + sum(grad_final · final); states as `solve_triton` gave them.
-
-    The inputs' are in the dtype of the inputs, the others in the compute dtype. Deterministic: every program adds to
-    its own row, and the rows are added in one order.
-    """
-    given, (batch, time, channels) = problem.inputs[0].dtype, problem.shape
-    kernels, pieces = _adjoint(problem, states, grad_states, method, options)
-    names = kernels.names
-    final = [
-        kernels.empty(batch, channels).zero_() if last is None else last.to(problem.dtype).contiguous()
-        for last in grad_final
-    ]
-    to_inputs = tuple(kernels.empty(batch, time, channels, dtype=given) for _ in names.inputs)
-    to_params = tuple(kernels.empty(pieces * batch, channels) for _ in names.params)
-    to_state = tuple(kernels.empty(batch, channels) for _ in names.state)
-    kernels.more((f"to_{x}_ptr", grad) for x, grad in zip(names.inputs, to_inputs, strict=True))
-    kernels.more((f"to_{a}_ptr", grad) for a, grad in zip(names.params, to_params, strict=True))
-    kernels.more((f"to_{h}_first_ptr", grad) for h, grad in zip(names.state, to_state, strict=True))
-    if pieces == 1:
-        kernels.more((f"carry_{h}_ptr", last) for h, last in zip(names.state, final, strict=True))
-    else:
-        kernels.more((f"g_{h}_final_ptr", last) for h, last in zip(names.state, final, strict=True))
-        kernels.more((f"carry_{h}_ptr", kernels.empty(pieces, batch, channels)) for h in names.state)
-        _maps(kernels, pieces)
-        kernels.run("backward_join_kernel")
-    kernels.run("backward_kernel", pieces=pieces)
-    return Gradients(to_inputs, tuple(grad.sum(0) for grad in to_params), to_state)
+    """The gradients of sum(grad_states · states) + sum(grad_final · final); see `Adjoint`."""
+    return Adjoint(problem, states, grad_states, method, options).gradients(grad_final)
 
 
-def part_map_triton(
-    problem: Problem, states: Tensors, grads: Sequence[Tensor | None], method: str, options: NewtonOptions
-) -> tuple[Tensor, Tensor]:
-    """M and d of `time_shards_solve.part_map`: the pieces' maps, which one kernel finds side by side, joined here."""
-    kernels, pieces = _adjoint(problem, states, grads, method, options)
-    names, zero = kernels.names, kernels.empty(pieces, kernels.batch, kernels.channels).zero_()
-    _maps(kernels, pieces)
-    size = range(len(names.state))
-    rows = [[names.entry("m", i, j) for j in size] for i in size]
-    entries = [[kernels.given[f"{name}_ptr"] if name else zero for name in row] for row in rows]
-    matrix = torch.stack([torch.stack(row) for row in entries])
-    offset = torch.stack([kernels.given[f"d_{h}_ptr"] for h in names.state])
-    joined = whole(AffineMap(*(x.movedim(-3, -2) for x in (matrix, offset))))  # pieces are its time
-    assert joined.matrix is not None
-    return joined.matrix.transpose(0, 1), joined.offset
+class Adjoint:
+    """The backward pass of a solved problem: states as `solve_triton` gave them, their cotangents (None: zero). What
+    the pieces of time that walk side by side are as maps is found once, for `part_map` and `gradients`."""
 
+    def __init__(
+        self,
+        problem: Problem,
+        states: Tensors,
+        grads: Sequence[Tensor | None],
+        method: str,
+        options: NewtonOptions,
+    ) -> None:
+        cell, time = problem.derived.cell, problem.shape[1]
+        numbers = 2 * (len(cell.inputs) + len(cell.state))
+        self.pieces = _choice(problem, "triton" if method == "triton-tile" else method, options.tile, numbers).pieces
+        self.kernels, self.mapped = Kernels(problem), False
+        names, length = self.kernels.names, _length(time, self.pieces)
+        self.kernels.more(zip(names.ptr(names.state), states, strict=True), length=length, pieces=self.pieces)
+        for h, grad in zip(names.state, grads, strict=True):
+            self.kernels.given[f"HAS_G_{h.upper()}"] = grad is not None
+            self.kernels.given[f"g_{h}_ptr"] = states[0] if grad is None else grad.contiguous()
 
-def _adjoint(
-    problem: Problem, states: Tensors, grads: Sequence[Tensor | None], method: str, options: NewtonOptions
-) -> tuple[Kernels, int]:
-    """What the backward kernels read, and the pieces of time that walk side by side."""
-    cell, time = problem.derived.cell, problem.shape[1]
-    numbers = 2 * (len(cell.inputs) + len(cell.state))
-    pieces = _choice(problem, "triton" if method == "triton-tile" else method, options.tile, numbers).pieces
-    kernels = Kernels(problem)
-    names = kernels.names
-    kernels.more(zip(names.ptr(names.state), states, strict=True), length=_length(time, pieces), pieces=pieces)
-    for h, grad in zip(names.state, grads, strict=True):
-        kernels.given[f"HAS_G_{h.upper()}"] = grad is not None
-        kernels.given[f"g_{h}_ptr"] = states[0] if grad is None else grad.contiguous()
-    return kernels, pieces
+    def gradients(self, grad_final: Sequence[Tensor | None]) -> Gradients:
+        """Given the cotangent of the final state. The inputs' are in the dtype of the inputs, the others in the compute
+        dtype. Deterministic: every program adds to its own row, and the rows are added in one order."""
+        kernels, pieces, names = self.kernels, self.pieces, self.kernels.names
+        problem, given = kernels.problem, kernels.problem.inputs[0].dtype
+        batch, time, channels = problem.shape
+        final = [
+            kernels.empty(batch, channels).zero_() if last is None else last.to(problem.dtype).contiguous()
+            for last in grad_final
+        ]
+        to_inputs = tuple(kernels.empty(batch, time, channels, dtype=given) for _ in names.inputs)
+        to_params = tuple(kernels.empty(pieces * batch, channels) for _ in names.params)
+        to_state = tuple(kernels.empty(batch, channels) for _ in names.state)
+        kernels.more((f"to_{x}_ptr", grad) for x, grad in zip(names.inputs, to_inputs, strict=True))
+        kernels.more((f"to_{a}_ptr", grad) for a, grad in zip(names.params, to_params, strict=True))
+        kernels.more((f"to_{h}_first_ptr", grad) for h, grad in zip(names.state, to_state, strict=True))
+        if pieces == 1:
+            kernels.more((f"carry_{h}_ptr", last) for h, last in zip(names.state, final, strict=True))
+        else:
+            kernels.more((f"g_{h}_final_ptr", last) for h, last in zip(names.state, final, strict=True))
+            kernels.more((f"carry_{h}_ptr", kernels.empty(pieces, batch, channels)) for h in names.state)
+            self._maps()
+            kernels.run("backward_join_kernel")
+        kernels.run("backward_kernel", pieces=pieces)
+        return Gradients(to_inputs, tuple(grad.sum(0) for grad in to_params), to_state)
 
+    def part_map(self) -> tuple[Tensor, Tensor]:
+        """M and d of `time_shards_solve.part_map`: those of the pieces joined."""
+        self._maps()
+        kernels, names = self.kernels, self.kernels.names
+        size, zero = range(len(names.state)), kernels.empty(self.pieces, kernels.batch, kernels.channels).zero_()
+        rows = [[names.entry("m", i, j) for j in size] for i in size]
+        entries = [[kernels.given[f"{name}_ptr"] if name else zero for name in row] for row in rows]
+        matrix = torch.stack([torch.stack(row) for row in entries])
+        offset = torch.stack([kernels.given[f"d_{h}_ptr"] for h in names.state])
+        joined = whole(AffineMap(*(x.movedim(-3, -2) for x in (matrix, offset))))  # pieces are its time
+        assert joined.matrix is not None
+        return joined.matrix.transpose(0, 1), joined.offset
 
-def _maps(kernels: Kernels, pieces: int) -> None:
-    """The affine map of every piece, (pieces, batch, channel) an entry."""
-    maps = [*kernels.names.product, *(f"d_{h}" for h in kernels.names.state)]
-    kernels.more((f"{name}_ptr", kernels.empty(pieces, kernels.batch, kernels.channels)) for name in maps)
-    kernels.more(steps_ptr=kernels.counters(kernels.programs(kernels.walk_block, pieces)))
-    kernels.run("backward_maps_kernel", pieces=pieces, TINY=TINY[COMPUTE[kernels.problem.dtype]])
+    def _maps(self) -> None:
+        """The affine map of every piece, (pieces, batch, channel) an entry."""
+        if self.mapped:
+            return
+        kernels, self.mapped = self.kernels, True
+        maps = [*kernels.names.product, *(f"d_{h}" for h in kernels.names.state)]
+        kernels.more((f"{name}_ptr", kernels.empty(self.pieces, kernels.batch, kernels.channels)) for name in maps)
+        kernels.more(steps_ptr=kernels.counters(kernels.programs(kernels.walk_block, self.pieces)))
+        tiny = TINY[COMPUTE[kernels.problem.dtype]]
+        kernels.run("backward_maps_kernel", pieces=self.pieces, TINY=tiny)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from paralm_kernels import ArgumentError, chunkwise, reference_chunkwise
 
-from .replayed import over_shards
+from .shard_threads import chunkwise_on_shards
 
 FORMS = pytest.mark.parametrize("normalized", [False, True], ids=["plain", "normalized"])
 
@@ -191,7 +191,7 @@ def test_extreme_gates_stay_finite_and_right(normalized, dtype):
         if normalized:
             gain[pick > 0.7] = 40.0
             gain[pick > 0.85] = -40.0
-        every = case.run(chunk_size=16), over_shards(case, [13, 1, 20, 6], chunk_size=16)
+        every = case.run(chunk_size=16), chunkwise_on_shards(case, [13, 1, 20, 6], chunk_size=16)
         case.inputs, case.weights = [x.double() for x in case.inputs], [w.double() for w in case.weights]
         for got in every:
             assert_close(got, case.run(reference_chunkwise), 2e-4 if dtype == torch.float32 else 1e-9)
@@ -308,4 +308,4 @@ def test_wrong_arguments_are_refused_in_one_line(message):
 )
 def test_time_shards_equal_the_loop(normalized, batch, cuts, groups, shared, resets, state, chunk_size, seed):
     case = Case(normalized, batch, sum(cuts), groups, shared, resets=resets, state=state, seed=seed)
-    assert_close(over_shards(case, cuts, chunk_size=chunk_size), case.run(reference_chunkwise))
+    assert_close(chunkwise_on_shards(case, cuts, chunk_size=chunk_size), case.run(reference_chunkwise))

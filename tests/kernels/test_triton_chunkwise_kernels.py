@@ -20,7 +20,7 @@ import triton.language as tl
 import triton.runtime.interpreter as interpreter
 from paralm_kernels import triton_chunkwise
 
-from .replayed import over_shards
+from .shard_threads import chunkwise_on_shards
 from .test_chunkwise import FORMS, Case, assert_close
 
 _patch_language = interpreter._patch_lang
@@ -79,7 +79,7 @@ def test_pieces_equal_the_whole(normalized, pieces):
 )
 def test_time_shards_by_kernels_equal_the_loop(normalized, batch, groups, shared):
     case = Case(normalized, batch, 45, groups, shared, resets=0.03)
-    got = over_shards(case, [17, 3, 25], chunk_size=16, method="triton")
+    got = chunkwise_on_shards(case, [17, 3, 25], chunk_size=16, method="triton")
     assert_close(got, case.run(reference_chunkwise), 1e-10)
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paralm_kernels import ArgumentError, Cell, ParaGRU, ParaLSTM, cells, solve, step
+from paralm_kernels import ArgumentError, Cell, ParaGRU, ParaLSTM, cells, solve, step, time_shards_solve
 from paralm_kernels.laws import (
     FLOAT32_GRADIENTS,
     TOLERANCE,
@@ -41,6 +41,7 @@ from paralm_kernels.derive import derive
 
 from .conftest import USER_CELLS
 from .part_maps import assert_part_map
+from .shard_threads import solve_on_shards
 
 _patch_language = interpreter._patch_lang
 
@@ -133,6 +134,15 @@ def test_a_part_s_map_is_the_plain_loop_s(registered, method, tile):
     for time, resets in ((13, 0.0), (9, 0.1)):
         case = random_case(registered, batch=2, time=time, channel=3, weights=1.0, resets=resets, seed=time)
         assert_part_map(case, method, tile)
+
+
+@pytest.mark.parametrize(("method", "tile"), [("triton-walk", None), ("triton-segments", 4)])
+def test_time_shards_by_kernels_equal_the_loop(registered, method, tile, monkeypatch):
+    """Parts of several pieces, of one, and one whose end is guessed first."""
+    monkeypatch.setattr(time_shards_solve, "_FIRST", 8)
+    case = random_case(registered, batch=2, time=33, channel=3, weights=1.0, resets=0.05, seed=4)
+    got, _ = solve_on_shards(case, [13, 2, 18], method, tile=tile)
+    assert_same(got, outcome(case, reference))
 
 
 def test_the_decode_kernel_is_the_step(registered):
