@@ -59,7 +59,8 @@ def ratio_interval_by_moments(moments: Sequence[float] | NDArray[np.float64]) ->
 
         var r ≈ count/(count − 1) · Σ (loss_d − r weight_d)² / (Σ weight_d)²
 
-    ``moments``: Σ loss, Σ weight, Σ loss², Σ loss·weight, Σ weight², count. None for fewer than two documents.
+    ``moments``: Σ loss, Σ weight, Σ loss², Σ loss·weight, Σ weight², count. None for fewer than two documents. Losses
+    are at least 0, and so is the interval.
     """
     loss, weight, loss2, loss_weight, weight2, count = (float(moment) for moment in moments)
     if count < 2 or weight <= 0:
@@ -67,4 +68,4 @@ def ratio_interval_by_moments(moments: Sequence[float] | NDArray[np.float64]) ->
     ratio = loss / weight
     spread = max(0.0, loss2 - 2 * ratio * loss_weight + ratio * ratio * weight2)  # a sum of squares, up to rounding
     error = 1.959964 * math.sqrt(count / (count - 1) * spread) / weight
-    return ratio - error, ratio + error
+    return max(0.0, ratio - error), ratio + error

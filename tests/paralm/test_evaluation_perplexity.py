@@ -217,6 +217,8 @@ def test_intervals_from_sums_are_the_bootstraps_and_add_up() -> None:
     parts = moments(slice(0, 130)) + moments(slice(130, None))
     assert ratio_interval_by_moments(parts) == pytest.approx(whole, rel=1e-9)
     assert ratio_interval_by_moments([3.0, 2.0, 9.0, 6.0, 4.0, 1.0]) is None
+    low, high = ratio_interval_by_moments([1.0, 2.0, 1.0, 1.0, 2.0, 2.0]) or (-1.0, -1.0)
+    assert (low, round(high, 2)) == (0.0, 1.48), "losses of 0 and 1: what lies below 0 is none"
 
 
 def test_intervals_are_reproducible_and_none_where_there_is_nothing_to_draw() -> None:

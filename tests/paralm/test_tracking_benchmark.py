@@ -108,6 +108,14 @@ def test_the_readme_has_the_results_table() -> None:
     for line in benchmark.readme_table(RESULT).splitlines():
         assert line in readme, line
     words = " ".join(readme.split())
+    six = {mixer: benchmark.over_first(row, "40", 6) for row in RESULT["rows"] if row["task"] == "a5"
+           for mixer in [row["mixer"]]}  # fmt: skip
+    assert (
+        "{paralstm:.0f} (ParaLSTM), {paragru:.0f} (ParaGRU) and {mamba2:.0f} % (Mamba2)".format(
+            **{mixer: 100 * share for mixer, share in six.items()}
+        )
+        in words
+    )
     for row in (row for row in RESULT["rows"] if row["task"] == "s3"):
         right = " / ".join(f"{100 * benchmark.at(row, size):.0f}" for size in benchmark.SHOWN)
         name = {"slstm": "dense sLSTM", "paragru": "ParaGRU", "paralstm": "ParaLSTM", "mamba2": "Mamba2"}[row["mixer"]]
