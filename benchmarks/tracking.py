@@ -39,7 +39,7 @@ from paralm.training.metrics import read_metrics
 
 RESULT = ROOT / "benchmarks" / "results" / "tracking.json"
 DOCS = ROOT / "docs"
-TASKS = ("parity", "cycle", "arithmetic", "brackets", "s3", "a5", "s5", "mqar")
+TASKS = ("parity", "cycle", "arithmetic", "sums", "brackets", "s3", "a5", "s5", "mqar")
 # What differs between the published cells and ours.
 WHY = {
     "cycle": "The published models have no MLP behind the mixer. Ours have one, which can take modulo 5 what a linear "
