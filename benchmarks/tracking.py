@@ -48,8 +48,8 @@ WHY = {
     "only, ours are trained to 40.",
     "arithmetic": "Products bind closer than sums here (arXiv 2207.02098): the sum so far depends on an unfinished "
     "product, which another channel holds, and no channel of a diagonal cell sees another. The dense LSTM, whose "
-    "channels do, learns it in the same setting. Which operators, precedence and lengths were published we do not "
-    "know.",
+    "channels do, learns it in the same setting, and without products (the rows of sums) both cells are right in over "
+    "99 % at 40 tokens, in the same steps. Which operators, precedence and lengths were published we do not know.",
     "a5": "The share depends on the length of the words. Every one of our cells but the dense one knows the product of "
     "two tokens, sometimes that of three or four, and guesses from the fifth on, so over 40 tokens it is right in 7 %. "
     "Over the first six (over_first_6) it is right in 36 to 40 %, which is what was published of the same three cells. "

@@ -25,10 +25,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .positions import positions
 from .solve import Trajectory
 
-HIDDEN = frozenset({"convolution", "convolution, gradient", "state", "state, gradient", "guess"})
+HIDDEN = frozenset(
+    {"convolution", "convolution, gradient", "state", "state, gradient", "guess", "positions", "window"}
+    | {"window, gradient"}
+)
 """Kinds of messages that travel while this rank computes what does not need them."""
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name from torch 2.13 on
 
 
 class Message:
@@ -79,7 +84,7 @@ class TimeShards:
         flat = torch.cat([x.detach().flatten() for x in tensors])
         self.count(kind, flat, self.size - 1)
         every = flat.new_empty(self.size * flat.numel())
-        work = dist.all_gather_into_tensor(every, flat, group=self.group, async_op=True)
+        work = _all_gather(every, flat, group=self.group, async_op=True)
 
         def taken() -> list[Tensor]:
             pieces = every.unflatten(0, (self.size, -1)).split([x.numel() for x in tensors], 1)
@@ -99,6 +104,40 @@ class TimeShards:
             operations.append(dist.P2POp(dist.irecv, came, self.neighbour(-offset), self.group))
         return Message(dist.batch_isend_irecv(operations) if operations else [], lambda: came, tensor)
 
+    def position(self, before: Tensor, reset: Tensor | None, time: int) -> Message:
+        """Begins to find how many steps every row has read since its last reset, before this part of ``time`` steps.
+        before: that before the whole sequence, int64 (batch,); it counts on the first rank. Taken: the like."""
+        start = before if self.first else torch.zeros_like(before)
+        end = positions(start, reset, time)[:, -1] + 1
+        keep = torch.ones_like(before) if reset is None else (~reset.any(1)).to(before.dtype)
+        message = self.gather("positions", keep, end)
+
+        def taken() -> Tensor:
+            keeps, ends = message.taken()
+            now = before if self.first else ends[0]
+            for rank in range(1, self.rank):
+                now = ends[rank] + keeps[rank] * now
+            return now
+
+        return Message([], taken)
+
+    def hand_on(self, kind: str, *tensors: Tensor) -> Tensor:
+        """Sends tensors to the rank after, which takes them over, without waiting. Returns a zero; the gradients of the
+        tensors come back when that of the zero is asked for."""
+        anchor = _anchor(tensors[0])
+        if self.last:
+            return anchor
+        zero: Tensor = _HandOn.apply(self, kind, anchor, *(tensor.contiguous() for tensor in tensors))
+        return zero
+
+    def take_over(self, kind: str, zero: Tensor | None, *like: Tensor) -> tuple[Tensor, ...]:
+        """What the rank before hands on, shaped as ``like``; on the first rank ``like`` itself. zero: what `hand_on`
+        returned before, if it did; its gradient is asked for once that of the result has been sent."""
+        zero = _anchor(like[0]) if zero is None else zero
+        if self.first:
+            return tuple(x + zero.to(x.dtype) if x.is_floating_point() else x for x in like)
+        return tuple(_TakeOver.apply(self, kind, zero, *like))
+
     def largest(self, x: float, device: torch.device) -> float:
         """The largest of a number over the ranks, the same number on all."""
         value = torch.tensor(x, dtype=torch.float64, device=device)
@@ -114,6 +153,7 @@ class TimeShards:
         """To a neighbour in time, without waiting until it takes it. Messages to one arrive in their order."""
         self.count(kind, tensor)
         work = dist.isend(tensor, self.neighbour(offset), group=self.group)
+        self._under_way = [(work, tensor) for work, tensor in self._under_way if not work.is_completed()]
         self._under_way.append((work, tensor))  # which must stay as it is so long
 
     def settle(self) -> None:
@@ -189,38 +229,31 @@ class TimeShards:
         for part in rows:
             entry = None if state is None else pytree.tree_map(lambda leaf, part=part: leaf[part], state)
             if not self.first:
-                entry = self._take_over(like(part.stop - part.start), x)
+                leaves, structure = pytree.tree_flatten(like(part.stop - part.start))
+                entry = pytree.tree_unflatten(list(self.take_over("relay", None, *leaves)), structure)
             y, end = forward(x[part], entry, None if reset is None else reset[part])
-            if not self.last:
-                y = self._hand_on(end, y)
+            if not self.last:  # its gradients are taken before any that the output's gradient is used for
+                y = y + self.hand_on("relay", *pytree.tree_leaves(end)).to(y.dtype)
             outputs.append(y)
             ends.append(end)
         return torch.cat(outputs), pytree.tree_map(lambda *leaves: torch.cat(leaves), *ends)
 
-    def _take_over(self, like: Any, x: Tensor) -> Any:
-        leaves, structure = pytree.tree_flatten(like)
-        return pytree.tree_unflatten(list(_TakeOver.apply(self, _anchor(x), *leaves)), structure)
-
-    def _hand_on(self, end: Any, y: Tensor) -> Tensor:
-        """y, whose backward pass takes the gradients of the state that was handed on."""
-        zero: Tensor = _HandOn.apply(self, _anchor(y), *(leaf.contiguous() for leaf in pytree.tree_leaves(end)))
-        return y + zero.to(y.dtype)
-
 
 def _anchor(x: Tensor) -> Tensor:
     """Makes both ends of a message part of the backward pass, even where one of them has nothing to learn."""
-    return x.new_zeros((), requires_grad=torch.is_grad_enabled())
+    dtype = x.dtype if x.is_floating_point() else torch.float32
+    return x.new_zeros((), dtype=dtype, requires_grad=torch.is_grad_enabled())
 
 
 class _TakeOver(torch.autograd.Function):
     """The leaves of a state from the rank before; their gradients go back there."""
 
     @staticmethod
-    def forward(ctx: Any, shards: TimeShards, anchor: Tensor, *like: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, shards: TimeShards, kind: str, zero: Tensor, *like: Tensor) -> tuple[Tensor, ...]:
         taken = tuple(torch.empty_like(leaf, memory_format=torch.contiguous_format) for leaf in like)
         for leaf in taken:
             dist.recv(leaf, shards.neighbour(-1), group=shards.group)
-        ctx.shards = shards
+        ctx.shards, ctx.kind, ctx.zero = shards, kind, torch.zeros_like(zero)
         ctx.mark_non_differentiable(*(leaf for leaf in taken if not leaf.is_floating_point()))
         return taken
 
@@ -228,26 +261,25 @@ class _TakeOver(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         for grad in grads:
             if grad is not None and grad.is_floating_point():
-                ctx.shards.send("relay, gradient", grad.contiguous(), -1)
-        return (None, None, *(None for _ in grads))
+                ctx.shards.send(f"{ctx.kind}, gradient", grad.contiguous(), -1)
+        return (None, None, ctx.zero, *(None for _ in grads))
 
 
 class _HandOn(torch.autograd.Function):
-    """Sends the leaves of a state to the rank after, and takes their gradients from there; gives a zero to add to the
-    output, so that this happens before anything that the output's gradient is used for."""
+    """Sends tensors to the rank after, and takes their gradients from there when that of the zero it gives is known."""
 
     @staticmethod
-    def forward(ctx: Any, shards: TimeShards, anchor: Tensor, *leaves: Tensor) -> Tensor:
+    def forward(ctx: Any, shards: TimeShards, kind: str, anchor: Tensor, *leaves: Tensor) -> Tensor:
         for leaf in leaves:
-            shards.send("relay", leaf.detach(), 1)
-        ctx.shards, ctx.like = shards, [leaf.detach() for leaf in leaves]
-        return torch.zeros((), device=leaves[0].device)
+            shards.send(kind, leaf.detach(), 1)
+        ctx.shards, ctx.kinds = shards, [(leaf.shape, leaf.dtype) for leaf in leaves]
+        return torch.zeros_like(anchor)
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         grads: list[Tensor | None] = []
-        for leaf in ctx.like:
-            grads.append(torch.empty_like(leaf) if leaf.is_floating_point() else None)
+        for shape, dtype in ctx.kinds:
+            grads.append(grad.new_empty(shape, dtype=dtype) if dtype.is_floating_point else None)
             if grads[-1] is not None:
                 dist.recv(grads[-1], ctx.shards.neighbour(1), group=ctx.shards.group)
-        return None, None, *grads
+        return None, None, None, *grads

@@ -359,6 +359,7 @@ SHARDED = [
     {"name": "mamba2", "d_state": 8, "head_dim": 16},
     {"name": "mlstm", "n_heads": 2},
     {"name": "lstm", "n_heads": 2},
+    {"name": "window_attention", "window": 17, "n_heads": 2},
 ]
 
 

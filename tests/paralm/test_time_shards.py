@@ -105,7 +105,7 @@ def test_what_is_sent_does_not_grow_with_the_sequence(results: dict[str, Any]) -
 def test_messages_travel_while_something_is_computed(results: dict[str, Any]) -> None:
     """On every rank between two others: something is computed from the beginning of each until it is taken. Of a cell's
     solve one other round is waited for, and one message backward."""
-    seen: dict[str, list[bool]] = {kind: [] for kind in HIDDEN}
+    seen: dict[str, list[bool]] = {kind: [] for kind in HIDDEN if not kind.startswith("window")}
     for case, row in zip(cases(), results["rows"], strict=True):
         for events in row["events"][1:-1]:
             begun: dict[str, list[int]] = {}
@@ -113,11 +113,24 @@ def test_messages_travel_while_something_is_computed(results: dict[str, Any]) ->
                 what, _, kind = event.partition(" ")
                 if what == "begun":
                     begun.setdefault(kind, []).append(index)
-                elif what == "taken" and kind in HIDDEN and (kind != "guess" or case["time"] == 1800):
+                elif what == "taken" and kind in seen and (kind != "guess" or case["time"] == 1800):
                     seen[kind].append("computed" in events[begun[kind].pop(0) : index])
     if results["size"] > 2:
         assert all(seen.values())
         assert {kind: sum(found) for kind, found in seen.items()} == {kind: len(found) for kind, found in seen.items()}
+
+
+def test_a_window_s_keys_are_sent_before_the_others_are_turned(results: dict[str, Any]) -> None:
+    """By ranks whose parts are as long as what the window looks back; others must wait for the rank before."""
+    for case, row in zip(cases(), results["rows"], strict=True):
+        if case["name"] != "window_attention":
+            continue
+        for events in row["events"]:
+            handed, took = events.index("hand_on"), events.index("take_over")
+            if case["time"] == "one step a rank":
+                assert took < handed
+            elif not case["uneven"]:
+                assert "computed" in events[handed:took]
 
 
 def test_a_state_that_grows_cannot_be_handed_on() -> None:

@@ -116,6 +116,14 @@ def test_the_readme_has_the_results_table() -> None:
         )
         in words
     )
+    sums = [row for row in RESULT["rows"] if row["task"] == "sums"]
+    assert len(sums) == 3
+    for row in sums:
+        right = " / ".join(f"{100 * benchmark.at(row, size):.1f}" for size in benchmark.SHOWN)
+        assert (
+            f"{ {'paralstm': 'ParaLSTM is right', 'paragru': 'ParaGRU', 'mamba2': 'Mamba2'}[row['mixer']] } in {right}"
+            in words
+        )
     for row in (row for row in RESULT["rows"] if row["task"] == "s3"):
         right = " / ".join(f"{100 * benchmark.at(row, size):.0f}" for size in benchmark.SHOWN)
         name = {"slstm": "dense sLSTM", "paragru": "ParaGRU", "paralstm": "ParaLSTM", "mamba2": "Mamba2"}[row["mixer"]]

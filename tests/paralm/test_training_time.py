@@ -26,38 +26,47 @@ MIXED: dict[str, Any] = {
     "n_layers": 4,
 }
 
+JOINED: dict[str, Any] = {
+    "mixers": [
+        {"name": "paragru"},
+        {"name": "window_attention", "n_heads": 2, "window": 6},
+        {"name": "window_attention", "n_heads": 2, "window": 20},  # looks back further than a part is long
+    ],
+    "n_layers": 3,
+}
+"""Mixers that join the parts themselves: they admit ZeRO-3 and activation checkpointing."""
+
 
 def config(runs: Runs, name: str, time: int, stage: int, mixed: bool = False, **training: Any) -> dict[str, Any]:
     made = runs.config(name, stage, seq_len=30, **training)  # 30 steps over 4 ranks: parts of 7 and 8
     made["parallel"]["time"] = time
-    if mixed:
-        made["model"] = {"d_model": 32, **MIXED}
+    made["model"] = {"d_model": 32, **(MIXED if mixed else JOINED)}
     result: dict[str, Any] = made
     return result
 
 
 @pytest.mark.slow
 def test_losses_do_not_depend_on_the_grid(corpus: Path, prepared: Path, tmp_path: Path) -> None:
-    """ParaGRU and a model of four kinds of mixers: 1 rank, 2 and 4 time shards, 2 × 2; ZeRO 1 to 3; and a run that
-    begins on 2 × 2 ranks, goes on with 2 time shards and ends on one rank."""
+    """A model whose mixers join the parts and one of four kinds: 1 rank, 2 and 4 time shards, 2 × 2; ZeRO 1 to 3; and a
+    run that begins on 2 × 2 ranks, goes on with 2 time shards and ends on one rank."""
     runs = Runs(corpus, prepared, tmp_path)
 
     def both(name: str, time: int, stage: int, **training: Any) -> list[dict[str, Any]]:
-        cell = config(runs, f"cell_{name}", time, stage, **training)
-        return [cell, config(runs, f"mixed_{name}", time, min(stage, 2), mixed=True, **training)]
+        joined = config(runs, f"joined_{name}", time, stage, **training)
+        return [joined, config(runs, f"mixed_{name}", time, min(stage, 2), mixed=True, **training)]
 
     moved = both("moved", 2, 1, stop_after_seconds=1e-9)
     run_ranks(4, [*both("2x2", 2, 2), *both("1x4", 4, 1), *moved], tmp_path)
     moved = both("moved", 2, 1, stop_after_seconds=1e-9)
-    checkpointed = config(runs, "cell_checkpointed", 2, 1, activation_checkpointing=True)
+    checkpointed = config(runs, "joined_checkpointed", 2, 1, activation_checkpointing=True)
     run_ranks(2, [*both("1x2", 2, 3), *moved, checkpointed], tmp_path)
     run_ranks(1, [*both("one", 1, 1), *both("moved", 1, 1)], tmp_path)
-    for kind in ("cell", "mixed"):
+    for kind in ("joined", "mixed"):
         reference = losses(tmp_path / f"{kind}_one")
         assert len(reference) == 5
         for name in ("2x2", "1x4", "1x2", "moved"):
             assert losses(tmp_path / f"{kind}_{name}") == pytest.approx(reference, rel=SAME), (kind, name)
-    assert losses(tmp_path / "cell_checkpointed") == pytest.approx(losses(tmp_path / "cell_one"), rel=SAME)
+    assert losses(tmp_path / "joined_checkpointed") == pytest.approx(losses(tmp_path / "joined_one"), rel=SAME)
 
 
 def test_where_a_rank_stands() -> None:

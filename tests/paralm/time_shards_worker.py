@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from paralm.config import ModelConfig
 from paralm.models import build_mixer
+from paralm.models.mixers import windowed
 from paralm.models.mixers.base import shard_time
 from paralm.models.parameters import initialize
 
@@ -123,7 +124,8 @@ def gradient(leaf: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def recorded(shards: TimeShards) -> Iterator[list[str]]:
-    """In their order: "begun KIND" and "taken KIND" of each message, "computed" of what a part is computed by."""
+    """In their order: "begun KIND" and "taken KIND" of each message, "hand_on" and "take_over" of those to a neighbour,
+    "computed" of what a part is computed by."""
     events: list[str] = []
 
     def telling(begin: Any) -> Any:
@@ -141,9 +143,9 @@ def recorded(shards: TimeShards) -> Iterator[list[str]]:
 
         return begun
 
-    def computing(function: Any) -> Any:
+    def computing(function: Any, event: str = "computed") -> Any:
         def computed(*arguments: Any) -> Any:
-            events.append("computed")
+            events.append(event)
             return function(*arguments)
 
         return computed
@@ -151,7 +153,10 @@ def recorded(shards: TimeShards) -> Iterator[list[str]]:
     with contextlib.ExitStack() as stack:
         for name in ("gather", "pass_on"):
             stack.enter_context(mock.patch.object(shards, name, telling(getattr(shards, name))))
+        for name in ("hand_on", "take_over"):
+            stack.enter_context(mock.patch.object(shards, name, computing(getattr(shards, name), name)))
         for module, names in (
+            (windowed.Heads, ("project", "rotate")),
             (conv, ("outputs", "gradients")),
             (chunkwise_torch, ("outputs", "end", "gradients", "entry_gradient")),
             (time_shards_solve, ("run", "part_map", "gradients_of")),

@@ -118,23 +118,47 @@ class SlidingAttention(Heads):
         super().__init__(*arguments)
         self.window = window
 
-    def forward(self, x: Tensor, state: State | None = None, reset: Tensor | None = None) -> tuple[Tensor, State]:
+    def forward(
+        self,
+        x: Tensor,
+        state: State | None = None,
+        reset: Tensor | None = None,
+        shards: paralm_kernels.TimeShards | None = None,
+    ) -> tuple[Tensor, State]:
         """(batch, time, d_model) → the same shape. State: ``{"k", "v"}`` (batch, window − 1, kv heads, d_head), the
-        last keys (rotated) and values, zeros where a row has none, and ``"position"`` int64 (batch,)."""
+        last keys (rotated) and values, zeros where a row has none, and ``"position"`` int64 (batch,).
+
+        shards: x is a part of sequences whose time lies on several ranks. A rank sends its last keys and values to the
+        next as soon as it has them, at once where its part is as long as what the window looks back, and turns the
+        others meanwhile; where the next rank is in the sequence is found while q, k and v are.
+        """
         batch, time, _ = x.shape
         reach = self.window - 1
-        same = state is None and reset is None  # every row has the same positions, so one mask serves all
+        same = state is None and reset is None and shards is None  # rows are alike, so one mask serves all
         past, block = reach, min(time, max(self.window // 2, SHORTEST_BLOCK))
-        if state is None and time <= max(self.window, SHORTEST_BLOCK):
+        if state is None and shards is None and time <= max(self.window, SHORTEST_BLOCK):
             past, block = 0, time  # nothing was read: no keys before the first query
         if state is None:
             state = self.initial_state(batch, x.device, x.dtype)
-        position = paralm_kernels.positions(state["position"], reset, time)
+        where = None if shards is None else shards.position(state["position"], reset, time)
         q, k, v = self.project(x)
+        start = state["position"] if where is None else where.taken()
+        position = paralm_kernels.positions(start, reset, time)
+        zero, early = None, time >= reach
+        if shards is not None and reach and early:
+            last = slice(time - reach, None)
+            zero = shards.hand_on("window", self.rotate(k[:, last], position[:, last]), v[:, last])
         rotated, k = self.rotate(q, position), self.rotate(k, position)
-        k, v = torch.cat((state["k"].to(k.dtype), k), dim=1), torch.cat((state["v"].to(v.dtype), v), dim=1)
+        before_k, before_v = state["k"].to(k.dtype), state["v"].to(v.dtype)
+        if shards is not None and reach:
+            before_k, before_v = shards.take_over("window", zero, before_k, before_v)
+        k, v = torch.cat((before_k, k), dim=1), torch.cat((before_v, v), dim=1)
+        if shards is not None and reach and not early:
+            zero = shards.hand_on("window", k[:, time:], v[:, time:])
         seen = position[:1] if same else position
         y = self._blocks(q, rotated, k[:, reach - past :], v[:, reach - past :], seen, past, block)
+        if zero is not None and not early:
+            y = y + zero
         length = position[:, -1] + 1
         age = torch.arange(reach, 0, -1, device=x.device)
         lost = (age > length[:, None])[..., None, None]
@@ -210,8 +234,13 @@ class WindowAttention(Mixer):
 
     def forward(self, x: Tensor, state: State | None = None, reset: Tensor | None = None) -> tuple[Tensor, State]:
         """See :class:`Mixer`; the state is that of :class:`SlidingAttention`."""
-        y, state = self.attention(x, state, reset)
+        y, state = self.attention(x, state, reset, self.time_shards)
         return self.out_proj(y), state
+
+    @property
+    def joins_shards(self) -> bool:
+        """See :class:`Mixer`."""
+        return True
 
     def initial_state(
         self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
