@@ -146,7 +146,7 @@ def constants() -> str:
          "measured on an H100 in large products alone, not within a step"),
         ("a kernel takes at least", f"{cost.LAUNCH * 1e6:.0f} µs", "measured on an H100"),
         ("fused kernels", "as a copy", "**not reached**: see below"),
-        ("exchanges of a time-sharded cell", f"{shards.ROUNDS} a solve, and their walks take no time",
+        ("exchanges of a time-sharded cell", f"{shards.ROUNDS} a solve; what ranks compute twice for it takes no time",
          f"{min(rounds)} to {max(rounds)} counted on CPUs, on up to 4 shards (`benchmarks/results/time_shards.json`)"),
         ("links", f"{cost.LINK:.0%} of {h100.link / 1e9:.0f} GB/s in a node, of {h100.port / 1e9:.0f} GB/s a GPU "
          "between nodes", "assumed; nothing was measured between GPUs"),

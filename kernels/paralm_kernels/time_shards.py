@@ -124,26 +124,27 @@ class TimeShards:
     def hand_on(self, kind: str, *tensors: Tensor) -> Tensor:
         """Sends tensors to the rank after, which takes them over, without waiting. Returns a zero; the gradients of the
         tensors come back when that of the zero is asked for."""
-        anchor = _anchor(tensors[0])
+        begin = anchor(tensors[0])
         if self.last:
-            return anchor
-        zero: Tensor = _HandOn.apply(self, kind, anchor, *(tensor.contiguous() for tensor in tensors))
+            return begin
+        zero: Tensor = _HandOn.apply(self, kind, begin, *(tensor.contiguous() for tensor in tensors))
         return zero
 
     def take_over(self, kind: str, zero: Tensor | None, *like: Tensor) -> tuple[Tensor, ...]:
         """What the rank before hands on, shaped as ``like``; on the first rank ``like`` itself. zero: what `hand_on`
         returned before, if it did; its gradient is asked for once that of the result has been sent."""
-        zero = _anchor(like[0]) if zero is None else zero
+        zero = anchor(like[0]) if zero is None else zero
         if self.first:
             return tuple(x + zero.to(x.dtype) if x.is_floating_point() else x for x in like)
         return tuple(_TakeOver.apply(self, kind, zero, *like))
 
-    def largest(self, x: float, device: torch.device) -> float:
-        """The largest of a number over the ranks, the same number on all."""
-        value = torch.tensor(x, dtype=torch.float64, device=device)
-        self.count("agreement", value, self.size - 1)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.group)
-        return float(value)
+    def largest(self, x: Tensor) -> tuple[float, float]:
+        """This rank's number, and the largest over the ranks, the same on all; x: float64 ()."""
+        both = torch.stack((x, x))
+        self.count("agreement", x, self.size - 1)
+        dist.all_reduce(both[1:], op=dist.ReduceOp.MAX, group=self.group)
+        own, largest = both.tolist()  # one look at the device
+        return own, largest
 
     def neighbour(self, offset: int) -> int:
         """The global rank of the neighbour in time."""
@@ -239,7 +240,7 @@ class TimeShards:
         return torch.cat(outputs), pytree.tree_map(lambda *leaves: torch.cat(leaves), *ends)
 
 
-def _anchor(x: Tensor) -> Tensor:
+def anchor(x: Tensor) -> Tensor:
     """Makes both ends of a message part of the backward pass, even where one of them has nothing to learn."""
     dtype = x.dtype if x.is_floating_point() else torch.float32
     return x.new_zeros((), dtype=dtype, requires_grad=torch.is_grad_enabled())

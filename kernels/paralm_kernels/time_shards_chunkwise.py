@@ -28,6 +28,7 @@ from . import chunkwise_torch, fused
 from .chunkwise import check, given_state, initial_state, plan_of
 from .chunkwise_reference import ChunkState
 from .chunkwise_torch import Plan
+from .time_shards import anchor
 
 if TYPE_CHECKING:
     from .time_shards import Message, TimeShards
@@ -57,7 +58,7 @@ def chunkwise_sharded(
             kernels = compiled
     given = state is not None and shards.first
     begin = given_state(state, plan.dtype) if given else initial_state(q, v, plan.dtype, normalized)
-    y, *end = _Chunkwise.apply(shards, plan, kernels, reset, q, k, v, log_decay, gain, *begin)
+    y, *end = _Chunkwise.apply(shards, plan, kernels, reset, anchor(q), q, k, v, log_decay, gain, *begin)
     return y, (tuple(end) if normalized else end[0])
 
 
@@ -104,7 +105,7 @@ def _halves(count: int) -> list[slice]:
 class _Chunkwise(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, shards: TimeShards, plan: Plan, kernels: Any, reset: Tensor | None, *tensors: Tensor
+        ctx: Any, shards: TimeShards, plan: Plan, kernels: Any, reset: Tensor | None, _: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         arguments, begin = tensors[:5], tensors[5:]
         q, _, v, log_decay, _ = arguments
@@ -140,6 +141,8 @@ class _Chunkwise(torch.autograd.Function):
         size, parts = (3, 2) if plan.normalized else (1, 1)  # of a state, and of its gradient
         grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in arguments)
         firsts = []
+        shared = len(lanes) > 1 and lanes[0].rows == lanes[1].rows and lanes[0].groups == lanes[1].groups
+        sums = _Sums(plan.dtype) if shared else None
         with kernels.context(arguments[0]):
             given, messages = [], []
             for index, lane in enumerate(lanes):
@@ -156,9 +159,9 @@ class _Chunkwise(torch.autograd.Function):
                 given.append((problem, kept, dy, unit))
             for lane, message, (problem, kept, dy, unit) in zip(lanes, messages, given, strict=True):
                 at_end = _cotangent(shards, message, unit, lane.of_state(grad_end))
-                firsts.append(_gradients(kernels, lane, lanes, grads, problem, kept, dy, at_end))
-        whole = _whole(lanes, firsts, firsts[0])
-        return (None, None, None, None, *grads, *(x if shards.first else torch.zeros_like(x) for x in whole))
+                firsts.append(_gradients(kernels, lane, sums, grads, problem, kept, dy, at_end))
+        wanted = any(ctx.needs_input_grad[-size:]) and shards.first
+        return (None,) * 5 + grads + (_whole(lanes, firsts, firsts[0]) if wanted else (None,) * size)
 
 
 def _tell_map(shards: TimeShards, problem: Any, kernels: Any) -> Message:
@@ -179,7 +182,7 @@ def _entry(shards: TimeShards, normalized: bool, message: Message, begin: Sequen
     totals, *ends = message.taken()
     if shards.first:
         return tuple(begin), ends[2][0] if normalized else None
-    now = tuple(part[0] for part in ends)
+    now = tuple(part[0].clone() for part in ends)  # what is kept for the backward pass is not what every rank said
     for before in range(1, shards.rank):
         now = _moved(normalized, totals[before], now, tuple(part[before] for part in ends))
     after = None
@@ -238,7 +241,7 @@ def _like(factor: Tensor, x: Tensor) -> Tensor:
 def _gradients(
     kernels: Any,
     lane: _Lane,
-    lanes: Sequence[_Lane],
+    sums: _Sums | None,
     grads: Sequence[Tensor],
     problem: Any,
     kept: Sequence[Tensor],
@@ -246,14 +249,27 @@ def _gradients(
     at_end: Sequence[Tensor | None],
 ) -> ChunkState:
     """Writes a lane's part of the gradients; returns those of the state before the part."""
-    of_groups = [grad[lane.rows, :, lane.groups] for grad in grads[:2]]
-    shared = len(lanes) > 1 and lane is lanes[1] and lane.rows == lanes[0].rows and lane.groups == lanes[0].groups
-    into = [torch.empty_like(grad) for grad in of_groups] if shared else of_groups
+    ours = [grad[lane.rows, :, lane.groups] for grad in grads[:2]]
+    into = ours if sums is None else [torch.empty_like(grad, dtype=sums.dtype) for grad in ours]
     first: ChunkState = kernels.gradients(problem, kept, dy, at_end, (*into, *(lane.of(grad) for grad in grads[2:])))
-    if shared:
-        for grad, more in zip(of_groups, into, strict=True):
-            grad += more
+    if sums is not None:
+        sums.add(into, ours)
     return first
+
+
+class _Sums:
+    """Gradients of q and k that lanes of heads share: summed in the compute dtype, rounded once."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype, self._before = dtype, list[Tensor]()
+
+    def add(self, grads: Sequence[Tensor], into: Sequence[Tensor]) -> None:
+        """The first lane's are kept, the second's added to them and both written."""
+        if not self._before:
+            self._before = list(grads)
+            return
+        for grad, before, more in zip(into, self._before, grads, strict=True):
+            grad.copy_(before.add_(more))
 
 
 def _whole(lanes: Sequence[_Lane], states: Sequence[ChunkState], like: Sequence[Tensor]) -> tuple[Tensor, ...]:

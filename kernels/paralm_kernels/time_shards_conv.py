@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import conv, fused
 from .errors import ArgumentError
+from .time_shards import anchor
 
 if TYPE_CHECKING:
     from .time_shards import TimeShards
@@ -35,14 +36,22 @@ def conv_sharded(
     if reach == 0:
         return conv.causal_conv(x, weight, bias, state, reset)
     state, bias = conv.zeros_for(x, weight, bias, state if shards.first else None)
-    result: tuple[Tensor, Tensor] = _Conv.apply(shards, reset, dtype, fused.by_default(x), x, weight, bias, state)
+    result: tuple[Tensor, Tensor] = _Conv.apply(
+        shards, reset, dtype, fused.by_default(x), anchor(x), x, weight, bias, state
+    )
     return result
 
 
 class _Conv(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, shards: TimeShards, reset: Tensor | None, dtype: torch.dtype, by_kernels: bool, *tensors: Tensor
+        ctx: Any,
+        shards: TimeShards,
+        reset: Tensor | None,
+        dtype: torch.dtype,
+        by_kernels: bool,
+        _: Tensor,
+        *tensors: Tensor,
     ) -> tuple[Tensor, Tensor]:
         x, weight, bias, state = tensors
         geometry = conv.Geometry(x, weight.shape[1], reset)
@@ -65,20 +74,22 @@ class _Conv(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor | None, grad_tail: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, bias, before, reset = ctx.saved_tensors
         shards, how = ctx.shards, (ctx.dtype, ctx.by_kernels)
-        first, small = _first_steps(x, weight, reset)
-        reach = first.shape[1]
-        at_first = None if grad_y is None else grad_y[:, :reach]
-        to_before = conv.gradients(first, weight, bias, before.to(ctx.dtype), small, at_first, None, *how)[3]
+        if shards.first:  # nobody needs it
+            to_before = torch.zeros(before.shape, dtype=ctx.dtype, device=before.device)
+        else:
+            first, small = _first_steps(x, weight, reset)
+            at_first = None if grad_y is None else grad_y[:, : first.shape[1]]
+            to_before = conv.gradients(first, weight, bias, before.to(ctx.dtype), small, at_first, None, *how)[3]
         message = shards.pass_on("convolution, gradient", to_before, -1)
         geometry = conv.Geometry(x, weight.shape[1], reset)
         grads = conv.gradients(x, weight, bias, before, geometry, grad_y, None, *how)
-        after, last = message.taken(), grads[0][:, -reach:]
-        dropped = geometry.dropped()
-        for tail in (grad_tail, after):
-            if tail is not None:
-                kept = tail if dropped is None else tail.masked_fill(dropped, 0.0)
-                last.copy_(last.to(ctx.dtype) + kept)
-        return (None, None, None, None, *grads[:3], grads[3] if shards.first else torch.zeros_like(grads[3]))
+        tail, last = message.taken(), grads[0][:, x.shape[1] - before.shape[1] :]
+        if grad_tail is not None:
+            tail = grad_tail.to(ctx.dtype) if tail is None else tail + grad_tail
+        if tail is not None:
+            dropped = geometry.dropped()
+            last.copy_(last + (tail if dropped is None else tail.masked_fill(dropped, 0.0)))
+        return (None,) * 5 + grads[:3] + (grads[3] if shards.first else None,)
 
 
 def _first_steps(x: Tensor, weight: Tensor, reset: Tensor | None) -> tuple[Tensor, conv.Geometry]:

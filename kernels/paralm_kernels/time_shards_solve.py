@@ -30,6 +30,7 @@ from .cell import Cell, Tensors
 from .newton import NewtonOptions
 from .problem import Problem, SolveInfo
 from .solve import Trajectory, checked_call, gradients_of, problem_of, run, trajectory
+from .time_shards import anchor
 
 if TYPE_CHECKING:
     from .time_shards import TimeShards
@@ -63,13 +64,15 @@ def solve_sharded(
     over its own, `info.last_update` what the last join moved an entry. Raises as `solve`."""
     state, options = state if shards.first else None, NewtonOptions(tile, tol, max_iter)
     call, tensors = checked_call(cell, inputs, params, state, reset, method, options, on_failure, check_finite)
-    results = _Sharded.apply(shards, call, reset, *tensors)
+    results = _Sharded.apply(shards, call, reset, anchor(tensors[0]), *tensors)
     return trajectory(call, results)
 
 
 class _Sharded(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, shards: TimeShards, call: Any, reset: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, shards: TimeShards, call: Any, reset: Tensor | None, _: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         problem, states, final = _walks(shards, call, problem_of(call, reset, tensors))
         given = tensors[0].dtype
         ctx.shards, ctx.call, ctx.given = shards, call, [tensor.dtype for tensor in tensors]
@@ -96,7 +99,7 @@ class _Sharded(torch.autograd.Function):
         result = adjoint.gradients(tuple(cotangent + carry))
         to_state = result.state if shards.first else tuple(torch.zeros_like(s) for s in result.state)
         every = (*result.inputs, *result.params, *to_state)
-        return (None, None, None, *(grad.to(dtype) for grad, dtype in zip(every, ctx.given, strict=True)))
+        return (None, None, None, None, *(grad.to(dtype) for grad, dtype in zip(every, ctx.given, strict=True)))
 
 
 def _walks(shards: TimeShards, call: Any, problem: Problem) -> tuple[Problem, Tensors, Tensors]:
@@ -111,8 +114,10 @@ def _walks(shards: TimeShards, call: Any, problem: Problem) -> tuple[Problem, Te
     guess = (message or shards.pass_on("guess", torch.stack(final), 1)).taken()
     product = torch.zeros((size, size, *problem.state[0].shape), dtype=problem.dtype, device=problem.device)
     rounds, entry = 1, guess
+    change = 0.0 if guess is None else float(_change(guess, torch.stack(problem.state)))
     while True:
-        if entry is not None and _change(entry, torch.stack(problem.state)) > meet:
+        if change > meet:
+            assert entry is not None
             problem = replace(problem, state=tuple(entry))
             states, final, steps = _again(call, problem, states, final)
             walked += steps
@@ -125,18 +130,18 @@ def _walks(shards: TimeShards, call: Any, problem: Problem) -> tuple[Problem, Te
         for before in range(shards.rank):
             moved = _applied(products[before], entry - entries[before])
             entry = ends[before] + torch.where(moved.isfinite(), moved, torch.zeros_like(moved))
-        update = shards.largest(_change(entry, entries[shards.rank]), problem.device)
+        change, update = shards.largest(_change(entry, entries[shards.rank]))
         if update <= meet:
             break
     call.info = SolveInfo(rounds, update, f"shards of {info.method}", walked / time)
     return problem, states, final
 
 
-def _change(new: Tensor, old: Tensor) -> float:
-    """The largest |new − old| / (1 + |new|); 0 where both are the same, not finite ones too."""
+def _change(new: Tensor, old: Tensor) -> Tensor:
+    """The largest |new − old| / (1 + |new|), float64 (); 0 where both are the same, not finite ones too."""
     change = (new - old).abs() / (1 + new.abs())
     change = torch.where((new == old) | (new.isnan() & old.isnan()), torch.zeros_like(change), change)
-    return float(torch.where(change.isnan(), torch.full_like(change, torch.inf), change).max())
+    return torch.where(change.isnan(), torch.full_like(change, torch.inf), change).max().to(torch.float64)
 
 
 def _again(call: Any, problem: Problem, states: Tensors, final: Tensors) -> tuple[Tensors, Tensors, int]:
@@ -150,7 +155,7 @@ def _again(call: Any, problem: Problem, states: Tensors, final: Tensors) -> tupl
     while start < time:
         stop = min(start + length, time)
         new, entry, _ = run(call, _steps(problem, start, stop, entry))
-        met = _change(torch.stack(entry), torch.stack([h[:, stop - 1] for h in states])) <= meet
+        met = float(_change(torch.stack(entry), torch.stack([h[:, stop - 1] for h in states]))) <= meet
         for h, values in zip(states, new, strict=True):
             h[:, start:stop] = values
         if met:

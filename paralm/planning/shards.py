@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import paralm_kernels
 import torch
 from paralm_kernels import TimeShards
 from paralm_kernels.solve import Trajectory
-from paralm_kernels.time_shards import Message
+from paralm_kernels.time_shards import Message, anchor
 from torch import Tensor
 
 ROUNDS = 2
@@ -42,10 +43,6 @@ class CountedShards(TimeShards):
         self.count(kind, tensor)
         return Message([], lambda: torch.empty_like(tensor, memory_format=torch.contiguous_format))
 
-    def largest(self, x: float, device: torch.device) -> float:
-        self._add(agreement=8 * (self.size - 1))
-        return x
-
     def _add(self, **sizes: int) -> None:
         for kind, size in sizes.items():
             self.bytes_sent[kind] = self.bytes_sent.get(kind, 0) + size
@@ -65,15 +62,37 @@ class CountedShards(TimeShards):
         part = batch * channel * solved.final[0].element_size()
         others, again = self.size - 1, ROUNDS - 1
         each = (size * size + 2 * size) * part * others
-        self._add(guess=size * part, states=again * each, cotangents=each, agreement=again * 8 * others)
-        return solved
+        self._add(guess=size * part, states=again * each, agreement=again * 8 * others)
+        states = _Counted.apply(lambda: self._add(cotangents=each), *solved.states)
+        return replace(solved, states=tuple(states))
 
     def hand_on(self, kind: str, *tensors: Tensor) -> Tensor:
         for tensor in tensors:
             self.count(kind, tensor)
-            if tensor.is_floating_point():
-                self.count(f"{kind}, gradient", tensor)
-        return torch.zeros((), device=tensors[0].device)
+        return anchor(tensors[0])
 
     def take_over(self, kind: str, zero: Tensor | None, *like: Tensor) -> tuple[Tensor, ...]:
-        return like
+        learning = [leaf for leaf in like if leaf.is_floating_point()]
+
+        def sent_back() -> None:
+            for leaf in learning:
+                self.count(f"{kind}, gradient", leaf)
+
+        begin = anchor(like[0]) if zero is None else zero
+        counted = iter(_Counted.apply(sent_back, *(leaf + begin.to(leaf.dtype) for leaf in learning)))
+        return tuple(next(counted) if leaf.is_floating_point() else leaf for leaf in like)
+
+
+class _Counted(torch.autograd.Function):
+    """Tensors whose gradients a rank sends: so often as it computes them, however often it computes the tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, sent: Callable[[], None], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.sent = sent
+        ctx.set_materialize_grads(False)
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        ctx.sent()
+        return None, *grads

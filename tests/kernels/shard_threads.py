@@ -44,8 +44,8 @@ class ThreadShards(TimeShards):
         there = 0 <= self.rank - offset < self.size
         return Message([], lambda: told.taken()[0][self.rank - offset] if there else None)
 
-    def largest(self, x, device):
-        return float(self.gather("agreement", torch.tensor(x, dtype=torch.float64)).taken()[0].max())
+    def largest(self, x):
+        return float(x), float(self.gather("agreement", x).taken()[0].max())
 
 
 def on_shards(size, function):

@@ -309,3 +309,20 @@ def test_wrong_arguments_are_refused_in_one_line(message):
 def test_time_shards_equal_the_loop(normalized, batch, cuts, groups, shared, resets, state, chunk_size, seed):
     case = Case(normalized, batch, sum(cuts), groups, shared, resets=resets, state=state, seed=seed)
     assert_close(chunkwise_on_shards(case, cuts, chunk_size=chunk_size), case.run(reference_chunkwise))
+
+
+@FORMS
+def test_lanes_of_heads_round_what_they_share_once(normalized):
+    """In bfloat16: the gradients of q and k are sums over heads whose two halves nearly cancel."""
+    case = Case(normalized, 1, 48, groups=1, shared=4, resets=0, state=False, dtype=torch.bfloat16)
+    for x in (*case.inputs[2:], case.weights[0]):
+        x[:, :, 2:] = x[:, :, :2]
+    case.weights[0][:, :, 2:] *= -(1 + 2**-7)
+    case.weights[1:] = [torch.zeros_like(w) for w in case.weights[1:]]
+    whole, parts = case.run(chunk_size=16), chunkwise_on_shards(case, [20, 28], chunk_size=16)
+    case.inputs, case.weights = [x.double() for x in case.inputs], [w.double() for w in case.weights]
+    exact = case.run(reference_chunkwise)
+    first = -5  # of the gradients: q's
+    for index in (first, first + 1):
+        errors = [float((got[index].double() - exact[index]).norm() / exact[index].norm()) for got in (whole, parts)]
+        assert errors[1] <= 1.5 * errors[0] + 1e-3, errors

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from paralm.config import Config
+from paralm.config import Config, ModelConfig
 from paralm.config_files import load_config
 from paralm.errors import ConfigError, UserError
-from paralm.models import build_model
+from paralm.models import build_mixer, build_model
+from paralm.models.mixers.base import shard_time
 from paralm.planning import Planner, device_of
 from paralm.planning.cost import FRAGMENTED, HOP, RESERVED, exchange
 from paralm.planning.ledger import Ledger
@@ -394,6 +395,30 @@ def test_what_is_counted_between_shards_is_what_is_sent(index: int, really_sent:
     with dry_run():
         counted = sent_by(SHARDED[index], CountedShards(3), "meta")
     assert counted == really_sent[index]
+
+
+@pytest.mark.parametrize("spec", [{"name": "paragru"}, {"name": "window_attention", "window": 17, "n_heads": 2}])
+def test_a_second_forward_sends_no_second_gradient(spec: dict[str, Any]) -> None:
+    from paralm_kernels import dry_run
+    from torch.utils.checkpoint import checkpoint
+
+    def sent(again: bool) -> dict[str, int]:
+        mixer, shards = build_mixer(spec, ModelConfig(d_model=32, n_layers=1), 0).to("meta"), CountedShards(4)
+        shard_time(mixer, shards)
+        x = torch.zeros(2, 64, 32, device="meta", requires_grad=True)
+
+        def outputs(x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = mixer.over_time(x, None, None)[0]
+            return y
+
+        with dry_run():
+            (checkpoint(outputs, x, use_reentrant=False) if again else outputs(x)).sum().backward()
+        return dict(shards.bytes_sent)
+
+    once, twice = sent(False), sent(True)
+    back = {kind for kind in once if kind.endswith("gradient") or kind == "cotangents"}
+    assert back
+    assert {kind: size * (1 if kind in back else 2) for kind, size in once.items()} == twice
 
 
 def test_nothing_is_proposed_that_no_configuration_may_be() -> None:

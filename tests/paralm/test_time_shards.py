@@ -45,7 +45,7 @@ def cases() -> list[dict[str, Any]]:
     for name in BOUNDED:
         keys = SMALL.get(name, {})
         found.append({**found[1], "name": name, "keys": keys, "dtype": "float32"})
-        found.append({**found[0], "name": name, "keys": keys, "frozen": True})
+        found += [{**found[i], "name": name, "keys": keys, "frozen": True} for i in (0, 1)]
         reach = {"d_conv": 2} if "d_conv" in MIXERS.get(name).config.model_fields else {}
         found.append({**found[0], "name": name, "keys": {**keys, **reach}, "time": "one step a rank"})
         found.append({**found[1], "name": name, "keys": keys, "rows": 1})

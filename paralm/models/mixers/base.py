@@ -110,7 +110,7 @@ class Mixer(nn.Module):
     @property
     def kernels(self) -> Any:
         """The functions that run over time: of `paralm_kernels`, or those of the same names over time shards."""
-        return self.time_shards or paralm_kernels
+        return self.time_shards if self.time_shards is not None and self.joins_shards else paralm_kernels
 
     def over_time(self, x: Tensor, state: State | None, reset: Tensor | None) -> tuple[Tensor, State]:
         """:meth:`forward`, of a part of the sequence where its time lies on several ranks."""
