@@ -68,12 +68,14 @@ def done(folder: Path) -> dict[str, list[str]]:
     return {path.name: path.read_text().split() for path in folder.glob("done-*")}
 
 
-def processes(task: int) -> dict[str, psutil.Process]:
-    """The script of an array's task, its 'paralm', and the heartbeat of that."""
+def processes(folder: Path, task: int) -> dict[str, psutil.Process]:
+    """The script of a task of the array that was submitted from a folder, its 'paralm', and the heartbeat of that. The
+    clusters of other tests have tasks of that number too."""
     found = {}
     for process in psutil.process_iter():
         try:
-            mine = process.environ().get("SLURM_ARRAY_TASK_ID") == str(task)
+            given = process.environ()
+            mine = (given.get("SLURM_SUBMIT_DIR"), given.get("SLURM_ARRAY_TASK_ID")) == (str(folder), str(task))
             line = " ".join(process.cmdline())
         except psutil.Error:
             continue
@@ -94,7 +96,7 @@ def test_an_array_in_a_pipeline_shares_the_work_and_a_task_whose_process_is_kill
     jobs = submitted(tmp_path)
     assert f"submitted: prepare, job {jobs['prepare'].id}, 3 tasks" in said
     wait_for(lambda: len(done(tmp_path)) == 3)
-    processes(1)["slow.py"].kill()
+    processes(tmp_path, 1)["slow.py"].kill()
     assert cluster.state(jobs["train"].id) == "PENDING"
     cluster.wait(jobs["train"].id, log=jobs["train"].file(".log"))
     assert cluster.state(jobs["prepare"].id) == "COMPLETED"
@@ -124,7 +126,7 @@ def test_by_hand_an_array_of_which_a_task_is_lost_with_all_it_had_ends_all_the_s
     options = ("--parsable", "--array=0-2", "--time=10")
     job = cluster.run("sbatch", *options, "prepare.sbatch", "run.yaml", cwd=tmp_path).stdout.strip()
     wait_for(lambda: len(done(tmp_path)) == 3)
-    lost = processes(1)
+    lost = processes(tmp_path, 1)
     for name in ("heartbeat.py", "slurm_script", "slow.py"):
         lost[name].kill()
     cluster.run("scancel", "--signal=USR1", "--batch", f"{job}_2")
