@@ -10,6 +10,7 @@ faster than a grouped torch.nn.functional.conv1d on a CPU. On a GPU the fused ke
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -138,6 +139,37 @@ class Geometry:
         return (self.sequence[:, -self.reach :] != self.sequence[:, -1:]).unsqueeze(-1)
 
 
+@dataclass(frozen=True)
+class Call:
+    """Checked arguments, the dtype to compute in, and whether by the fused kernels."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    state: Tensor
+    reset: Tensor | None
+    dtype: torch.dtype
+    by_kernels: bool
+
+    @cached_property
+    def geometry(self) -> Geometry:
+        return Geometry(self.x, self.weight.shape[1], self.reset)
+
+    def outputs(self) -> Tensor:
+        """y."""
+        if self.by_kernels:
+            made: Tensor = _kernels(self).forward(self.bias)
+            return made
+        return _outputs(self)
+
+    def gradients(self, grad_y: Tensor | None, grad_tail: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Those of x, weight, bias and state, each in its dtype, given those of y and of the new state."""
+        found = (_gradients_fused if self.by_kernels else _gradients)(self, grad_y, grad_tail)
+        like = (self.x, self.weight, self.bias, self.state)
+        to_x, to_weight, to_bias, to_state = (g.to(given.dtype) for g, given in zip(found, like, strict=True))
+        return to_x, to_weight, to_bias, to_state
+
+
 class _CausalConv(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -153,36 +185,23 @@ class _CausalConv(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias, state, reset)
         ctx.dtype, ctx.by_kernels = dtype, by_kernels
         ctx.set_materialize_grads(False)
-        geometry = Geometry(x, weight.shape[1], reset)
-        return outputs(x, weight, bias, state, geometry, dtype, by_kernels), tail_of(x, state, geometry)
+        call = Call(x, weight, bias, state, reset, dtype, by_kernels)
+        return call.outputs(), tail_of(x, state, call.geometry)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_y: Tensor | None, grad_tail: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, bias, state, reset = ctx.saved_tensors
-        geometry = Geometry(x, weight.shape[1], reset)
-        found = gradients(x, weight, bias, state, geometry, grad_y, grad_tail, ctx.dtype, ctx.by_kernels)
-        return (*found, None, None, None)
+        call = Call(x, weight, bias, state, reset, ctx.dtype, ctx.by_kernels)
+        return (*call.gradients(grad_y, grad_tail), None, None, None)
 
 
-def outputs(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    state: Tensor,
-    geometry: Geometry,
-    dtype: torch.dtype,
-    by_kernels: bool,
-) -> Tensor:
-    """y of checked arguments, computed in ``dtype``."""
-    taps = weight.shape[1]
-    if by_kernels:
-        made: Tensor = _kernels(x, weight, state, geometry, dtype).forward(bias)
-        return made
-    rows, shift = weight.to(dtype).t().contiguous(), bias.to(dtype)
+def _outputs(call: Call) -> Tensor:
+    x, weight, dtype, geometry, taps = call.x, call.weight, call.dtype, call.geometry, call.weight.shape[1]
+    rows, shift = weight.to(dtype).t().contiguous(), call.bias.to(dtype)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     for start, stop in geometry.pieces():
-        window = geometry.window(x, state, start, stop, dtype)
+        window = geometry.window(x, call.state, start, stop, dtype)
         here = stop - start
         target = y[:, start:stop] if y.dtype == dtype else torch.empty_like(y[:, start:stop], dtype=dtype)
         torch.addcmul(shift, window[:, taps - 1 :], rows[taps - 1], out=target)
@@ -194,22 +213,9 @@ def outputs(
     return y
 
 
-def gradients(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    state: Tensor,
-    geometry: Geometry,
-    grad_y: Tensor | None,
-    grad_tail: Tensor | None,
-    dtype: torch.dtype,
-    by_kernels: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Those of x, weight, bias and state, each in its dtype, given those of y and of the new state."""
-    taps = weight.shape[1]
-    if by_kernels:
-        return _backward_fused(x, weight, bias, state, geometry, grad_y, grad_tail, dtype)
-    rows = weight.to(dtype).t().contiguous()
+def _gradients(call: Call, grad_y: Tensor | None, grad_tail: Tensor | None) -> tuple[Tensor, ...]:
+    x, state, dtype, geometry, taps = call.x, call.state, call.dtype, call.geometry, call.weight.shape[1]
+    rows = call.weight.to(dtype).t().contiguous()
     grad_x = torch.zeros(x.shape, dtype=dtype, device=x.device)
     grad_state = torch.zeros(state.shape, dtype=dtype, device=x.device)
     grad_rows, grad_bias = torch.zeros_like(rows), torch.zeros_like(rows[0])
@@ -230,32 +236,19 @@ def gradients(
             tap = taps - 1 - back
             grad_rows[tap] += torch.mul(passed, window[:, tap : tap + here], out=product).sum((0, 1))
             _add_back(grad_x, grad_state, passed, rows[tap], start + tap)
-    return (
-        grad_x.to(x.dtype),
-        grad_rows.t().to(weight.dtype),
-        grad_bias.to(bias.dtype),
-        grad_state.to(state.dtype),
-    )
+    return grad_x, grad_rows.t(), grad_bias, grad_state
 
 
-def _backward_fused(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    state: Tensor,
-    geometry: Geometry,
-    grad_y: Tensor | None,
-    grad_tail: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _gradients_fused(call: Call, grad_y: Tensor | None, grad_tail: Tensor | None) -> tuple[Tensor, ...]:
     """By the kernels; what the first steps give to the state, and the new state to the last inputs, in torch."""
-    rows, taps = weight.to(dtype).t(), weight.shape[1]
+    x, state, dtype, geometry = call.x, call.state, call.dtype, call.geometry
+    rows, taps = call.weight.to(dtype).t(), call.weight.shape[1]
     grad_state = torch.zeros(state.shape, dtype=dtype, device=x.device)
     if grad_y is None:
         grad_x = torch.zeros(x.shape, dtype=dtype, device=x.device)
-        grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(bias)
+        grad_weight, grad_bias = torch.zeros_like(call.weight), torch.zeros_like(call.bias)
     else:
-        found = _kernels(x, weight, state, geometry, dtype).backward(grad_y, wide=grad_tail is not None)
+        found = _kernels(call).backward(grad_y, wide=grad_tail is not None)
         grad_x, grad_weight, grad_bias = found
         first = min(geometry.reach, geometry.time)
         scratch = grad_x.new_zeros((geometry.batch, first, geometry.channel), dtype=dtype)
@@ -269,11 +262,12 @@ def _backward_fused(
         tail = grad_tail.to(dtype)
         tail = tail if dropped is None else tail.masked_fill(dropped, 0.0)
         _add_back(grad_x, grad_state, tail, torch.ones_like(rows[0]), x.shape[1])
-    return grad_x.to(x.dtype), grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), grad_state.to(state.dtype)
+    return grad_x, grad_weight, grad_bias, grad_state
 
 
-def _kernels(x: Tensor, weight: Tensor, state: Tensor, geometry: Geometry, dtype: torch.dtype) -> Any:
-    return fused.kernels("triton_conv", "causal_conv: ").ConvKernels(x, weight, state, geometry.ids, dtype)
+def _kernels(call: Call) -> Any:
+    made = fused.kernels("triton_conv", "causal_conv: ")
+    return made.ConvKernels(call.x, call.weight, call.state, call.geometry.ids, call.dtype)
 
 
 def tail_of(x: Tensor, state: Tensor, geometry: Geometry) -> Tensor:

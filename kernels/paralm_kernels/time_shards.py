@@ -163,51 +163,23 @@ class TimeShards:
             work.wait()
         self._under_way.clear()
 
-    def causal_conv(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        state: Tensor | None = None,
-        reset: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def causal_conv(self, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
         """As :func:`paralm_kernels.causal_conv`; see time_shards_conv.py."""
         from .time_shards_conv import conv_sharded
 
-        return conv_sharded(self, x, weight, bias, state, reset)
+        return conv_sharded(self, *arguments, **options)
 
-    def chunkwise(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor,
-        gain: Tensor,
-        state: Any = None,
-        reset: Tensor | None = None,
-        *,
-        normalized: bool = False,
-        **options: Any,
-    ) -> tuple[Tensor, Any]:
+    def chunkwise(self, *arguments: Any, **options: Any) -> tuple[Tensor, Any]:
         """As :func:`paralm_kernels.chunkwise`; see time_shards_chunkwise.py."""
         from .time_shards_chunkwise import chunkwise_sharded
 
-        return chunkwise_sharded(self, q, k, v, log_decay, gain, state, reset, normalized, **options)
+        return chunkwise_sharded(self, *arguments, **options)
 
-    def solve(
-        self,
-        cell: Any,
-        inputs: Sequence[Tensor],
-        params: Sequence[Tensor],
-        state: Sequence[Tensor] | None = None,
-        reset: Tensor | None = None,
-        method: str = "auto",
-        **options: Any,
-    ) -> Trajectory:
+    def solve(self, *arguments: Any, **options: Any) -> Trajectory:
         """As :func:`paralm_kernels.solve`, by Newton's method over the ranks; see time_shards_solve.py."""
         from .time_shards_solve import solve_sharded
 
-        return solve_sharded(self, cell, inputs, params, state, reset, method, **options)
+        return solve_sharded(self, *arguments, **options)
 
     def relay(
         self,

@@ -8,6 +8,7 @@ to the last inputs'.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +23,12 @@ if TYPE_CHECKING:
 
 
 def conv_sharded(
-    shards: TimeShards, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, reset: Tensor | None
+    shards: TimeShards,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    state: Tensor | None = None,
+    reset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`paralm_kernels.causal_conv` of a sequence of which every rank holds a part. A part has at least as many steps as
     the convolution looks back; ArgumentError otherwise."""
@@ -54,16 +60,15 @@ class _Conv(torch.autograd.Function):
         *tensors: Tensor,
     ) -> tuple[Tensor, Tensor]:
         x, weight, bias, state = tensors
-        geometry = conv.Geometry(x, weight.shape[1], reset)
-        tail = conv.tail_of(x, state, geometry)
+        call = conv.Call(x, weight, bias, state, reset, dtype, by_kernels)
+        tail = conv.tail_of(x, state, call.geometry)
         message = shards.pass_on("convolution", tail, 1)
-        y = conv.outputs(x, weight, bias, state, geometry, dtype, by_kernels)
+        y = call.outputs()
         before = message.taken()
         if before is None:
             before = state
         else:
-            first, small = _first_steps(x, weight, reset)
-            y[:, : first.shape[1]] = conv.outputs(first, weight, bias, before, small, dtype, by_kernels)
+            y[:, : before.shape[1]] = _first_steps(replace(call, state=before)).outputs()
         ctx.save_for_backward(x, weight, bias, before, reset)
         ctx.shards, ctx.dtype, ctx.by_kernels = shards, dtype, by_kernels
         ctx.set_materialize_grads(False)
@@ -73,27 +78,26 @@ class _Conv(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_y: Tensor | None, grad_tail: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, bias, before, reset = ctx.saved_tensors
-        shards, how = ctx.shards, (ctx.dtype, ctx.by_kernels)
+        shards, call = ctx.shards, conv.Call(x, weight, bias, before, reset, ctx.dtype, ctx.by_kernels)
+        before = before.to(ctx.dtype)
+        reach = before.shape[1]
         if shards.first:  # nobody needs it
-            to_before = torch.zeros(before.shape, dtype=ctx.dtype, device=before.device)
+            to_before = torch.zeros_like(before)
         else:
-            first, small = _first_steps(x, weight, reset)
-            at_first = None if grad_y is None else grad_y[:, : first.shape[1]]
-            to_before = conv.gradients(first, weight, bias, before.to(ctx.dtype), small, at_first, None, *how)[3]
+            first = _first_steps(replace(call, state=before))
+            to_before = first.gradients(None if grad_y is None else grad_y[:, :reach], None)[3]
         message = shards.pass_on("convolution, gradient", to_before, -1)
-        geometry = conv.Geometry(x, weight.shape[1], reset)
-        grads = conv.gradients(x, weight, bias, before, geometry, grad_y, None, *how)
-        tail, last = message.taken(), grads[0][:, x.shape[1] - before.shape[1] :]
+        grads = call.gradients(grad_y, None)
+        tail, last = message.taken(), grads[0][:, x.shape[1] - reach :]
         if grad_tail is not None:
             tail = grad_tail.to(ctx.dtype) if tail is None else tail + grad_tail
         if tail is not None:
-            dropped = geometry.dropped()
+            dropped = call.geometry.dropped()
             last.copy_(last + (tail if dropped is None else tail.masked_fill(dropped, 0.0)))
         return (None,) * 5 + grads[:3] + (grads[3] if shards.first else None,)
 
 
-def _first_steps(x: Tensor, weight: Tensor, reset: Tensor | None) -> tuple[Tensor, conv.Geometry]:
+def _first_steps(call: conv.Call) -> conv.Call:
     """The steps that see what was before the part."""
-    taps = weight.shape[1]
-    first = x[:, : taps - 1]
-    return first, conv.Geometry(first, taps, None if reset is None else reset[:, : taps - 1])
+    reach = call.state.shape[1]
+    return replace(call, x=call.x[:, :reach], reset=None if call.reset is None else call.reset[:, :reach])

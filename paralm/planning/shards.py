@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -47,17 +47,8 @@ class CountedShards(TimeShards):
         for kind, size in sizes.items():
             self.bytes_sent[kind] = self.bytes_sent.get(kind, 0) + size
 
-    def solve(
-        self,
-        cell: Any,
-        inputs: Sequence[Tensor],
-        params: Sequence[Tensor],
-        state: Sequence[Tensor] | None = None,
-        reset: Tensor | None = None,
-        method: str = "auto",
-        **options: Any,
-    ) -> Trajectory:
-        solved = paralm_kernels.solve(cell, inputs, params, None, reset, method, **options)
+    def solve(self, *arguments: Any, **options: Any) -> Trajectory:
+        solved = paralm_kernels.solve(*arguments, **{**options, "state": None})
         size, (batch, channel) = len(solved.final), solved.final[0].shape
         part = batch * channel * solved.final[0].element_size()
         others, again = self.size - 1, ROUNDS - 1

@@ -157,7 +157,7 @@ def recorded(shards: TimeShards) -> Iterator[list[str]]:
             stack.enter_context(mock.patch.object(shards, name, computing(getattr(shards, name), name)))
         for module, names in (
             (windowed.Heads, ("project", "rotate")),
-            (conv, ("outputs", "gradients")),
+            (conv.Call, ("outputs", "gradients")),
             (chunkwise_torch, ("outputs", "end", "gradients", "entry_gradient")),
             (time_shards_solve, ("run", "part_map", "gradients_of")),
         ):
