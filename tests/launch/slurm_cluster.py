@@ -24,6 +24,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -76,6 +77,7 @@ SlurmdParameters=config_overrides
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=10 PriorityTier=1 GraceTime=30
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE DefaultTime=10 PriorityTier=2 PreemptMode=off
 """
+_ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
 _NODE = "NodeName={0} NodeHostname={0} NodeAddr={1} Port={2} CPUs=4 RealMemory=8000 State=UNKNOWN"
 
 
@@ -202,13 +204,22 @@ class SlurmCluster:
 
     def wait(self, job: str, state: str = "COMPLETED", patience: float = 400.0, log: Path | None = None) -> None:
         """Until the job is in ``state``; fails at once when it has ended in another."""
-        ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+        self._wait(job, lambda: self.state(job) == state, state, patience, log)
+
+    def wait_until_requeued(self, job: str, patience: float = 400.0) -> None:
+        """Until the job has been queued again once; fails at once when it has ended instead."""
+        self._wait(job, lambda: self.restarts(job) == 1, "queued again", patience)
+
+    def _wait(
+        self, job: str, reached: Callable[[], bool], wanted: str, patience: float, log: Path | None = None
+    ) -> None:
         deadline = time.monotonic() + patience
-        while (found := self.state(job)) != state:
-            over = any(word in found.split(",") for word in ended if word != state) and "COMPLETING" not in found
-            if over or time.monotonic() > deadline:
+        while not reached():
+            found = self.state(job)
+            over = not _ENDED.isdisjoint(found.split(",")) and "COMPLETING" not in found
+            if (over and not reached()) or time.monotonic() > deadline:
                 said = log.read_text(errors="replace") if log is not None and log.exists() else ""
-                raise AssertionError(f"job {job} is {found}, not {state}:\n{said}")
+                raise AssertionError(f"job {job} is {found}, not {wanted}:\n{said}")
             time.sleep(0.2)
 
     def left_over(self, job: str = "") -> list[str]:

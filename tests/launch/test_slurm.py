@@ -198,7 +198,7 @@ def test_preparation_and_evaluation_begin_again_after_the_limit(cluster: SlurmCl
     for job in jobs:
         cluster.run("scancel", "--signal=USR1", "--batch", job)
     for job in jobs:
-        wait_for(lambda job=job: cluster.restarts(job) == 1)
+        cluster.wait_until_requeued(job)
         cluster.wait(job)
     kinds = Counter(tuple(line.split()[2:4]) for line in (tmp_path / "events").read_text().splitlines())
     assert kinds == {(f"restarts={n}", kind): 5 for n, kind in ((0, "start"), (0, "requeue"), (1, "start"), (1, "end"))}

@@ -130,7 +130,7 @@ def test_by_hand_an_array_of_which_a_task_is_lost_with_all_it_had_ends_all_the_s
     for name in ("heartbeat.py", "slurm_script", "slow.py"):
         lost[name].kill()
     cluster.run("scancel", "--signal=USR1", "--batch", f"{job}_2")
-    wait_for(lambda: cluster.restarts(f"{job}_2") == 1)
+    cluster.wait_until_requeued(f"{job}_2")
     for task in (0, 2):
         cluster.wait(f"{job}_{task}")
     assert cluster.restarts(f"{job}_0") == 0, "only the task that was told is put back, though its id is the array's"
