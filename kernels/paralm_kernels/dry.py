@@ -1,6 +1,6 @@
 """Running on tensors without values, to learn what a GPU would hold and move.
 
-    with dry_run(told):                    # told(name of a kernel, its tensors)
+    with dry_run(told):                    # told(name of a kernel, its tensors, whether it is pointwise)
         y, state = mixer(x_on_meta)
 
 Inside, a tensor on torch's meta device stands for one on a GPU: every function of this package goes the way it goes
@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Told = Callable[[str, list[Tensor]], None]
-"""(kernel's name, the tensors it reads and writes)."""
+Told = Callable[[str, list[Tensor], bool], None]
+"""(kernel's name, the tensors it reads and writes, whether it is pointwise: written by torch's compiler, and without
+matrix products)."""
 
 _TOLD: ContextVar[Told | None] = ContextVar("paralm_kernels_told", default=None)
 
@@ -29,7 +30,7 @@ def dry_run(told: Told | None = None) -> Iterator[None]:
 
     Without Triton (which is not on every platform) there are no fused kernels here either, as on a GPU without it.
     """
-    token = _TOLD.set(told or (lambda name, tensors: None))
+    token = _TOLD.set(told or (lambda name, tensors, pointwise: None))
     try:
         with _told_instead_of_launched():
             yield
@@ -40,6 +41,11 @@ def dry_run(told: Told | None = None) -> Iterator[None]:
 def on_gpu(x: Tensor) -> bool:
     """Whether a tensor is on a GPU, or in a dry run stands for one that is."""
     return x.device.type == "cuda" or (x.device.type == "meta" and _TOLD.get() is not None)
+
+
+def observer() -> Told | None:
+    """Who hears of kernels that would start; None outside a dry run."""
+    return _TOLD.get()
 
 
 @contextmanager
@@ -57,7 +63,7 @@ def _told_instead_of_launched() -> Iterator[None]:
         told = _TOLD.get()
         if told is None or not any(x.device == torch.device("meta") for x in tensors):
             return launch(self, *args, **kwargs)
-        told(self.fn.__name__, tensors)
+        told(self.fn.__name__, tensors, False)
         return None
 
     JITFunction.run = run

@@ -21,15 +21,20 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from .checks import DTYPES, compute_dtype, same_device, shape
+from .dry import on_gpu
 from .errors import ArgumentError
+from .neural_memory_backward import tile_grads
 from .neural_memory_layout import Slot, plan
 from .neural_memory_reference import loop
-from .neural_memory_tile import ACTIVATIONS, Form, Gates, Layers, apply_memory, tile
+from .neural_memory_tile import ACTIVATIONS, Form, Gates, Layers, Read, Tile, apply_memory, learn, read, update
 
 MemoryState = dict[str, Any]
-METHODS = ("auto", "torch", "reference")
+_LONG = 16
+"""Steps from which on "auto" compiles: what is shorter (generation) has a kernel of its own for each small size."""
+METHODS = ("auto", "torch", "compiled", "reference")
 
 
 def neural_memory(
@@ -48,7 +53,7 @@ def neural_memory(
     chunk_size: int = 64,
     activation: str = "gelu",
     method: str = "auto",
-    tile_size: int = 128,
+    tile_size: int | None = None,
     matmul_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, MemoryState]:
     """The memory's reads over a sequence, and the state that continues it.
@@ -66,9 +71,11 @@ def neural_memory(
     that has not begun).
     Differentiable in every tensor, through the inner gradient too, and in the state both ways.
 
-    method: "reference" is the loop over tokens. tile_size: tokens of a chunk that are taken at once; exact whatever it
-    is. matmul_dtype: round operands of matrix products to this dtype (bfloat16 on a GPU); sums and state stay as they
-    are. Raises ArgumentError for shapes, dtypes or devices that do not fit.
+    method: "torch" as it stands; "compiled" (auto, on a GPU, but of few steps): what is between matrix products as
+    kernels that torch's compiler writes; "reference": the loop over tokens. tile_size: tokens of a chunk that are taken
+    at once, exact whatever it is; None: 256 where memory traffic decides (compiled), else 128. matmul_dtype: round
+    operands of matrix products to this dtype (bfloat16 on a GPU); sums and state stay as they are. Raises ArgumentError
+    for shapes, dtypes or devices that do not fit.
     """
     wide = _check(
         q, k, v, rate, log_momentum, log_keep, weights, biases, norm, reset, chunk_size, activation, method, tile_size
@@ -106,17 +113,13 @@ def neural_memory(
             Form(activation, norm),
         )
         return y.transpose(1, 2).to(v.dtype), _pack(*after)
+    compiled = method == "compiled" or (method == "auto" and on_gpu(q) and time >= _LONG)
+    tile_size = tile_size or (256 if compiled else 128)
     layout = plan(position, reset if time > 1 else None, batch, time, chunk_size, tile_size)
     laid = tuple(None if x is None else layout.lay(x).transpose(1, 2) for x in (q, k, v, rate, log_momentum, log_keep))
-    run = _Run(layout.slots, depth, len(biases or ()), activation, matmul_dtype, wide, momentum is not None)
+    run = _Run(layout.slots, depth, len(biases or ()), activation, matmul_dtype, wide, momentum is not None, compiled)
     flat = [*memory.flat, *start.flat, *(momentum.flat if momentum is not None else ())]
-    final: Sequence[Tensor]
-    if len(layout.slots) == 1:  # nothing to recompute a state for
-        read, final = run.step(layout.slots[0], laid, norm, initial, tuple(flat), read=True)
-        assert read is not None
-        y = read.to(v.dtype)
-    else:
-        y, *final = _Memory.apply(run, *laid, norm, *initial.flat, *flat)
+    y, *final = _Memory.apply(run, *laid, norm, *initial.flat, *flat)
     memory, start, momentum = run.split(tuple(final))
     return layout.restore(y.transpose(1, 2)), _pack(memory, start, momentum, layout.position.to(q.device))
 
@@ -201,6 +204,7 @@ class _Sizes(NamedTuple):
     matmul_dtype: torch.dtype | None
     wide: torch.dtype
     momentum: bool
+    compiled: bool
 
 
 class _Run(_Sizes):
@@ -215,42 +219,99 @@ class _Run(_Sizes):
         last = Layers.of(momentum, self.depth) if self.momentum else None
         return Layers.of(memory, self.depth), Layers.of(start, self.depth), last
 
-    def step(
+    def learn(
         self,
         slot: Slot,
         pieces: Sequence[Tensor | None],
         norm: Tensor | None,
         initial: Layers,
         flat: tuple[Tensor, ...],
-        read: bool,
-    ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
-        """One tile from the state ``flat`` to the next; pieces: q, k, v, rate, log η, log(1 − α) of the tile."""
+    ) -> Tile:
+        """One tile from the state ``flat``; pieces: q, k, v, rate, log η, log(1 − α) of it."""
         memory, start, momentum = self.split(flat)
         if slot.fresh is not None:
             memory, start = initial.where(slot.fresh, memory), initial.where(slot.fresh, start)
             if momentum is not None:
                 zero = Layers.of(tuple(torch.zeros_like(s) for s in momentum.flat), self.depth)
                 momentum = zero.where(slot.fresh, momentum)
-        q, k, v, rate, log_momentum, log_keep = (None if p is None else p.to(self.wide) for p in pieces)
+        k, v, rate, log_momentum, log_keep = (None if p is None else p.to(self.wide) for p in pieces[1:])
         assert k is not None
         assert v is not None
         assert rate is not None
-        y, memory, momentum = tile(
-            memory,
-            start,
-            momentum,
-            q if read else None,
-            k,
-            v,
-            Gates(rate, log_momentum, log_keep),
-            slot.lengths,
-            Form(self.activation, norm, self.matmul_dtype),
-        )
+        gates = Gates(rate, log_momentum, log_keep)
+        return learn(memory, start, momentum, k, v, gates, slot.lengths, self.form(norm))
+
+    def after(
+        self, slot: Slot, learned: Tile, norm: Tensor | None, initial: Layers, flat: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        """The state after a tile that has learned from the state ``flat``."""
+        start = self.split(flat)[1]
+        memory, momentum = update(learned, self.form(norm), self.n_biases > 0)
+        if slot.fresh is not None:
+            start = initial.where(slot.fresh, start)
         if isinstance(slot.ends, Tensor):
             start = memory.where(slot.ends, start)
         elif slot.ends:
             start = memory
-        return y, (*memory.flat, *start.flat, *(momentum.flat if momentum is not None else ()))
+        return (*memory.flat, *start.flat, *(momentum.flat if momentum is not None else ()))
+
+    def read(self, pieces: Sequence[Tensor | None], learned: Tile, norm: Tensor | None) -> tuple[Tensor, Read]:
+        """y of a tile, in the compute dtype."""
+        assert pieces[0] is not None
+        return read(learned, pieces[0].to(self.wide), self.form(norm))
+
+    def form(self, norm: Tensor | None) -> Form:
+        return Form(self.activation, norm, self.matmul_dtype, self.compiled)
+
+    def back(
+        self,
+        slot: Slot,
+        learned: Tile,
+        reads: Read,
+        norm: Tensor | None,
+        flat: tuple[Tensor, ...],
+        grad_y: Tensor | None,
+        grad_flat: Sequence[Tensor | None],
+    ) -> _StepGrads:
+        """The gradient of a tile, from those to y and to the state after it."""
+        if grad_y is None and all(g is None for g in grad_flat):
+            return _StepGrads([None] * 6, None, None, [None] * len(flat))
+        memory, start, momentum = (list(grad_flat[n * self.width : (n + 1) * self.width]) for n in range(3))
+        if slot.ends is not False:
+            for n, g in enumerate(start):
+                if g is not None:
+                    ends = None if slot.ends is True else slot.ends.reshape(-1, *(1,) * (g.dim() - 1))
+                    memory[n] = _sum(memory[n], g if ends is None else torch.where(ends, g, 0.0))
+                    start[n] = None if ends is None else torch.where(ends, 0.0, g)
+        given = [torch.zeros_like(x) if g is None else g for g, x in zip((*memory, *momentum), flat + flat)]
+        found = tile_grads(
+            learned,
+            reads,
+            None if grad_y is None else grad_y.to(self.wide),
+            Layers.of(tuple(given[: self.width]), self.depth),
+            Layers.of(tuple(given[self.width :]), self.depth) if self.momentum else None,
+            slot.lengths,
+            self.form(norm),
+        )
+        by_state: list[Tensor | None] = [*found.memory.flat]
+        by_state += [_sum(g, new) for g, new in zip(start, found.start.flat)]
+        by_state += list(found.momentum.flat) if found.momentum is not None else []
+        by_initial = None
+        if slot.fresh is not None:
+            masked = [(slot.fresh.reshape(-1, *(1,) * (g.dim() - 1)), g) for g in by_state if g is not None]
+            used = [torch.where(fresh, g, 0.0) for fresh, g in masked[: 2 * self.width]]
+            by_initial = [a + b for a, b in zip(used[: self.width], used[self.width :])]
+            by_state = [torch.where(fresh, 0.0, g) for fresh, g in masked]
+        return _StepGrads([found.q, found.k, found.v, *found.gates], found.gain, by_initial, by_state)
+
+
+class _StepGrads(NamedTuple):
+    """To the pieces of a tile, γ, the first memory (where a row starts anew), and the state before the tile."""
+
+    pieces: list[Tensor | None]
+    norm: Tensor | None
+    initial: list[Tensor] | None
+    state: list[Tensor | None]
 
 
 def _pieces(laid: Sequence[Tensor | None], slot: Slot) -> list[Tensor | None]:
@@ -261,7 +322,8 @@ class _Memory(torch.autograd.Function):
     """(run; q, k, v, rate, log η, log(1 − α), all (batch, heads, time, …); γ; first memory; state) → (y, state).
 
     Saves the arguments and the state before every √n-th tile. Backward goes from the last such stretch to the first:
-    the states inside it again without reads, then tile by tile forward once more and back.
+    the states inside it again without reads, then tile by tile forward once more and back. Of a single tile all that
+    its gradient needs is kept instead.
     """
 
     @staticmethod
@@ -270,15 +332,19 @@ class _Memory(torch.autograd.Function):
         rest = tuple(a for a in arguments[7:] if a is not None)  # none of these is None
         initial, flat = Layers.of(rest[: run.width], run.depth), rest[run.width :]
         stride = max(1, math.isqrt(len(run.slots)))
-        kept: list[Tensor] = []
+        kept: list[Tensor | None] = []
         outputs = []
         for n, slot in enumerate(run.slots):
             if n % stride == 0 and n:
                 kept.extend(flat)
-            y, flat = run.step(slot, _pieces(laid, slot), norm, initial, flat, read=True)
-            assert y is not None
+            pieces = _pieces(laid, slot)
+            learned = run.learn(slot, pieces, norm, initial, flat)
+            y, reads = run.read(pieces, learned, norm)
+            flat = run.after(slot, learned, norm, initial, flat)
             assert laid[2] is not None
             outputs.append(y.to(laid[2].dtype))
+            if len(run.slots) == 1:
+                kept, ctx.spec = pytree.tree_flatten((learned, reads))
         ctx.run, ctx.stride, ctx.n_arguments = run, stride, len(arguments)
         ctx.save_for_backward(*arguments, *kept)
         ctx.set_materialize_grads(False)
@@ -296,53 +362,39 @@ class _Memory(torch.autograd.Function):
         run: _Run = ctx.run
         saved, width = ctx.saved_tensors, run.width
         arguments, kept = saved[: ctx.n_arguments], saved[ctx.n_arguments :]
-        laid, norm, initial, first = arguments[:6], arguments[6], arguments[7 : 7 + width], arguments[7 + width :]
+        laid, norm = arguments[:6], arguments[6]
+        initial, first = Layers.of(arguments[7 : 7 + width], run.depth), arguments[7 + width :]
         size = len(first)
         wanted = [x is not None and need for x, need in zip(laid, ctx.needs_input_grad[1:7])]
         grads: list[Tensor | None] = [torch.zeros_like(x) if w else None for x, w in zip(laid, wanted)]
         grad_norm: Tensor | None = None
         grad_initial: list[Tensor | None] = [None] * width
-        grad_state: list[Tensor | None] = list(grad_final)
+        grad_state: Sequence[Tensor | None] = grad_final
         for begin in reversed(range(0, len(run.slots), ctx.stride)):
             slots = run.slots[begin : begin + ctx.stride]
             group = begin // ctx.stride - 1
             states = [tuple(first) if begin == 0 else tuple(kept[group * size : (group + 1) * size])]
             for slot in slots[:-1]:
-                _, flat = run.step(slot, _pieces(laid, slot), norm, Layers.of(initial, run.depth), states[-1], False)
-                states.append(flat)
+                learned = run.learn(slot, _pieces(laid, slot), norm, initial, states[-1])
+                states.append(run.after(slot, learned, norm, initial, states[-1]))
             for slot in reversed(slots):
-                own, gain = [_leaf(p) for p in _pieces(laid, slot)], _leaf(norm)
-                fresh = [_leaf(w) for w in initial] if slot.fresh is not None else list(initial)
-                state = [_leaf(s) for s in states.pop()]
-                with torch.enable_grad():
-                    y, after = run.step(slot, own, gain, Layers.of(tuple(fresh), run.depth), tuple(state), read=True)  # type: ignore[arg-type]
-                    assert y is not None
-                pairs = [(a, g) for a, g in zip(after, grad_state) if g is not None and a.requires_grad]
-                if grad_y is not None:
-                    pairs.append((y, grad_y[:, :, slot.begin : slot.end].to(y.dtype)))
-                targets: list[Tensor] = [p for p, w in zip(own, wanted) if w and p is not None]
-                n_own = len(targets)
-                n_fresh = width if slot.fresh is not None else 0
-                targets += [*(fresh[:n_fresh]), *state, *([] if gain is None else [gain])]  # type: ignore[list-item]
-                found: Sequence[Tensor | None] = [None] * len(targets)
-                if pairs:
-                    outputs, given = zip(*pairs)
-                    found = torch.autograd.grad(outputs, targets, given, allow_unused=True)
-                into = [g for g in grads if g is not None]
-                for whole, part in zip(into, found[:n_own]):
-                    if part is not None:
-                        whole[:, :, slot.begin : slot.end] = part
-                for n in range(n_fresh):
-                    grad_initial[n] = _sum(grad_initial[n], found[n_own + n])
-                if gain is not None:
-                    *found, by_gain = found
-                    grad_norm = _sum(grad_norm, by_gain)
-                grad_state = list(found[n_own + n_fresh :])
+                state, part = states.pop(), slice(slot.begin, slot.end)
+                if len(run.slots) == 1:
+                    learned, reads = pytree.tree_unflatten(kept, ctx.spec)
+                else:
+                    pieces = _pieces(laid, slot)
+                    learned = run.learn(slot, pieces, norm, initial, state)
+                    reads = run.read(pieces, learned, norm)[1]
+                given = None if grad_y is None else grad_y[:, :, part]
+                found = run.back(slot, learned, reads, norm, state, given, grad_state)
+                for whole, piece in zip(grads, found.pieces):
+                    if whole is not None and piece is not None:
+                        whole[:, :, part] = piece
+                for n, g in enumerate(found.initial or ()):
+                    grad_initial[n] = _sum(grad_initial[n], g)
+                grad_norm = _sum(grad_norm, found.norm)
+                grad_state = found.state
         return (None, *grads, grad_norm, *grad_initial, *grad_state)
-
-
-def _leaf(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.detach().requires_grad_()
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -363,7 +415,7 @@ def _check(
     chunk_size: int,
     activation: str,
     method: str,
-    tile_size: int,
+    tile_size: int | None,
 ) -> torch.dtype:
     what = "neural_memory: "
     if method not in METHODS:
@@ -371,7 +423,7 @@ def _check(
     if activation not in ACTIVATIONS:
         raise ArgumentError(f"{what}activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
     for name, number in (("chunk_size", chunk_size), ("tile_size", tile_size)):
-        if number < 1:
+        if number is not None and number < 1:
             raise ArgumentError(f"{what}{name} is {number}; expected at least 1")
     if not weights:
         raise ArgumentError(f"{what}weights is empty; expected (heads, out, in) for each layer")

@@ -92,10 +92,10 @@ class Ledger(TorchDispatchMode):
             self._known[key] = (reference, 0)
         self._look()
 
-    def told(self, name: str, tensors: Sequence[Tensor]) -> None:
+    def told(self, name: str, tensors: Sequence[Tensor], pointwise: bool) -> None:
         """A fused kernel that would have started."""
         each = {(x.untyped_storage()._cdata, x.storage_offset(), tuple(x.shape)): x for x in tensors}
-        self.segments[-1].kernels += 1
+        self.segments[-1].kernels += not pointwise
         self.segments[-1].work.append(Work(0.0, sum(map(_size, each.values())), fused=True))
 
     def _forget(self, x: Tensor) -> Any:
@@ -144,7 +144,13 @@ class Ledger(TorchDispatchMode):
         self.segments[-1].work.append(Work(flops, sum(map(_size, (*inputs, *outputs))), wide))
 
 
-_FREE = {torch.ops.aten.detach, torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.empty_strided}
+_FREE = {
+    torch.ops.aten.detach,
+    torch.ops.aten.empty,
+    torch.ops.aten.empty_like,
+    torch.ops.aten.empty_strided,
+    torch.ops.aten._unsafe_view,  # of a product's own result; not a view by its name only
+}
 """Operations that move nothing."""
 
 

@@ -57,6 +57,16 @@ def scan(device, dtype, reset):
     return [a, b], (found.states, found.final)
 
 
+def memory(device, dtype, reset):
+    """Two chunks; resets are not given, for where they are is a question of values."""
+    q, k, v = (made(device, dtype, BATCH, TIME, 2, 4) for _ in range(3))
+    gates = [made(device, torch.float32, BATCH, TIME, 2) for _ in range(3)]
+    weights = [made(device, dtype, 2, 8, 4), made(device, dtype, 2, 4, 8)]
+    norm = made(device, dtype, 2, 4)
+    y, state = paralm_kernels.neural_memory(q, k, v, *gates, weights, norm=norm, chunk_size=12)
+    return [q, k, v, *gates, *weights, norm], (y, state["weights"], state["momentum_weights"])
+
+
 def described(run, device, dtype):
     """(shape, dtype) of every output, and of every gradient."""
     reset = torch.zeros(BATCH, TIME, dtype=torch.bool, device=device)
@@ -67,12 +77,12 @@ def described(run, device, dtype):
     return [(tuple(t.shape), t.dtype) for t in (*tensors, *grads)]
 
 
-@pytest.mark.parametrize("run", [solved, ssd, mlstm, dense, conv, scan], ids=lambda run: run.__name__)
+@pytest.mark.parametrize("run", [solved, ssd, mlstm, dense, conv, scan, memory], ids=lambda run: run.__name__)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_what_comes_out_has_the_form_of_what_is_computed(run, dtype):
     pytest.importorskip("triton")
     told = []
-    with dry_run(lambda name, tensors: told.append((name, len(tensors)))):
+    with dry_run(lambda name, tensors, pointwise: told.append((name, len(tensors)))):
         dry = described(run, "meta", dtype)
         assert told, "no kernel was told"
         assert all(count for _, count in told)
@@ -82,9 +92,21 @@ def test_what_comes_out_has_the_form_of_what_is_computed(run, dtype):
 def test_what_is_told_is_what_a_gpu_would_launch():
     pytest.importorskip("triton")
     told = []
-    with dry_run(lambda name, tensors: told.append(name)):
+    with dry_run(lambda name, tensors, pointwise: told.append(name)):
         described(solved, "meta", torch.bfloat16)
     assert told == ["walk_kernel", "backward_kernel"]
+
+
+def test_what_torch_compiles_is_told_as_one_kernel_each():
+    """Of a tile forward: its name, and the bytes of what goes in and comes out."""
+    told = {}
+    with dry_run(
+        lambda name, tensors, pointwise: told.setdefault(name, (pointwise, [tuple(x.shape) for x in tensors]))
+    ):
+        memory("meta", torch.float32, None)
+    assert all(pointwise for pointwise, _ in told.values())
+    assert told["between"][1] == [(BATCH, 2, 12), (BATCH, 2, 12, 12)]
+    assert told["updated"][1] == [*[(BATCH, 2, 8, 4)] * 4, *[(BATCH, 2)] * 3, *[(BATCH, 2, 8, 4)] * 2]
 
 
 def test_outside_of_it_nothing_is_different():
@@ -92,7 +114,7 @@ def test_outside_of_it_nothing_is_different():
     with contextlib.suppress(RuntimeError), dry_run():
         raise RuntimeError
     told = []
-    with dry_run(lambda name, tensors: told.append(name)):
+    with dry_run(lambda name, tensors, pointwise: told.append(name)):
         pass
     _, trajectory = paragru("meta", torch.float32, None)
     assert trajectory.info.method == "sequential"

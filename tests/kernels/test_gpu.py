@@ -22,8 +22,12 @@ from paralm_kernels.laws import (
     random_case,
     reference,
 )
+from torch.utils import _pytree as pytree
 
 from .test_chunkwise import Case
+from .test_neural_memory import Case as Memory
+from .test_neural_memory import close
+from .test_neural_memory import gradients as memory_gradients
 
 pytestmark = [
     pytest.mark.gpu,
@@ -183,3 +187,17 @@ def test_chunkwise_at_the_sizes_of_models(normalized, dtype, resets):
     for index, (a, b) in enumerate(zip(got, case.run(method="torch"), strict=True)):
         error = float((a.cpu().double() - b).norm() / b.norm().clamp(min=1e-6))
         assert error <= (1e-4 if dtype == torch.float32 else 3e-2), (index, error)
+
+
+@pytest.mark.parametrize("kind", [{}, {"norm": True, "depth": 3, "biases": True}, {"momentum": False}], ids=str)
+def test_neural_memory_as_torch_compiles_it(kind):
+    """Outputs, final state and gradients of auto on a GPU against the loop, in float64."""
+    on_cpu, there = Memory(time=19, **kind), Memory(time=19, **kind)
+    leaves = there.moved("cuda")
+    for reset in (None, on_cpu.resets()):
+        expected = on_cpu.run(reset=reset, method="reference")
+        got = there.run(reset=None if reset is None else reset.cuda())
+        fetched = [x.cpu() for x in pytree.tree_leaves(got)]
+        close(fetched, pytree.tree_leaves(expected))
+        by_device = [g.cpu() for g in memory_gradients(got, leaves)]
+        close(by_device, memory_gradients(expected, on_cpu.leaves()))

@@ -3,6 +3,7 @@ titans-pytorch."""
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from itertools import pairwise
@@ -62,6 +63,14 @@ class Case:
         given = [self.q, self.k, self.v, self.rate, self.log_momentum, self.log_keep, *self.weights]
         return [x for x in [*given, *(self.biases or ()), self.norm] if x is not None]
 
+    def moved(self, device: str) -> list[Tensor]:
+        """The leaves, from now on there."""
+        for name in ("q", "k", "v", "rate", "log_momentum", "log_keep", "norm"):
+            setattr(self, name, _there(getattr(self, name), device))
+        self.weights = [_there(w, device) for w in self.weights]
+        self.biases = None if self.biases is None else [_there(c, device) for c in self.biases]
+        return self.leaves()
+
     def run(
         self, pieces: list[int] | None = None, state: Any = None, reset: Tensor | None = None, **keys: Any
     ) -> tuple[Tensor, Any]:
@@ -81,6 +90,10 @@ class Case:
         return torch.cat(outputs, 1), state
 
 
+def _there(x: Any, device: str) -> Any:
+    return None if x is None else x.detach().to(device).requires_grad_()
+
+
 def attached(state: Any) -> Any:
     if state is None:
         return None
@@ -93,7 +106,7 @@ def floating(tree: Any) -> list[Tensor]:
 
 def gradients(tree: Any, leaves: list[Tensor]) -> list[Tensor]:
     draws = torch.Generator().manual_seed(5)
-    score = sum((x * torch.randn(x.shape, generator=draws, dtype=x.dtype)).sum() for x in floating(tree))
+    score = sum((x * torch.randn(x.shape, generator=draws, dtype=x.dtype).to(x.device)).sum() for x in floating(tree))
     found = torch.autograd.grad(score, leaves, allow_unused=True)
     return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found)]
 
@@ -133,6 +146,21 @@ def test_tiles_are_the_loop(kind: dict[str, Any], cuts: bool) -> None:
         got = case.run(state=start, reset=reset, **keys)
         close(got, expected)
         close(gradients(got, leaves), gradients(expected, leaves))
+
+
+@pytest.mark.parametrize("kind", [{}, {"norm": True, "depth": 3, "biases": True}], ids=str)
+def test_compiled_is_the_loop(kind: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch's compiler takes up of it: each function whole. (The code it writes then is torch's; test_gpu.py.)"""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.utils.counters.clear()
+    case = Case(**kind)
+    reset = case.resets()
+    expected = case.run(reset=reset, method="reference")
+    got = case.run(reset=reset, method="compiled")
+    close(got, expected)
+    close(gradients(got, case.leaves()), gradients(expected, case.leaves()))
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] or kind
 
 
 @pytest.mark.parametrize(("chunk", "tile"), [(1, 1), (4, 3), (7, 4), (16, 5), (64, 128)])
