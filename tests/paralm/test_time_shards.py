@@ -102,6 +102,13 @@ def test_what_is_sent_does_not_grow_with_the_sequence(results: dict[str, Any]) -
         assert b <= 1.5 * a + 64, name
 
 
+def test_what_was_sent_is_not_kept(results: dict[str, Any]) -> None:
+    """However many forwards were made."""
+    for name, row in zip(BOUNDED, results["rows"][-len(BOUNDED) :], strict=True):
+        for kept in row["under way"]:
+            assert kept[1] == kept[2], name
+
+
 def test_messages_travel_while_something_is_computed(results: dict[str, Any]) -> None:
     """On every rank between two others: something is computed from the beginning of each until it is taken. Of a cell's
     solve one other round is waited for, and one message backward."""

@@ -143,6 +143,8 @@ class SlidingAttention(Heads):
         where = None if shards is None else shards.position(state["position"], reset, time)
         q, k, v = self.project(x)
         start = state["position"] if where is None else where.taken()
+        if shards is not None:
+            shards.settle()  # of the call before: a rank that has told its position has taken all of that
         position = paralm_kernels.positions(start, reset, time)
         zero, early = None, time >= reach
         if shards is not None and reach and early:
