@@ -143,7 +143,7 @@ def memory(config: Config, traced: Trace, sizes: Sizes, costs: OptimizerCosts, r
     if any(traced.relays) and rank.stage:
         reduce_after_backward(rank.told, rank.n)
     moments = [*_of_micro_batch(config, traced, rank), *rank.step()]
-    carried = traced.state_bytes * (grad_accum_steps(config, ranks) - 1) if config.training.carry_state else 0
+    carried = traced.state_bytes * (grad_accum_steps(config, ranks) - 1) if keeps_states(config) else 0
     kept = [Moment(m.name, {**m.kinds, "states": m.kinds.get("states", 0) + carried}) for m in moments]
     return Memory([Moment(m.name, {kind: int(m.kinds.get(kind, 0)) for kind in KINDS}) for m in kept], rank.host)
 
@@ -151,6 +151,11 @@ def memory(config: Config, traced: Trace, sizes: Sizes, costs: OptimizerCosts, r
 def held_always(config: Config, sizes: Sizes, costs: OptimizerCosts, ranks: int, on: On = "gpu") -> int:
     """Bytes that no activation is needed for: less than any peak."""
     return int(sum(_Rank(config, sizes, costs, ranks, on).always().values()))
+
+
+def keeps_states(config: Config) -> bool:
+    """Whether every micro-batch's last states stay until the next step (:class:`paralm.training.step.Stepper`)."""
+    return config.training.carry_state or config.training.initial_state == "passed"
 
 
 def gradient_bytes(config: Config, on: On) -> int:
@@ -291,7 +296,7 @@ def _of_micro_batch(config: Config, traced: Trace, rank: _Rank) -> Iterator[Mome
     every += [(f"layer {last - i}, backward", traced.backward[k], True) for i, k in enumerate(reversed(traced.layers))]
     every.append(("the embedding, backward", traced.embedding_backward, True))
     always, live, finished, states = rank.always(), 0, 0, 0
-    per_layer = traced.state_bytes // len(traced.layers) if config.training.carry_state else 0
+    per_layer = traced.state_bytes // len(traced.layers) if keeps_states(config) else 0
     for name, segment, backward in every:
         base = segment.begin if name == "the embedding" else live
         held = base + segment.peak - segment.begin

@@ -228,6 +228,18 @@ def test_a_model_that_looks_at_its_state_is_planned_too(sections: dict[str, Any]
     assert traced.relays == ["parallel" in sections]
 
 
+@pytest.mark.parametrize("kept", [{"training": {"initial_state": "passed"}}, None])
+def test_states_that_rows_go_on_from_are_held_for_every_micro_batch(kept: dict[str, Any] | None) -> None:
+    """Carried or passed: what the trace of one micro-batch does not see."""
+    sections: dict[str, Any] = kept or {"training": {"carry_state": True}, "data": {"order": "lanes"}}
+    mixer = {"name": "mamba2", "d_state": 16, "head_dim": 16}
+    config = configuration(mixer, **sections)
+    one, eight = (planner(config).plan({"training.global_batch_size": rows}) for rows in (16, 128))
+    assert (one.micro_batches, eight.micro_batches) == (1, 8)
+    states = [plan.memory.moments[0].kinds["states"] for plan in (one, eight)]
+    assert states[1] - states[0] == 7 * one.traced.state_bytes > 0
+
+
 def test_cuts_that_documents_decide_are_left_out_or_refused() -> None:
     """Titans MAC cuts time where sequences start; nobody can say where without values."""
     mixer = {"name": "titans_mac", "n_heads": 2, "n_attention_heads": 2, "chunk_size": 16}
