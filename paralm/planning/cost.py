@@ -114,6 +114,12 @@ class Exchange:
         return {kind: size for kind, size in every.items() if size}
 
 
+def full_micro_batches(config: Config, ranks: int) -> float:
+    """Of a step, by their rows: the last one counts for as much of one as it has. That of the rank with most rows."""
+    rows = -(-config.training.global_batch_size // max(1, ranks // config.parallel.time))
+    return rows / config.training.micro_batch_size
+
+
 def exchange(config: Config, sizes: Sizes, sent: Mapping[str, int], ranks: int) -> Exchange:
     """Of one step; gradients travel in float32. ``sent``: of a micro-batch, to other time shards.
 
@@ -122,8 +128,9 @@ def exchange(config: Config, sizes: Sizes, sent: Mapping[str, int], ranks: int) 
     """
     n, micros, stage = sizes.total, grad_accum_steps(config, ranks), config.parallel.zero_stage
     width = 2 if config.training.precision == "bf16" else 4
-    shards = sum(sent.values()) * micros
-    waited = sum(size for kind, size in sent.items() if kind not in HIDDEN) * micros
+    full = full_micro_batches(config, ranks)
+    shards = round(sum(sent.values()) * full)
+    waited = round(sum(size for kind, size in sent.items() if kind not in HIDDEN) * full)
     # Of the matrices, to their owners and back; none where every rank has all of them.
     matrices = 2 * 4 * -(-sizes.matrices // ranks) if config.optimizer.name == "muon" and stage and ranks > 1 else 0
     bucket = config.parallel.bucket_size if stage else ENGINE_BUCKET
@@ -171,7 +178,7 @@ def step_time(
 ) -> Time:
     """Expected, on ``ranks`` devices. ``efficiency``: of the peak, in products; ``kernels``: of a copy's bandwidth, in
     fused kernels."""
-    micros, stage = grad_accum_steps(config, ranks), config.parallel.zero_stage
+    micros, stage = full_micro_batches(config, ranks), config.parallel.zero_stage
 
     def seconds(segment: Segment) -> float:
         total = 0.0

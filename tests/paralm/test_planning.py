@@ -344,6 +344,15 @@ def test_more_gpus_take_less_time() -> None:
     assert slow.time.compute > fast.time.compute
 
 
+def test_a_last_micro_batch_counts_by_its_rows() -> None:
+    """Nine rows in micro-batches of eight are no sixteen, of work and of what time shards send."""
+    made = planner(configuration(training={"micro_batch_size": 8, "global_batch_size": 8}, parallel={"time": 8}), 8)
+    eight, nine = (made.plan({"training.global_batch_size": rows}) for rows in (8, 9))
+    assert (eight.micro_batches, nine.micro_batches) == (1, 2)
+    assert nine.time.compute == pytest.approx(9 / 8 * eight.time.compute)
+    assert nine.exchange.between_shards == pytest.approx(9 / 8 * eight.exchange.between_shards, abs=1)
+
+
 @pytest.mark.parametrize(
     ("config", "gpus", "says"),
     [
