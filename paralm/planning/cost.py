@@ -208,7 +208,8 @@ def step_time(
     ring = HOP * (ranks - 1)
     reduction = (2 * sent.reduced + sent.scattered) * others / link + sent.reductions * ring
     gathering = (sent.gathered + sent.exchanged) * others / link + sent.gathers * ring
-    shards_link = LINK * (device.link if config.parallel.time <= device.per_node else device.port)
+    in_a_node = ranks <= device.per_node or device.per_node % config.parallel.time == 0
+    shards_link = LINK * (device.link if in_a_node else device.port)
     between = waited = 0.0
     if config.parallel.time > 1:
         between, waited = sent.between_shards / shards_link, sent.waited_for / shards_link

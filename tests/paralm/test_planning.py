@@ -353,6 +353,14 @@ def test_a_last_micro_batch_counts_by_its_rows() -> None:
     assert nine.exchange.between_shards == pytest.approx(9 / 8 * eight.exchange.between_shards, abs=1)
 
 
+@pytest.mark.parametrize("time", [3, 4])
+def test_a_sequence_on_two_nodes_goes_through_their_ports(time: int) -> None:
+    """Shards of three on nodes of eight: the third sequence's lie on two; those of four never do."""
+    made = planner(configuration(parallel={"time": time}), 24)
+    slow, fast = (made.on(device=replace(made.device, port=port)).plan() for port in (60e9, 120e9))
+    assert (slow.time.communication > fast.time.communication) == (time == 3)
+
+
 @pytest.mark.parametrize(
     ("config", "gpus", "says"),
     [
