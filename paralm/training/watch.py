@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import CodeType
 
 EXIT_LOST = 4  # ranks waited too long for others; the same command continues from the newest checkpoint
 _PHASES = ("start", "load", "step", "validation", "save")
@@ -180,12 +181,13 @@ class Watch:
         return time.monotonic() - (self._since if _on_gpu() else self._waiting_since)
 
     def _collective(self) -> str:
-        """The function of torch.distributed that the training thread is in, or ''."""
+        """The function of torch.distributed, or of time shards that wait, which the training thread is in, or ''."""
         frame = sys._current_frames().get(self._thread_id)
         found = ""
         while frame is not None:
-            if f"torch{os.sep}distributed{os.sep}" in frame.f_code.co_filename:
-                found = frame.f_code.co_name
+            code = frame.f_code
+            if f"torch{os.sep}distributed{os.sep}" in code.co_filename or _waits_in_shards(code):
+                found = code.co_name
             frame = frame.f_back
         return found if found != "wrapper" else "a collective"
 
@@ -218,6 +220,11 @@ class Watch:
         if not present or self._note.rank == present[0]:
             self._on_lost(line)
         os._exit(EXIT_LOST)
+
+
+def _waits_in_shards(code: CodeType) -> bool:
+    """Whether it is where time shards wait for what is under way: that is native code, which has no frame."""
+    return code.co_filename.endswith(f"paralm_kernels{os.sep}time_shards.py") and code.co_name in ("taken", "settle")
 
 
 def _on_gpu() -> bool:

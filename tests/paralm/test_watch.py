@@ -81,23 +81,30 @@ import sys, time
 from datetime import timedelta
 from pathlib import Path
 import torch, torch.distributed as dist
+from paralm_kernels import TimeShards
 from paralm.training.watch import watching
 rank, run, port = int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 store = dist.TCPStore("127.0.0.1", port, is_master=rank == 0, wait_for_workers=False)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=3, timeout=timedelta(seconds=120))
+shards, x = TimeShards(), torch.zeros(1)
 with watching(run, rank, 3, 1.0) as watch:
     for step in range(1, 1000000):
         watch.note("step", step)
         time.sleep(0.02)
-        dist.all_reduce(torch.zeros(1))
+        COLLECTIVE
 """
 
 
-def test_a_stopped_rank_is_named_and_the_others_end(tmp_path: Path, free_port: int) -> None:
+@pytest.mark.parametrize(
+    ("collective", "waiting"), [("dist.all_reduce(x)", "all_reduce"), ("shards.gather('state', x).taken()", "taken")]
+)
+def test_a_stopped_rank_is_named_and_the_others_end(
+    tmp_path: Path, free_port: int, collective: str, waiting: str
+) -> None:
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", _RANK, str(rank), str(tmp_path), str(free_port)],
+            [sys.executable, "-c", _RANK.replace("COLLECTIVE", collective), str(rank), str(tmp_path), str(free_port)],
             env=environment,
             stderr=subprocess.PIPE,
             text=True,
@@ -118,7 +125,7 @@ def test_a_stopped_rank_is_named_and_the_others_end(tmp_path: Path, free_port: i
         assert len(said) == 1, errors
         assert said[0].startswith("error: rank 1 (")
         assert "has not finished step" in said[0]
-        assert "all_reduce" in (tmp_path / "stacks" / "rank_00002.txt").read_text()
+        assert waiting in (tmp_path / "stacks" / "rank_00002.txt").read_text()
     finally:
         for process in processes:
             process.kill()
