@@ -11,6 +11,7 @@ in float64 the tokens are the same, in float32 a draw may differ where two token
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -161,14 +162,15 @@ class StreamText:
             raise UserError("a stop string is empty; leave it out")
         self.stream = stream
         self._characters, self._until = WholeCharacters(tokenizer), UntilStop(stop)
-        self._taken, self._ended = 0, False
+        self._ended, self._decoded = False, 0
+        self._ends: list[int] = []  # where in the text each token that was taken ends
         self.text = ""
         """All that was taken."""
 
     @property
-    def held(self) -> bool:
-        """Whether text is held back that may begin a stop string."""
-        return self._until.held
+    def out(self) -> int:
+        """How many tokens have all of their text taken, and not held back for a stop string or a whole character."""
+        return bisect_right(self._ends, len(self.text))
 
     @property
     def stopped(self) -> bool:
@@ -179,9 +181,11 @@ class StreamText:
         """Text that became certain since the last call; all of it once the stream is finished. A stop string cancels
         the stream."""
         found = ""
-        while self._taken < len(self.stream.tokens) and not self.stopped:
-            found += self._until.push(self._characters.push(self.stream.tokens[self._taken]))
-            self._taken += 1
+        while len(self._ends) < len(self.stream.tokens) and not self.stopped:
+            characters = self._characters.push(self.stream.tokens[len(self._ends)])
+            self._decoded += len(characters)
+            self._ends.append(self._decoded + self._characters.inside)
+            found += self._until.push(characters)
         if self.stopped:
             self.stream.cancel()
         elif self.stream.finished is not None and not self._ended:

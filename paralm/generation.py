@@ -185,6 +185,11 @@ class WholeCharacters:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
+    @property
+    def inside(self) -> bool:
+        """Whether the bytes so far end inside a character."""
+        return bool(self._decoder.getstate()[0])
+
     def push(self, token: int) -> str:
         """The text that this id makes certain."""
         return self._decoder.decode(self._tokenizer.decode_bytes([token]))
@@ -200,11 +205,6 @@ class UntilStop:
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop, self._held = stop, ""
         self.stopped = False
-
-    @property
-    def held(self) -> bool:
-        """Whether something is held back."""
-        return bool(self._held)
 
     def push(self, piece: str) -> str:
         """The text that is certain now: none of it begins a stop string. Nothing after one."""

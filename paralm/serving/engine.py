@@ -293,7 +293,7 @@ class Engine:
             job.deliver(Piece(choice.index, text, scores))
 
     def _scores(self, job: Job, choice: Choice) -> list[TokenScore | int]:
-        """Of the tokens whose text is out. Those that a stop string holds back wait, and fall away with it."""
+        """Of the tokens whose text is out. Those that a stop string may hold wait, and fall away with it."""
         if job.request.logprobs is None:
             return []
         stream, found = choice.text.stream, list[TokenScore | int]()
@@ -301,9 +301,9 @@ class Engine:
             known = stream.of_prompt[max(0, len(stream.of_prompt) - len(choice.own)) :] if choice.own else []
             first = len(choice.own) - len(known)  # 1 where nothing came before the prompt's first token
             found += [*choice.own[:first], *known]
-        if not choice.text.held and not choice.text.stopped:
-            found += stream.scores[choice.scored :]
-            choice.scored = len(stream.scores)
+        upto = choice.text.out
+        found += stream.scores[choice.scored : upto]
+        choice.scored = upto
         return found
 
     def _keep(self, job: Job, choice: Choice) -> str | None:

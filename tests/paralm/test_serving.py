@@ -163,6 +163,22 @@ def test_a_stop_string_takes_its_scores_with_it(client: TestClient) -> None:
     assert all(at < len(cut["text"]) for at in cut["logprobs"]["text_offset"])
 
 
+@pytest.mark.parametrize("stop", ["ab", "水b"])
+def test_scores_come_with_their_text_though_each_token_may_begin_a_stop_string(
+    stop: str, client: TestClient, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = tokenizer.encode("of 水aaaab水b")
+    drawn = iter(ids)
+    monkeypatch.setattr("paralm.batching.sample", lambda *_: next(drawn))
+    choice = ask(client, prompt="the", max_tokens=len(ids), logprobs=0, stop=stop)["choices"][0]
+    text = "of 水aaaab水b".partition(stop)[0]
+    assert choice["text"] == text
+    spelled = b""
+    for token in ids[: len(choice["logprobs"]["tokens"])]:
+        spelled += tokenizer.decode_bytes([token])
+    assert spelled.decode("utf-8") == text
+
+
 def test_diverged_weights_are_an_error_and_take_no_other_request_with_them(tokenizer: Tokenizer) -> None:
     model = model_of("paragru", tokenizer)
     with client_of(model, tokenizer) as client:
