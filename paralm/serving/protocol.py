@@ -6,7 +6,8 @@ import codecs
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, field_validator
+from pydantic_core import PydanticUseDefault
 
 from paralm.batching import TokenScore
 
@@ -53,7 +54,8 @@ class CompletionRequest(BaseModel):
 
     ``prompt``: text, token ids, or a list of either. A text begins a document (BOS is put before it); ids are read as
     they are. ``session``: ``"new"`` keeps the state after the answer and returns its name; that name goes on from
-    there, so ``prompt`` is only what is new. The fields at the end may only have the values that change nothing.
+    there, so ``prompt`` is only what is new. The fields at the end may only have the values that change nothing. null
+    is a field's default, as OpenAI has it.
     """
 
     # Unknown fields are refused by parse_request, the first of them, not as a fault for each.
@@ -79,6 +81,13 @@ class CompletionRequest(BaseModel):
     frequency_penalty: Literal[None, 0] = None
     presence_penalty: Literal[None, 0] = None
     logit_bias: dict[str, Any] | None = Field(default=None, max_length=0)
+
+    @field_validator("max_tokens", "temperature", "top_p", "top_k", "n", "echo", "stream", mode="before")
+    @classmethod
+    def _null_is_the_default(cls, value: Any) -> Any:
+        if value is None:
+            raise PydanticUseDefault
+        return value
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:

@@ -37,6 +37,14 @@ def test_a_completion_is_the_text_of_generate(client: TestClient, lm: LanguageMo
         assert answer["choices"][0]["finish_reason"] == ended or "stop" in request
 
 
+def test_null_is_the_default(client: TestClient) -> None:
+    """As clients send what their caller left at None."""
+    given = ("n", "best_of", "top_p", "echo", "logprobs", "stop", "stream", "stream_options", "suffix", "logit_bias")
+    given += ("max_tokens", "temperature", "top_k", "frequency_penalty", "presence_penalty", "session", "user", "model")
+    answer = ask(client, prompt="the river", seed=3, **dict.fromkeys(given))
+    assert texts(answer) == texts(ask(client, prompt="the river", seed=3))
+
+
 def test_prompts_of_ids_and_lists_and_n(client: TestClient, lm: LanguageModel, tokenizer: Tokenizer) -> None:
     ids = [tokenizer.bos_id, *tokenizer.encode("the river")]
     one = ask(client, prompt=ids, max_tokens=8, temperature=0)
