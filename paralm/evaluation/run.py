@@ -197,7 +197,7 @@ def _measure_set(
         settings.chunk,
         reset_every=basis.reset_every,
         set_name=name,
-        train_seq_len=loaded.config.training.seq_len,
+        train_seq_len=loaded.train_seq_len,
         on_progress=lambda done, total: on_progress(f"scoring {name}", done, total),
     )
     on_progress(f"compressing {name}", 0, scored.n_bytes)

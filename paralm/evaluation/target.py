@@ -68,7 +68,7 @@ class Target:
             model=loaded.model,
             own_tokenizer=loaded.own_tokenizer,
             config=loaded.config,
-            train_seq_len=loaded.config.training.seq_len,
+            train_seq_len=loaded.train_seq_len,
             step=loaded.step,
             tokens_trained=loaded.tokens,
             run_dir=loaded.run_dir,

@@ -30,6 +30,7 @@ class LoadedModel:
     config: Config
     step: int
     tokens: int  # trained on
+    train_seq_len: int | None  # tokens trained on at a time; None: imported, and nobody says
     run_dir: Path  # or the export's folder
     data_dir: Path
 
@@ -138,7 +139,10 @@ def load_model(
         for name, parameter in model.named_parameters():
             parameter.copy_(source.checkpoint.tensor(name).view(shapes[name]))
     tokens = source.checkpoint.manifest["tokens"]
-    return LoadedModel(model, source.own_tokenizer, config, source.checkpoint.step, tokens, path, source.data_dir)
+    seq_len = config.training.seq_len
+    return LoadedModel(
+        model, source.own_tokenizer, config, source.checkpoint.step, tokens, seq_len, path, source.data_dir
+    )
 
 
 def _usable(device: torch.device | str | None) -> torch.device:
@@ -164,7 +168,8 @@ def _load_export(path: Path, step: int | None, device: torch.device, dtype: torc
     vocab_size = source.content["vocab_size"] if tokenizer is None else tokenizer.vocab_size
     model = _empty(source.config, vocab_size, device, dtype)
     source.fill(model)
-    return LoadedModel(model, tokenizer, source.config, source.step, source.content["tokens"], path, path)
+    seq_len, tokens = source.content["training"].get("seq_len"), source.content["tokens"]
+    return LoadedModel(model, tokenizer, source.config, source.step, tokens, seq_len, path, path)
 
 
 def _empty(config: Config, vocab_size: int, device: torch.device, dtype: torch.dtype | None) -> LanguageModel:

@@ -14,7 +14,8 @@ from paralm_launch import cli
 
 import paralm
 from paralm.config import ModelConfig
-from paralm.errors import EXIT_USER, RunError
+from paralm.errors import EXIT_USER, RunError, UserError
+from paralm.evaluation.suite import Target, run_suite
 from paralm.export import TOKENIZER
 from paralm.interop import load_transformers, save_transformers
 from paralm.interop.conversion import export_transformers, import_transformers
@@ -95,6 +96,18 @@ def test_the_commands(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert len(err.splitlines()) == 1
     assert not (tmp_path / "x").exists()
     assert cli.run(["export", str(run), "--to", str(there), "--format", "transformers", "--force"]) == 0
+
+
+def test_nobody_says_at_what_length_an_imported_model_was_trained(
+    run: Path, converted: Path, prepared: Path, tmp_path: Path
+) -> None:
+    assert paralm.load(run).train_seq_len == paralm.load(run).config.training.seq_len
+    imported = import_transformers(converted, tmp_path / "imported").path
+    assert Target.open(imported).train_seq_len is None
+    (found,) = run_suite("perplexity", imported, ["max_tokens=500"], data_dir=prepared).results
+    assert found.train_seq_len is None
+    with pytest.raises(UserError, match="give train_seq_len=TOKENS"):
+        run_suite("collapse", imported, data_dir=prepared)
 
 
 def test_without_a_tokenizer_only_token_ids(
