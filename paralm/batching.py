@@ -137,7 +137,7 @@ class Stream:
     error: Exception | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        check_options(self.max_tokens, self.temperature, self.top_k, self.top_p)
+        check_options(self.max_tokens, self.temperature, self.top_k, self.top_p, self.seed)
         if not len(self.prompt):
             raise UserError("the prompt has no tokens; begin with the tokenizer's bos_id")
         self._read = 0

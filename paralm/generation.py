@@ -44,7 +44,7 @@ def generate(
     Raises UserError, one line, for an empty prompt, ids outside the vocabulary or impossible options.
     """
     limit = min(vocab_size or model.vocab_size, model.vocab_size)
-    check_options(max_tokens, temperature, top_k, top_p)
+    check_options(max_tokens, temperature, top_k, top_p, seed)
     if len(prompt_ids) == 0:
         raise UserError("the prompt has no tokens; begin with the tokenizer's bos_id")
     outside = [i for i in prompt_ids if not 0 <= i < limit]
@@ -54,7 +54,7 @@ def generate(
     return _generate(model, prompt_ids, max_tokens, temperature, top_k, top_p, seed, frozenset(stop_ids), limit, chunk)
 
 
-def check_options(max_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
+def check_options(max_tokens: int, temperature: float, top_k: int, top_p: float, seed: int) -> None:
     """UserError, one line, for options that cannot work."""
     if max_tokens < 0:
         raise UserError(f"max_tokens is {max_tokens}; give 0 or more")
@@ -64,6 +64,8 @@ def check_options(max_tokens: int, temperature: float, top_k: int, top_p: float)
         raise UserError(f"top_k is {top_k}; give 0 (all tokens) or more")
     if not 0 < top_p <= 1:
         raise UserError(f"top_p is {top_p}; give a number above 0, at most 1 (all tokens)")
+    if not 0 <= seed < 1 << 64:
+        raise UserError(f"seed is {seed}; give a number from 0 to 2⁶⁴ − 1")
 
 
 def _generate(

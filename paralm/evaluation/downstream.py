@@ -39,7 +39,7 @@ class LmEvalSettings(EvaluationSettings):
     max_length: int | None = Field(default=None, ge=2, description="windows as lm_eval cuts them; default: none")
     score_eos: bool = Field(default=False, description="rolling tasks: count the end of a document")
     max_gen_toks: int = Field(default=256, ge=0, description="tokens to generate where a task does not say")
-    seed: int = Field(default=0, ge=0, description="of few-shot examples and sampled generation")
+    seed: int = Field(default=0, ge=0, lt=1 << 32, description="of few-shot examples and sampled generation")
 
 
 class TaskScore(BaseModel):

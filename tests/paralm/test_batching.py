@@ -245,6 +245,7 @@ def test_logits_that_are_not_finite_are_an_error_though_no_token_is_drawn(asked:
         ({"max_tokens": -1}, "max_tokens is -1"),
         ({"temperature": -0.5}, "temperature is -0.5"),
         ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"seed": -1}, "seed is -1"),
     ],
 )
 def test_impossible_options_are_one_line(keys: dict[str, Any], message: str) -> None:

@@ -150,6 +150,7 @@ def test_memory_does_not_grow(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
         ({"top_p": 0.0}, ["top_p", "0.0"]),
         ({"top_p": 1.5}, ["top_p", "1.5"]),
         ({"max_tokens": -1}, ["max_tokens", "-1"]),
+        ({"seed": 1 << 64}, ["seed", "18446744073709551616"]),
     ],
 )
 def test_impossible_options_are_refused_at_the_call(options: dict[str, Any], parts: list[str]) -> None:

@@ -423,6 +423,7 @@ def test_lm_evals_command_line_finds_the_model(
     [
         ({}, "tasks: name at least one"),
         ({"tasks": ["a", "a"]}, "'a' is named twice"),
+        ({"tasks": ["a"], "seed": 1 << 32}, "seed"),  # numpy's are of 32 bits
         ({"tasks": ["a"], "include_path": "/nowhere/at/all"}, "is no folder"),
         ({"tasks": ["a"], "limits": 3}, "no such setting; did you mean 'limit'"),
     ],

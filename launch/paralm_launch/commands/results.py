@@ -106,7 +106,7 @@ def generate(
     from paralm.generation import check_options, stream_text
     from paralm.training.load import load_model
 
-    check_options(max_tokens, temperature, top_k, top_p)
+    check_options(max_tokens, temperature, top_k, top_p, seed)
     loaded = load_model(run)
     pieces = stream_text(
         loaded.model,
