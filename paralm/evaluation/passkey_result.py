@@ -150,7 +150,7 @@ class PasskeyResult(Result):
             axes.set_yticks(range(len(self.depths)), [f"{depth:.0%}" for depth in self.depths], fontsize=8)
             axes.set_xlabel("prompt (tokens)")
             axes.set_ylabel("depth of the needle")
-            axes.set_title(f"{self.task}: exact match, {title} (%, 95 % interval)", fontsize=10)
+            axes.set_title(f"{self.task}: exact match\n{title} (%, 95 % interval)", fontsize=10)
             inside = sum(length <= (self.train_seq_len or 0) for length in self.lengths)
             if 0 < inside < len(self.lengths):
                 axes.axvline(inside - 0.5, color=figures.RED, linewidth=1.5, linestyle="--")

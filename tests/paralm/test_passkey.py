@@ -243,6 +243,10 @@ def test_results_are_written_with_figures_scalars_and_a_page(tokenizer: Tokenize
     assert set(found.scalars()) == {"teacher_forced", "generated", "longest_passed", "inside_training_length"}
     assert sum(row.generated.n for row in found.by_distance) == 12
     assert all(row.first <= row.last for row in found.by_distance)
+    figure = found.model_copy(update={"task": "niah_multiquery"}).figures()["grid"]
+    figure.canvas.draw()
+    left, right = (axes.title.get_window_extent() for axes in figure.axes[:2])
+    assert left.x1 < right.x0
     page = Passkey.page(outcome.results)
     assert "passkey_grid.png" in page
     assert "trained at 128" in page
