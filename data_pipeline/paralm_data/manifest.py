@@ -46,7 +46,8 @@ class Manifest:
         """The file's content, with the checksum."""
         content = asdict(self)
         content["checksum"] = _checksum(content)
-        return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+        # A path that is not UTF-8 has half surrogate pairs: written as JSON escapes them.
+        return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
     def file_sizes(self) -> dict[str, int]:
         """What the counts say each file's size must be."""

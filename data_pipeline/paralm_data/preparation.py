@@ -329,7 +329,8 @@ def _quarantine(path: Path, bad: Iterable[tuple[str, str]]) -> None:
     """List bad records, a JSON object a line; no file where there are none."""
     lines = [json.dumps({"place": place, "problem": problem}, ensure_ascii=False) + "\n" for place, problem in bad]
     if lines:
-        write_file(path, "".join(lines).encode("utf-8"))
+        # Half a surrogate pair, of a key or of a file name that is not UTF-8, becomes JSON's own escape of it.
+        write_file(path, "".join(lines).encode("utf-8", "backslashreplace"))
 
 
 def _check_splits(plan: _Plan, survey: Survey) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
 import subprocess
 import sys
@@ -99,6 +100,17 @@ def test_bad_records_are_listed_with_their_places_and_the_others_are_kept(
     assert result.counts is not None
     assert (result.counts.read, result.counts.bad) == (152, len(BAD))
     assert len(kept(result)) == result.counts.kept == 152 - len(BAD) - result.counts.duplicates
+
+
+def test_half_a_surrogate_pair_in_what_is_told_of_a_bad_record_is_listed(tmp_path: Path, texts: list[str]) -> None:
+    corpus = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jsonl"))  # a name that is not UTF-8
+    lines = [b'{"\\ud83d": 1}', *(json.dumps({"text": text}).encode() for text in texts)]
+    corpus.write_bytes(b"\n".join(lines) + b"\n")
+    execution = Execution("local", 1, max_bad_records=1)
+    result = prepare(SourceSpec("jsonl", (str(corpus),)), SPEC, tmp_path / "out", 0.2, execution=execution)
+    listed = (tmp_path / "out" / "quarantine.jsonl").read_text(encoding="utf-8")
+    assert json.loads(listed) == {"place": f"{corpus}:1", "problem": "no 'text' (text_key); the record has: \ud83d"}
+    assert result.train.manifest.source["source"]["paths"] == [str(corpus)]
 
 
 @pytest.mark.parametrize("shard_bytes", [1 << 26, 3_000])

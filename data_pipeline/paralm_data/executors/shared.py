@@ -120,7 +120,8 @@ class SharedExecutor(Executor):
                 raise _DismissedError(member.heartbeat_code) from error
             if isinstance(error, DataError) and not isinstance(error, _ToldError):
                 with contextlib.suppress(OSError):
-                    write_file(self._home / f"failed-{member.path.name}", str(error).encode("utf-8"))
+                    note = str(error).encode("utf-8", "backslashreplace")
+                    write_file(self._home / f"failed-{member.path.name}", note)
             raise
         finally:
             self._member = None
