@@ -101,6 +101,8 @@ def train_model(texts: Iterable[str], vocab_size: int, kind: str) -> bytes:
     pieces = [piece for text in texts for piece in cut(text, PIECE)]
     if not pieces:
         raise DataError("there is no text to train a tokenizer on")
+    if not any(" " in piece for piece in pieces):
+        pieces.append(" ")  # without a piece of its own a space would come back as U+2581
     symbols = list(USER_SYMBOLS) if vocab_size >= SYMBOLS_FROM else []
     alphabet = _alphabet(pieces, vocab_size - N_RESERVED - len(symbols))
     others = re.compile(f"[^{re.escape(alphabet)}]+")

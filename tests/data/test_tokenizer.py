@@ -140,6 +140,15 @@ def test_a_vocabulary_smaller_than_the_alphabet(tmp_path: Path) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+@pytest.mark.parametrize(("size", "kind"), [(300, "bpe"), (1100, "bpe"), (296, "unigram")])
+def test_text_without_a_space_makes_a_tokenizer_that_keeps_spaces(tmp_path: Path, size: int, kind: str) -> None:
+    draw = random.Random(0)
+    texts = ["".join(draw.choices("ACGT", k=500)) for _ in range(40)]
+    tokenizer = Tokenizer.train(texts, tmp_path / "t.model", size, kind)
+    assert tokenizer.lossless
+    assert tokenizer.decode(tokenizer.encode("AC  GT \n    A▁")) == "AC  GT \n    A▁"
+
+
 def test_another_s_model_can_be_used(tmp_path: Path) -> None:
     (tmp_path / "other.model").write_bytes(default_model())
     tokenizer = Tokenizer.load(tmp_path / "other.model")
