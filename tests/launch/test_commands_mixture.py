@@ -54,6 +54,9 @@ def test_data_show_says_which_source_each_row_is_of(done: Path, capsys: pytest.C
     code, out, _ = call(capsys, "data", "show", run, "--step", 9)  # after the last checkpoint, in its round
     assert code == 0
     assert out.count(" of first: ") + out.count(" of second: ") == 4
+    code, out, _ = call(capsys, "data", "show", run, "--step", 7)  # before it, in its round, of which none is there
+    assert code == 0
+    assert "step 7, rank 0 of 1: 4 rows" in out
     code, _, err = call(capsys, "data", "show", run, "--step", 5)  # its checkpoint is gone
     assert code == 2
     assert "step 5 drew follows from weights that were learned on the way" in err

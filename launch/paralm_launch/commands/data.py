@@ -108,14 +108,18 @@ def _go_to(loader: MixtureLoader, run: Path, step: int) -> None:
     from paralm.training import checkpoint
 
     checkpoints = run / "checkpoints"
-    there = [found for found in checkpoint.steps(checkpoints) if found < step]
-    if there:
-        loader.load_state_dict(checkpoint.open_step(checkpoints, there[-1]).manifest["loader"])
+    there = checkpoint.steps(checkpoints)
+    before, after = [found for found in there if found < step], [found for found in there if found >= step]
+    if before:
+        loader.load_state_dict(checkpoint.open_step(checkpoints, before[-1]).manifest["loader"])
+    known = loader.known_until
+    if after and not loader.knows(step - 1):  # a later one, if it is of the same round
+        loader.load_state_dict(checkpoint.open_step(checkpoints, after[0]).manifest["loader"])
     if not loader.knows(step - 1):
-        last = there[-1] if there else 0
+        last = before[-1] if before else 0
         raise RunError(
             f"{run}: what step {step} drew follows from weights that were learned on the way; the checkpoints there "
-            f"are tell those of steps {last + 1} to {loader.known_until}"
+            f"are tell those of steps {last + 1} to {known}"
         )
 
 
