@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,13 +89,14 @@ def find_stores(path: Path) -> list[Path]:
 
 def tokenizer_of(store: TokenStore) -> Tokenizer:
     """The tokenizer that a prepared store lies beside. DataError if there is none or it is another one."""
-    for folder in (store.path.parent, store.path.parent.parent):
+    path = Path(os.path.abspath(store.path))  # for pathlib the parent of "." is "."
+    for folder in (path.parent, path.parent.parent):
         model = folder / "tokenizer.model"
         if model.exists():
             tokenizer = Tokenizer.load(model)
             store.check_tokenizer(tokenizer)
             return tokenizer
-    raise DataError(f"{store.path.parent / 'tokenizer.model'}: missing, so {store.path.name} cannot be decoded")
+    raise DataError(f"{path.parent / 'tokenizer.model'}: missing, so {path.name} cannot be decoded")
 
 
 def _report(path: Path, samples: int, sample_tokens: int, top: int, seed: int, verify: Verify) -> StoreReport:

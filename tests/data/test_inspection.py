@@ -52,6 +52,16 @@ def test_a_folder_without_stores_is_refused(tmp_path: Path) -> None:
         inspect(tmp_path / "absent")
 
 
+@pytest.mark.parametrize("inside", ["train", "validation/more"])
+def test_a_store_may_be_the_working_folder(copied: Path, monkeypatch: pytest.MonkeyPatch, inside: str) -> None:
+    (copied / "validation").mkdir()
+    (copied / "held_out").rename(copied / "validation" / "more")
+    monkeypatch.chdir(copied / inside)
+    assert inspect(".")[0].n_documents == inspect(copied / inside)[0].n_documents
+    monkeypatch.chdir(copied / inside / "..")
+    assert inspect(Path(inside).name)[0].samples
+
+
 def test_a_store_without_its_tokenizer_is_refused(copied: Path) -> None:
     (copied / "tokenizer.model").unlink()
     with pytest.raises(DataError, match=r"tokenizer\.model: missing"):
