@@ -46,7 +46,7 @@ class Shard:
         """Stands for what is read: another one when a file has another size or time, or another interpreter's
         standard library is read."""
         parts = [[str(p.path), p.start, p.end, p.size, p.modified] for p in self.parts]
-        told = [self.spec.as_dict(), parts, [sys.version, str(stdlib.root())] if self.parts == (Part(),) else None]
+        told = [self.spec.as_dict(), parts, [sys.version, str(stdlib.root())] if self.parts[0].path is None else None]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:20]
 
     @property
@@ -85,7 +85,7 @@ def shards(spec: SourceSpec, shard_bytes: int | None = None) -> list[Shard]:
     and small ones joined. Raises DataError for a path that leads to no file.
     """
     if spec.kind not in SUFFIXES:
-        return [Shard(spec)]
+        return [Shard(spec, (readers.part_of_dataset(spec),))]
     files = find_files(spec.paths, SUFFIXES[spec.kind])
     if shard_bytes is None:
         return [Shard(spec, (_whole(path),)) for path in files]

@@ -271,6 +271,20 @@ def test_killed_at_any_moment_it_goes_on(tmp_path: Path, corpus: Path, prepared:
     assert tree(out) == tree(prepared.path)
 
 
+def test_a_saved_dataset_that_was_replaced_is_read_anew(tmp_path: Path, texts: list[str]) -> None:
+    import datasets
+
+    source = SourceSpec("datasets", dataset=str(tmp_path / "set"))
+    few, spec = [f"few {i}" for i in range(20)], TokenizerSpec(vocab_size=400)
+    datasets.Dataset.from_dict({"text": few}).save_to_disk(tmp_path / "set")
+    with pytest.raises(DataError, match="more than this corpus supports"):
+        prepare(source, spec, tmp_path / "out", 0.2, threads=1)
+    datasets.Dataset.from_dict({"text": texts}).save_to_disk(tmp_path / "set")
+    result = prepare(source, spec, tmp_path / "out", 0.2, threads=1)
+    assert result.counts is not None
+    assert result.counts.read == len(texts)
+
+
 def test_two_preparations_at_once_are_refused(tmp_path: Path, source: SourceSpec) -> None:
     def again(step: Progress) -> None:
         with pytest.raises(DataError, match="another process is preparing it"):
