@@ -6,6 +6,7 @@ import contextlib
 import glob
 import gzip
 import io
+import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,8 +23,8 @@ COMPRESSED = (".gz", ".zst")
 def find_files(entries: tuple[str, ...], suffixes: tuple[str, ...] | None) -> list[Path]:
     """The files that ``entries`` (files, folders, globs) name, each once: entries in order, each one's files sorted.
 
-    In a folder, every file below it that ends with one of ``suffixes`` (None: any) and has no hidden part.
-    Raises DataError for an entry that leads to no file.
+    In a folder, every file below it, also by links, that ends with one of ``suffixes`` (None: any) and has no hidden
+    part. Raises DataError for an entry, or a link in a folder, that leads to no file.
     """
     found: dict[Path, None] = {}
     for entry in entries:
@@ -32,7 +33,7 @@ def find_files(entries: tuple[str, ...], suffixes: tuple[str, ...] | None) -> li
             if path.is_file():
                 files = [path]
             elif path.is_dir():
-                files = sorted(p for p in path.rglob("*") if _wanted(p, path, suffixes))
+                files = sorted(_below(path, suffixes))
                 if not files:
                     wanted = f" that ends with {' or '.join(suffixes)}" if suffixes else ""
                     raise DataError(f"{entry}: the folder has no file{wanted}")
@@ -48,9 +49,28 @@ def find_files(entries: tuple[str, ...], suffixes: tuple[str, ...] | None) -> li
     return list(found)
 
 
-def _wanted(path: Path, folder: Path, suffixes: tuple[str, ...] | None) -> bool:
-    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-    return not hidden and (suffixes is None or path.name.endswith(suffixes)) and path.is_file()
+def _below(folder: Path, suffixes: tuple[str, ...] | None) -> Iterator[Path]:
+    """The files that are wanted, in no order, those of a folder that several links lead to once."""
+
+    def fail(error: OSError) -> None:
+        raise DataError(f"{error.filename}: {reason(error)}") from error
+
+    entered: set[str] = set()
+    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        real = os.path.realpath(parent)
+        if real in entered:  # by another link, or this one lies in it
+            folders.clear()
+            continue
+        entered.add(real)
+        for name in names:
+            path = Path(parent, name)
+            if name[0] == "." or not (suffixes is None or name.endswith(suffixes)):
+                continue
+            if path.is_file():
+                yield path
+            elif path.is_symlink():
+                raise DataError(f"{path}: a link to a file that is not there")
 
 
 @contextlib.contextmanager

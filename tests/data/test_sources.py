@@ -44,6 +44,19 @@ def test_a_folder_is_read_below_and_in_order_without_hidden_files(tmp_path: Path
     assert read(SourceSpec("text", paths=(str(tmp_path),))) == ["a/z/1.txt", "b/2.txt", "c.txt"]
 
 
+def test_a_folder_is_read_through_links_and_none_of_them_twice(tmp_path: Path) -> None:
+    for name in ("corpus/a.txt", "corpus/part/b.txt", "elsewhere/sub/c.txt", "elsewhere/.hidden/d.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    for link, target in (("link", "elsewhere"), ("part/again", "elsewhere/sub"), ("part/loop", "corpus")):
+        (tmp_path / "corpus" / link).symlink_to(tmp_path / target)
+    source = SourceSpec("text", paths=(str(tmp_path / "corpus"),))
+    assert read(source) == ["corpus/a.txt", "elsewhere/sub/c.txt", "corpus/part/b.txt"]
+    (tmp_path / "corpus" / "part" / "gone.txt").symlink_to(tmp_path / "gone.txt")
+    with pytest.raises(DataError, match=r"part/gone\.txt: a link to a file that is not there"):
+        read(source)
+
+
 def test_a_file_whose_name_looks_like_a_pattern(tmp_path: Path) -> None:
     path = tmp_path / "a[1]*.txt"
     path.write_text("plain")
