@@ -79,6 +79,8 @@ def open_input(path: Path) -> Iterator[IO[bytes]]:
     try:
         with path.open("rb") as raw:
             if path.suffix == ".gz":
+                if not raw.peek(1):
+                    raise EOFError  # gzip would take it for no text; even that has a header
                 with gzip.open(raw) as unzipped:
                     yield unzipped  # type: ignore[misc]
             elif path.suffix == ".zst":

@@ -94,6 +94,12 @@ def a_truncated_gzip_file(bench: Any) -> Any:
 
 
 @case
+def an_empty_file_named_gz(bench: Any) -> Any:
+    path = bench.file("a.jsonl.gz", b"")
+    return bench.read("jsonl", path), "a.jsonl.gz: the compressed file is truncated"
+
+
+@case
 def a_damaged_gzip_file(bench: Any) -> Any:
     data = bytearray(gzip.compress(RECORDS))
     data[-6] ^= 0x10  # in the checksum
