@@ -151,7 +151,8 @@ def _read_parquet(
             names = file.schema_arrow.names
             if spec.text_key not in names:
                 raise DataError(f"{part.path}: no column '{spec.text_key}' (text_key); it has: {', '.join(names)}")
-            groups = list(range(part.start, file.num_row_groups if part.end is None else part.end))
+            there = file.num_row_groups  # none, where no table was written
+            groups = list(range(part.start, there if part.end is None else min(part.end, there)))
             row = sum(file.metadata.row_group(i).num_rows for i in range(part.start))
             first, rows = row, max(1, sum(file.metadata.row_group(i).num_rows for i in groups))
             for batch in file.iter_batches(batch_size=1024, row_groups=groups, columns=[spec.text_key]):

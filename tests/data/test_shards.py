@@ -57,6 +57,13 @@ def test_row_groups_hold_each_row_once(tmp_path: Path, shard_bytes: int) -> None
     assert (len(parts) > 2) == (shard_bytes < 20_000)
 
 
+def test_a_parquet_file_without_row_groups_has_no_rows(tmp_path: Path) -> None:
+    pq.ParquetWriter(tmp_path / "a.parquet", pa.schema([("text", pa.string())])).close()
+    for shard_bytes in (1, 1 << 20):
+        (shard,) = shards(SourceSpec("parquet", paths=(str(tmp_path),)), shard_bytes)
+        assert list(shard.records()) == []
+
+
 def test_large_files_are_cut_and_small_ones_joined(tmp_path: Path) -> None:
     for name, size in (("a", 10), ("b", 20), ("c", 5000), ("d", 30), ("e", 900)):
         (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "{name * size}"}}\n')
