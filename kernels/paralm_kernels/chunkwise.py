@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import fused
+from .autocast import no_autocast
 from .checks import DTYPES, compute_dtype, same_device, shape
 from .chunkwise_reference import loop
 from .chunkwise_torch import ChunkState, Plan, chunkwise_torch
@@ -65,7 +66,8 @@ def chunkwise(
     begin = initial_state(q, v, dtype, normalized) if state is None else given_state(state, dtype)
     every = (q, k, v, log_decay, gain, *begin)
     if q.shape[1] == 1 and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in every)):
-        y, end = loop(q, k, v, log_decay, gain, begin, reset, normalized, eps, dtype)
+        with no_autocast(q):
+            y, end = loop(q, k, v, log_decay, gain, begin, reset, normalized, eps, dtype)
     elif method == "triton" or (method == "auto" and fused.by_default(q)):
         run = fused.kernels("triton_chunkwise", "chunkwise: ").chunkwise_triton
         y, end = run(q, k, v, log_decay, gain, begin, reset, plan, strict=method == "triton")
@@ -100,7 +102,8 @@ def reference_chunkwise(
     """`chunkwise` as a loop over time in plain torch under autograd: slow, obviously right. Same arguments."""
     dtype = check(q, k, v, log_decay, gain, state, reset, normalized)
     begin = initial_state(q, v, dtype, normalized) if state is None else given_state(state, dtype)
-    y, end = loop(q, k, v, log_decay, gain, begin, reset, normalized, eps, dtype)
+    with no_autocast(q):
+        y, end = loop(q, k, v, log_decay, gain, begin, reset, normalized, eps, dtype)
     return y, (end if normalized else end[0])
 
 

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .autocast import no_autocast
 from .chunkwise_reference import ChunkState
 
 _BUDGET = {"cpu": 1 << 21}
@@ -86,7 +87,7 @@ class _Chunkwise(torch.autograd.Function):
 
 def context(x: Tensor) -> AbstractContextManager[Any]:
     """In which `outputs`, `end`, `gradients` and `entry_gradient` are called."""
-    return torch.autocast(x.device.type, enabled=False)
+    return no_autocast(x)
 
 
 class Problem:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import fused
+from .autocast import no_autocast
 from .checks import DTYPES, compute_dtype, same_device, shape
 from .dense_cells import KINDS, DenseKind, Tensors
 from .dense_newton import newton_run
@@ -73,7 +74,8 @@ def dense_rnn(
     every = (inputs, weight, *(() if bias is None else (bias,)), *begin)
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in every)
     if inputs.shape[1] == 1 and not keep:
-        return decode(cell, inputs, weight, bias, begin, reset, dtype)
+        with no_autocast(inputs):
+            return decode(cell, inputs, weight, bias, begin, reset, dtype)
     plan = DensePlan(cell, dtype, keep)
     if method == "newton":
         plan = replace(plan, solve=newton_run(NewtonOptions(tile, tol, max_iter), on_failure))
@@ -106,7 +108,8 @@ def reference_dense_rnn(
         if reset is not None:
             cut = reset[:, t, None, None]
             now = tuple(torch.where(cut, value, part) for value, part in zip(cell.initial, now, strict=True))
-        products = torch.einsum("ghoi,bhi->gbho", weight.to(dtype), now[0])
+        with no_autocast(inputs):
+            products = torch.einsum("ghoi,bhi->gbho", weight.to(dtype), now[0])
         rows = [torch.zeros_like(now[0]) for _ in cell.rows]
         for row in range(cell.recurrent):
             rows[row] = rows[row] + products[row]

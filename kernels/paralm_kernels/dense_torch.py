@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .autocast import no_autocast
 from .dense_cells import DenseKind, Tensors
 
 PIECE = 256
@@ -151,7 +152,8 @@ class _Dense(torch.autograd.Function):
         *state: Tensor,
     ) -> tuple[Tensor, ...]:
         begin = tuple(part.to(plan.dtype).transpose(0, 1) for part in state)
-        trajectory, end = (plan.solve or run)(plan, inputs, weight, bias, begin, reset)
+        with no_autocast(inputs):
+            trajectory, end = (plan.solve or run)(plan, inputs, weight, bias, begin, reset)
         ctx.plan, ctx.state_dtypes = plan, [part.dtype for part in state]
         if plan.keep:
             ctx.save_for_backward(inputs, weight, bias, reset, *begin, *trajectory)
@@ -165,7 +167,8 @@ class _Dense(torch.autograd.Function):
         inputs, weight, bias, reset, *saved = ctx.saved_tensors
         count = len(ctx.plan.kind.state)
         trajectory = (tuple(saved[:count]), tuple(saved[count:]))
-        grads = pull_back(ctx.plan, inputs, weight, bias, reset, *trajectory, grad_y, grad_final)
+        with no_autocast(inputs):
+            grads = pull_back(ctx.plan, inputs, weight, bias, reset, *trajectory, grad_y, grad_final)
         to_state = (grad.to(dtype) for grad, dtype in zip(grads[3], ctx.state_dtypes, strict=True))
         return None, *grads[:3], None, *to_state
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .autocast import no_autocast
 from .checks import DTYPES, compute_dtype, same_device, shape
 from .dry import on_gpu
 from .errors import ArgumentError
@@ -101,17 +102,18 @@ def neural_memory(
         if position is None:
             position = torch.zeros(batch, dtype=torch.int64, device=q.device)
         by_head = [None if x is None else x.to(wide).transpose(1, 2) for x in (log_momentum, log_keep)]
-        y, after = loop(
-            q.to(wide).transpose(1, 2),
-            k.to(wide).transpose(1, 2),
-            v.to(wide).transpose(1, 2),
-            (rate.to(wide).transpose(1, 2), by_head[0], by_head[1]),
-            initial,
-            (memory, start, momentum, position),
-            reset,
-            chunk_size,
-            Form(activation, norm),
-        )
+        with no_autocast(q):
+            y, after = loop(
+                q.to(wide).transpose(1, 2),
+                k.to(wide).transpose(1, 2),
+                v.to(wide).transpose(1, 2),
+                (rate.to(wide).transpose(1, 2), by_head[0], by_head[1]),
+                initial,
+                (memory, start, momentum, position),
+                reset,
+                chunk_size,
+                Form(activation, norm),
+            )
         return y.transpose(1, 2).to(v.dtype), _pack(*after)
     compiled = method == "compiled" or (method == "auto" and on_gpu(q) and time >= _LONG)
     tile_size = tile_size or (256 if compiled else 128)
@@ -119,7 +121,8 @@ def neural_memory(
     laid = tuple(None if x is None else layout.lay(x).transpose(1, 2) for x in (q, k, v, rate, log_momentum, log_keep))
     run = _Run(layout.slots, depth, len(biases or ()), activation, matmul_dtype, wide, momentum is not None, compiled)
     flat = [*memory.flat, *start.flat, *(momentum.flat if momentum is not None else ())]
-    y, *final = _Memory.apply(run, *laid, norm, *initial.flat, *flat)
+    with no_autocast(q):
+        y, *final = _Memory.apply(run, *laid, norm, *initial.flat, *flat)
     memory, start, momentum = run.split(tuple(final))
     return layout.restore(y.transpose(1, 2)), _pack(memory, start, momentum, layout.position.to(q.device))
 
@@ -161,7 +164,8 @@ def read_memory(
     weights."""
     memory = Layers(tuple(weights), tuple(biases or ()))
     form = Form(activation, None if norm is None else norm.to(weights[0].dtype))
-    y = apply_memory(memory, q.transpose(1, 2).to(weights[0].dtype), form)
+    with no_autocast(q):
+        y = apply_memory(memory, q.transpose(1, 2).to(weights[0].dtype), form)
     return y.transpose(1, 2).to(q.dtype)
 
 
@@ -370,30 +374,31 @@ class _Memory(torch.autograd.Function):
         grad_norm: Tensor | None = None
         grad_initial: list[Tensor | None] = [None] * width
         grad_state: Sequence[Tensor | None] = grad_final
-        for begin in reversed(range(0, len(run.slots), ctx.stride)):
-            slots = run.slots[begin : begin + ctx.stride]
-            group = begin // ctx.stride - 1
-            states = [tuple(first) if begin == 0 else tuple(kept[group * size : (group + 1) * size])]
-            for slot in slots[:-1]:
-                learned = run.learn(slot, _pieces(laid, slot), norm, initial, states[-1])
-                states.append(run.after(slot, learned, norm, initial, states[-1]))
-            for slot in reversed(slots):
-                state, part = states.pop(), slice(slot.begin, slot.end)
-                if len(run.slots) == 1:
-                    learned, reads = pytree.tree_unflatten(kept, ctx.spec)
-                else:
-                    pieces = _pieces(laid, slot)
-                    learned = run.learn(slot, pieces, norm, initial, state)
-                    reads = run.read(pieces, learned, norm)[1]
-                given = None if grad_y is None else grad_y[:, :, part]
-                found = run.back(slot, learned, reads, norm, state, given, grad_state)
-                for whole, piece in zip(grads, found.pieces):
-                    if whole is not None and piece is not None:
-                        whole[:, :, part] = piece
-                for n, g in enumerate(found.initial or ()):
-                    grad_initial[n] = _sum(grad_initial[n], g)
-                grad_norm = _sum(grad_norm, found.norm)
-                grad_state = found.state
+        with no_autocast(arguments[0]):
+            for begin in reversed(range(0, len(run.slots), ctx.stride)):
+                slots = run.slots[begin : begin + ctx.stride]
+                group = begin // ctx.stride - 1
+                states = [tuple(first) if begin == 0 else tuple(kept[group * size : (group + 1) * size])]
+                for slot in slots[:-1]:
+                    learned = run.learn(slot, _pieces(laid, slot), norm, initial, states[-1])
+                    states.append(run.after(slot, learned, norm, initial, states[-1]))
+                for slot in reversed(slots):
+                    state, part = states.pop(), slice(slot.begin, slot.end)
+                    if len(run.slots) == 1:
+                        learned, reads = pytree.tree_unflatten(kept, ctx.spec)
+                    else:
+                        pieces = _pieces(laid, slot)
+                        learned = run.learn(slot, pieces, norm, initial, state)
+                        reads = run.read(pieces, learned, norm)[1]
+                    given = None if grad_y is None else grad_y[:, :, part]
+                    found = run.back(slot, learned, reads, norm, state, given, grad_state)
+                    for whole, piece in zip(grads, found.pieces):
+                        if whole is not None and piece is not None:
+                            whole[:, :, part] = piece
+                    for n, g in enumerate(found.initial or ()):
+                        grad_initial[n] = _sum(grad_initial[n], g)
+                    grad_norm = _sum(grad_norm, found.norm)
+                    grad_state = found.state
         return (None, *grads, grad_norm, *grad_initial, *grad_state)
 
 

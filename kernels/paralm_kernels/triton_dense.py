@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .autocast import no_autocast
 from .dense_cells import KINDS, DenseKind, Tensors
 from .dense_torch import DensePlan, pull_back
 from .triton_dense_kernels import backward_kernel, forward_kernel
@@ -124,7 +125,8 @@ class _Dense(torch.autograd.Function):
         inputs, weight, bias, reset, begin, kept = ctx.saved_tensors
         walk = _Walk(ctx.plan, weight, reset, grad_y)
         trajectory = (begin.unbind(0), kept.unbind(0))
-        grads = pull_back(ctx.plan, inputs, weight, bias, reset, *trajectory, grad_y, grad_final, walk)
+        with no_autocast(inputs):
+            grads = pull_back(ctx.plan, inputs, weight, bias, reset, *trajectory, grad_y, grad_final, walk)
         to_state = (grad.to(dtype) for grad, dtype in zip(grads[3], ctx.state_dtypes, strict=True))
         return None, *grads[:3], None, *to_state
 

@@ -258,6 +258,10 @@ def test_arguments_are_left_alone_and_autocast_changes_nothing(normalized):
         y, _ = chunkwise(*case.inputs, state, case.reset, normalized=normalized)
     assert torch.equal(y, expected)
     assert all(torch.equal(a, b) for a, b in zip(before, (*case.inputs, *case.state), strict=True))
+    step = [x[:, :1] for x in case.inputs]  # decoding is the loop
+    expected, _ = chunkwise(*step, state, normalized=normalized)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(chunkwise(*step, state, normalized=normalized)[0], expected)
 
 
 def arguments(**changed):

@@ -236,6 +236,16 @@ def test_slstms_hidden_state_does_not_see_a_shift_of_m():
     torch.testing.assert_close(moved, y, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("method", ["torch", "newton"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_changes_nothing(kind, method):
+    given = arguments(kind, dtype=torch.float32)
+    expected = outcome(dense_rnn, kind, *given, method=method)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = outcome(dense_rnn, kind, *given, method=method)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
 def test_returned_tensors_are_their_own():
     """Writing into an output or the state does not reach what the backward pass reads."""
     inputs, weight, bias, state = arguments("lstm")

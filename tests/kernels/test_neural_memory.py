@@ -208,6 +208,26 @@ def test_exact_zeros_of_gates() -> None:
     assert all(torch.isfinite(g).all() for g in gradients(got, case.leaves()))
 
 
+@pytest.mark.parametrize("keys", [{}, {"chunk_size": 64}, {"method": "reference"}], ids=str)
+def test_autocast_changes_nothing(keys: dict[str, Any]) -> None:
+    case = Case()
+    for name, x in vars(case).items():
+        if isinstance(x, Tensor):
+            setattr(case, name, x.detach().float().requires_grad_())
+    case.weights = [w.detach().float().requires_grad_() for w in case.weights]
+
+    def everything() -> list[Tensor]:
+        y, state = case.run(**keys)
+        return [y, read_memory(case.q, state["weights"]), *gradients((y, state), case.leaves())]
+
+    expected = everything()
+    with torch.autocast("cpu", torch.bfloat16):
+        y, state = case.run(**keys)
+        read = read_memory(case.q, state["weights"])
+    got = [y, read, *gradients((y, state), case.leaves())]
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
 def test_the_first_state_and_reads() -> None:
     case = Case(biases=True)
     first = memory_state(3, [tuple(w.shape) for w in case.weights], biases=True, dtype=torch.float64)
