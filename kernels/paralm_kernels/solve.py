@@ -164,8 +164,13 @@ def step(cell: Cell, state: Sequence[Tensor], inputs: Sequence[Tensor], params: 
     if fused.by_default(state[0]) and not _wants_gradient(tensors):
         converted = tuple(tuple(value.to(dtype) for value in group) for group in (state, params))
         return fused.kernels("triton_solver").decode(derived, converted[0], inputs, converted[1], dtype)
-    result = torch_code(derived).step(*(value.to(dtype) for value in (*state, *inputs, *params)))
-    return tuple(result)
+    wide = tuple(value.to(dtype) for value in tensors)
+    if not _wants_gradient(tensors):
+        return tuple(torch_code(derived).step(*wide))
+    # the cell's own: autograd through the lowered one would see no detach, halve a tie, and make NaN of 0 · ∞
+    n, m = len(state), len(state) + len(inputs)
+    result = cell.step(wide[:n], wide[n:m], wide[m:])
+    return tuple(h.to(dtype).expand_as(state[0]) for h in result)
 
 
 def _wants_gradient(tensors: Sequence[Tensor]) -> bool:

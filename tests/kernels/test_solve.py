@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from paralm_kernels import ArgumentError, Cell, CellError, ParaGRU, ParaLSTM, solve, step
 from paralm_kernels.laws import (
     FLOAT32_GRADIENTS,
@@ -83,6 +84,31 @@ def test_whole_is_pieces(cell, method, cuts):
 def test_decoding_is_solving(cell):
     case = random_case(cell, time=19, weights=2.0)
     assert_same(outcome(case, decoded), outcome(case, by("auto")))
+
+
+@pytest.mark.parametrize(
+    ("function", "x"),
+    [
+        (F.relu, 0.0),
+        (lambda h: h.clamp(0, 1), 0.0),
+        (F.softplus, 1000.0),
+        (F.elu, 1000.0),
+        (lambda h: h.detach() * h, 2.0),
+    ],
+)
+def test_the_gradient_of_a_decode_step_is_the_cells(function, x):
+    class Made(Cell):
+        name = "made"
+        state = ("h",)
+        inputs = ("x",)
+
+        def step(self, state, inputs, params):
+            return (function(state[0] + inputs[0]),)
+
+    h, x = torch.zeros(1, 1, requires_grad=True), torch.full((1, 1), x)
+    (expected,) = torch.autograd.grad(solve(Made(), (x[:, None],), (), (h,)).final, h)
+    (got,) = torch.autograd.grad(step(Made(), (h,), (x,), ()), h)
+    assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("method", METHODS)
