@@ -31,6 +31,7 @@ from torch import Tensor
 
 from .autocast import no_autocast
 from .chunkwise_reference import ChunkState
+from .once import once_differentiable
 
 _BUDGET = {"cpu": 1 << 21}
 """Numbers in a block's intermediate results: on a CPU what stays in the caches."""
@@ -76,7 +77,7 @@ class _Chunkwise(torch.autograd.Function):
         return (y, *end)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor | None, *grad_end: Tensor | None) -> tuple[Tensor | None, ...]:
         reset, *tensors = ctx.saved_tensors
         grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors[:5])

@@ -20,6 +20,7 @@ from torch import Tensor
 from . import fused
 from .checks import DTYPES, compute_dtype, same_device, shape
 from .errors import ArgumentError
+from .once import once_differentiable
 
 _CHUNK = 65536
 """Numbers per piece on a CPU; on a device everything is one piece."""
@@ -189,7 +190,7 @@ class _CausalConv(torch.autograd.Function):
         return call.outputs(), tail_of(x, state, call.geometry)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor | None, grad_tail: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, bias, state, reset = ctx.saved_tensors
         call = Call(x, weight, bias, state, reset, ctx.dtype, ctx.by_kernels)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .autocast import no_autocast
 from .dense_cells import DenseKind, Tensors
+from .once import once_differentiable
 
 PIECE = 256
 """Steps whose rows and coefficients are in memory at once."""
@@ -162,7 +163,7 @@ class _Dense(torch.autograd.Function):
         return (y, *(part.transpose(0, 1).contiguous() for part in end))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor | None, *grad_final: Tensor | None) -> tuple[Tensor | None, ...]:
         inputs, weight, bias, reset, *saved = ctx.saved_tensors
         count = len(ctx.plan.kind.state)

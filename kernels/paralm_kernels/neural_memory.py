@@ -31,6 +31,7 @@ from .neural_memory_backward import tile_grads
 from .neural_memory_layout import Slot, plan
 from .neural_memory_reference import loop
 from .neural_memory_tile import ACTIVATIONS, Form, Gates, Layers, Read, Tile, apply_memory, learn, read, update
+from .once import once_differentiable
 
 MemoryState = dict[str, Any]
 _LONG = 16
@@ -361,7 +362,7 @@ class _Memory(torch.autograd.Function):
         return (torch.cat(outputs, dim=2), *final)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor | None, *grad_final: Tensor | None) -> tuple[Tensor | None, ...]:
         run: _Run = ctx.run
         saved, width = ctx.saved_tensors, run.width

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .once import once_differentiable
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -63,7 +65,7 @@ class _Move(torch.autograd.Function):
         return _at(x, index)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         inverse, own = ctx.saved_tensors
         grad = _at(grad, inverse)

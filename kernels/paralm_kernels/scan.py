@@ -20,6 +20,7 @@ from .cell_library.linear import DiagonalScan, matrix_scan_cell
 from .checks import DTYPES
 from .dry import on_gpu
 from .errors import ArgumentError
+from .once import once_differentiable
 from .solve import solve
 
 METHODS = ("auto", "loop", "torch", "triton")
@@ -132,7 +133,7 @@ class _LinearScan(torch.autograd.Function):
         return states
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         matrix, initial, states = ctx.saved_tensors
         full = matrix.ndim == states.ndim + 1

@@ -15,6 +15,7 @@ from .cell import Cell, Tensors
 from .derive import derive
 from .errors import ArgumentError, NotConverged
 from .newton import NewtonOptions, solve_newton
+from .once import once_differentiable
 from .problem import Problem, SolveInfo
 from .sequential import solve_sequential
 from .torch_code import torch_code
@@ -230,7 +231,7 @@ class _Solve(torch.autograd.Function):
         return (*outputs, *final)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         reset, *saved = ctx.saved_tensors
         count = len(ctx.given)

@@ -28,6 +28,7 @@ from . import chunkwise_torch, fused
 from .chunkwise import check, given_state, initial_state, plan_of
 from .chunkwise_reference import ChunkState
 from .chunkwise_torch import Plan
+from .once import once_differentiable
 from .time_shards import anchor
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ class _Chunkwise(torch.autograd.Function):
         return (y, *whole)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor | None, *grad_end: Tensor | None) -> tuple[Tensor | None, ...]:
         shards, plan, kernels, lanes = ctx.shards, ctx.plan, ctx.kernels, ctx.lanes
         reset, *rest = ctx.saved_tensors

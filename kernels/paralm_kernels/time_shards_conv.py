@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import conv, fused
 from .errors import ArgumentError
+from .once import once_differentiable
 from .time_shards import anchor
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class _Conv(torch.autograd.Function):
         return y, tail
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor | None, grad_tail: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, bias, before, reset = ctx.saved_tensors
         shards, call = ctx.shards, conv.Call(x, weight, bias, before, reset, ctx.dtype, ctx.by_kernels)

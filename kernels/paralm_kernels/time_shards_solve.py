@@ -28,6 +28,7 @@ from . import fused
 from .affine import AffineMap, whole
 from .cell import Cell, Tensors
 from .newton import NewtonOptions
+from .once import once_differentiable
 from .problem import Problem, SolveInfo
 from .solve import Trajectory, checked_call, gradients_of, problem_of, run, trajectory
 from .time_shards import anchor
@@ -82,7 +83,7 @@ class _Sharded(torch.autograd.Function):
         return (*(h.to(given) for h in states), *final)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         reset, *saved = ctx.saved_tensors
         count, shards = len(ctx.given), ctx.shards

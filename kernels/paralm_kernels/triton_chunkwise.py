@@ -23,6 +23,7 @@ from . import triton_chunkwise_kernels as forward
 from .chunkwise_reference import ChunkState
 from .chunkwise_torch import GradEnd, Plan, chunkwise_torch, past
 from .errors import ArgumentError
+from .once import once_differentiable
 from .triton_launch import Launch
 from .triton_solver import check_device, interpreted
 
@@ -93,7 +94,7 @@ class _Fused(torch.autograd.Function):
         return (y, *end)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor | None, *grad_end: Tensor | None) -> tuple[Tensor | None, ...]:
         reset, *tensors = ctx.saved_tensors
         count = 8 if ctx.plan.normalized else 6

@@ -20,6 +20,7 @@ from torch import Tensor
 from .autocast import no_autocast
 from .dense_cells import KINDS, DenseKind, Tensors
 from .dense_torch import DensePlan, pull_back
+from .once import once_differentiable
 from .triton_dense_kernels import backward_kernel, forward_kernel
 from .triton_launch import COMPUTE, Launch, on_device
 from .triton_solver import check_device, interpreted
@@ -120,7 +121,7 @@ class _Dense(torch.autograd.Function):
         return (y, *(part[:, -1].transpose(0, 1).contiguous() for part in kept.unbind(0)))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor | None, *grad_final: Tensor | None) -> tuple[Tensor | None, ...]:
         inputs, weight, bias, reset, begin, kept = ctx.saved_tensors
         walk = _Walk(ctx.plan, weight, reset, grad_y)

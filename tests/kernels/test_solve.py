@@ -177,6 +177,9 @@ def test_a_second_derivative_is_refused():
     (grad,) = torch.autograd.grad(states, x[:1], cotangent, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+    (grad,) = torch.autograd.grad(solve(case.cell, x, case.params).states[0].sum(), x[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):  # the gradient of a sum is a constant
+        grad.sum().backward()
 
 
 @pytest.mark.parametrize("method", METHODS)
