@@ -100,6 +100,11 @@ class Graph:
         return "\n".join(lines)
 
 
+def python_number(value: float) -> str:
+    """A number as generated code has it; inf and nan are no names there."""
+    return repr(value) if math.isfinite(value) else f'float("{value}")'
+
+
 def ancestors(roots: Iterable[Node]) -> tuple[Node, ...]:
     """The roots and everything they are computed from, operands first."""
     seen: dict[int, Node] = {}

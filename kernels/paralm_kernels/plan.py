@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from .graph import Node, ancestors
+from .graph import Node, ancestors, python_number
 
 _CALLS = {"div": "torch.true_divide"}
 _BACKWARD = ("sigmoid_backward", "tanh_backward")
@@ -66,7 +66,7 @@ class Plan:
         for node in self._ahead:
             if node.index not in needed:
                 continue
-            value = f"_constant({node.value!r}, {like})" if node.is_const else self.call(_plain(node))
+            value = f"_constant({python_number(node.value)}, {like})" if node.is_const else self.call(_plain(node))
             lines.append(f"{self.text[node.index]} = {value}")
         return lines
 

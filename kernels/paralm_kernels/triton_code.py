@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from .derive import Derived
 from .errors import CellError
-from .graph import Node, ancestors
+from .graph import Node, ancestors, python_number
 
 _INFIX = {
     "add": ("+", 5),
@@ -246,16 +246,20 @@ class _Writer:
         float32 holds it exactly."""
         if not node.is_const:
             return self._text[node.index][0]
-        exact = struct.unpack("f", struct.pack("f", node.value))[0] == node.value
+        try:
+            exact = struct.unpack("f", struct.pack("f", node.value))[0] == node.value
+        except OverflowError:
+            exact = False
         plain = exact and beside is not None and not beside.is_const
-        return repr(node.value) if plain else f"constant({node.value!r}, {self._like})"
+        text = python_number(node.value)
+        return text if plain else f"constant({text}, {self._like})"
 
     def _write(self, node: Node) -> tuple[str, int]:
         op, args = node.op, node.args
         if op == "input":
             return self._names[node.name], _ATOM
         if op == "const":
-            return repr(node.value), _ATOM if node.value >= 0 else 7
+            return python_number(node.value), 7 if node.value < 0 else _ATOM
         if op in _INFIX:
             sign, level = _INFIX[op]
             least = {2: 7, 3: 5}.get(level, level)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 
 import pytest
@@ -59,6 +60,8 @@ ELEMENTWISE = {
     "state alone": lambda h, x, a: h,
     "input alone": lambda h, x, a: x,
     "linear": lambda h, x, a: a * h + x,
+    "infinities": lambda h, x, a: torch.exp(torch.where(h > x, -math.inf, a * h)).clamp(max=math.inf) + x,
+    "beyond float32": lambda h, x, a: (a * h + x).clamp(-1e300, 1e300),
     "parameter alone": lambda h, x, a: torch.tanh(a) + 0 * h,
     "fresh tensor changed in place": lambda h, x, a: (h * a).add_(x).tanh_(),
 }

@@ -89,6 +89,20 @@ def test_a_cell_of_a_registered_name_does_not_get_that_cells_kernels():
     assert "next_h = x + h * 0.5" in generate(Other())
 
 
+def test_numbers_of_any_size_are_written():
+    class Far(Cell):
+        name = "far"
+        state, inputs, params = ("h",), ("x",), ()
+
+        def step(self, state, inputs, params):
+            h, x = state[0], inputs[0]
+            return (torch.where(h > x, float("inf"), h).clamp(-1e300, 1e300),)
+
+    text = generate(Far())
+    assert 'tl.where(h > x, float("inf"), h)' in text
+    assert "constant(1e+300, h)" in text
+
+
 def test_names_that_the_text_needs_are_renamed():
     class Awkward(Cell):
         name = "awkward"
