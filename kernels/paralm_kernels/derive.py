@@ -215,4 +215,8 @@ def _constant(cell: Cell, value: Tensor) -> float:
             f"cell {cell.name!r}: step uses a tensor of shape {tuple(value.shape)} that is not an argument; "
             "name it in params"
         )
+    if value.requires_grad:
+        raise CellError(
+            f"cell {cell.name!r}: step uses a tensor that wants a gradient and is not an argument; name it in params"
+        )
     return float(value.item())

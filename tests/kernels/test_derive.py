@@ -117,6 +117,13 @@ def test_a_captured_vector_is_refused_as_a_missing_parameter():
         derive(one_component(lambda h, x, a: h * vector))
 
 
+def test_a_captured_parameter_is_refused_as_a_missing_one():
+    """It would be a constant: never trained, and read once."""
+    parameter = torch.nn.Parameter(torch.tensor(0.5))
+    with pytest.raises(CellError, match="tensor that wants a gradient and is not an argument; name it in params"):
+        derive(one_component(lambda h, x, a: h * parameter + x * a))
+
+
 @pytest.mark.parametrize("result", [lambda h: h, lambda h: (h, h), lambda h: [h]])
 def test_a_step_must_return_its_tuple(result):
     class Made(Cell):
