@@ -51,15 +51,15 @@ DECOMPOSED: dict[Any, Callable[..., Any]] = get_decompositions(
 Lower = Callable[..., Node]
 
 
-def _scaled(build: Builder, node: Node, alpha: float) -> Node:
-    return build.call("mul", node, build.const(alpha))
+def _scaled(build: Builder, node: Node, alpha: float | Node) -> Node:
+    return build.call("mul", node, alpha if isinstance(alpha, Node) else build.const(alpha))
 
 
 def _add(build: Builder, a: Node, b: Node, alpha: float = 1) -> Node:
     return build.call("add", a, _scaled(build, b, alpha))
 
 
-def _sub(build: Builder, a: Node, b: Node, alpha: float = 1) -> Node:
+def _sub(build: Builder, a: Node, b: Node, alpha: float | Node = 1) -> Node:
     return build.call("sub", a, _scaled(build, b, alpha))
 
 

@@ -37,7 +37,7 @@ def one_component(function):
 
 ELEMENTWISE = {
     "arithmetic": lambda h, x, a: (a * h - x) / (2 + h * h) - (-h) + 1 / (3 + x.abs()),
-    "reversed": lambda h, x, a: 1 - h * a + 2.0 / (x * x + 1),
+    "reversed": lambda h, x, a: 1 - h * a + 2.0 / (x * x + 1) + torch.rsub(x, 1.0, alpha=2),
     "exponential": lambda h, x, a: torch.exp(-h.abs()) * a + torch.expm1(x / 4) - torch.exp2(a),
     "logarithm": lambda h, x, a: torch.log(1 + h * h) + torch.log1p(x.square()) * a,
     "roots": lambda h, x, a: torch.sqrt(1 + h * h) * a - torch.rsqrt(2 + x * x) + (1 + x * x) ** 0.5,
