@@ -136,7 +136,7 @@ def decode(
     for row in range(kind.recurrent):
         rows[row] = rows[row] + product[row]
     end = tuple(part.transpose(0, 1) for part in kind.step(tuple(rows), begin))
-    return end[0].unsqueeze(1).to(inputs.dtype), end
+    return end[0].unsqueeze(1).to(inputs.dtype, copy=True), end
 
 
 class _Dense(torch.autograd.Function):

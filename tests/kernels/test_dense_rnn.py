@@ -257,6 +257,9 @@ def test_returned_tensors_are_their_own():
         for tensor in (y, *end):
             tensor.detach().zero_()
     assert_same(torch.autograd.grad(total, given), expected)
+    y, (h, _) = dense_rnn("lstm", inputs[:, :1], weight, bias, state)  # decoding
+    y.zero_()
+    assert h.any()
 
 
 @pytest.mark.parametrize(
