@@ -228,6 +228,18 @@ def test_autocast_changes_nothing(keys: dict[str, Any]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+@pytest.mark.parametrize("chunk", [4, 64])
+def test_a_carried_state_does_not_follow_the_weights(chunk: int) -> None:
+    """An optimizer changes them in place between two pieces of a sequence."""
+    case = Case(biases=True)
+    _, state = case.run(chunk_size=chunk)
+    before = [x.clone() for x in floating(state)]
+    with torch.no_grad():
+        for w in (*case.weights, *(case.biases or ())):
+            w.zero_()
+    assert all(torch.equal(a, b) for a, b in zip(floating(state), before, strict=True))
+
+
 def test_the_first_state_and_reads() -> None:
     case = Case(biases=True)
     first = memory_state(3, [tuple(w.shape) for w in case.weights], biases=True, dtype=torch.float64)
