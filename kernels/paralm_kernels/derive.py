@@ -119,9 +119,25 @@ def _derive(cell: Cell) -> Derived:
         jacobian.update({jacobian_name(row, name): columns[name] for name in cell.state})
     kept = {name: grads[name] for name in map(cotangent_name, (*cell.inputs, *cell.params))}
     given = (*names, *cotangents)
-    box = cell.box(tuple(torch.zeros(2, 3, dtype=torch.float64) for _ in cell.state)) or (None,) * n
-    bounded = tuple(name for name, bound in zip(cell.state, box, strict=True) if bound is not None)
-    return Derived(cell, Graph(names, step), Graph(names, jacobian), Graph(given, kept), Graph(given, grads), bounded)
+    return Derived(
+        cell, Graph(names, step), Graph(names, jacobian), Graph(given, kept), Graph(given, grads), _bounded(cell)
+    )
+
+
+def _bounded(cell: Cell) -> tuple[str, ...]:
+    """The state components that the box bounds."""
+    box = cell.box(tuple(torch.zeros(_TRACE_SHAPE, dtype=_TRACE_DTYPE) for _ in cell.state))
+    if box is None:
+        return ()
+    expected = f"None or a tuple of {len(cell.state)} bounds ({', '.join(cell.state)})"
+    if not isinstance(box, tuple) or len(box) != len(cell.state):
+        got = f"a tuple of {len(box)}" if isinstance(box, tuple) else type(box).__name__
+        raise CellError(f"cell {cell.name!r}: box must return {expected}, got {got}")
+    for name, bound in zip(cell.state, box, strict=True):
+        if not isinstance(bound, Tensor | float | int | None):
+            got = f"a {type(bound).__name__} for {name}"
+            raise CellError(f"cell {cell.name!r}: box must return {expected}, got {got}")
+    return tuple(name for name, bound in zip(cell.state, box, strict=True) if bound is not None)
 
 
 def _trace(cell: Cell, count: int) -> GraphModule:

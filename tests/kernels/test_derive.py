@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import weakref
 
 import pytest
@@ -115,6 +116,30 @@ def test_a_captured_vector_is_refused_as_a_missing_parameter():
     vector = torch.rand(3, dtype=torch.float64)
     with pytest.raises(CellError, match=r"tensor of shape \(3,\) that is not an argument; name it in params"):
         derive(one_component(lambda h, x, a: h * vector))
+
+
+@pytest.mark.parametrize(
+    ("bounds", "says"),
+    [
+        (1.0, "box must return None or a tuple of 2 bounds (h, c), got float"),
+        ((1.0,), "got a tuple of 1"),
+        ((1.0, "1"), "got a str for c"),
+    ],
+)
+def test_a_box_must_have_a_bound_for_each_component(bounds, says):
+    class Made(Cell):
+        name = "made"
+        state = ("h", "c")
+        inputs = ("x",)
+
+        def step(self, state, inputs, params):
+            return torch.tanh(state[1] + inputs[0]), state[0]
+
+        def box(self, state):
+            return bounds
+
+    with pytest.raises(CellError, match=re.escape(says)):
+        derive(Made())
 
 
 def test_a_captured_parameter_is_refused_as_a_missing_one():
