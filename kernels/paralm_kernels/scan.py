@@ -3,7 +3,7 @@
 It is Newton's inner solve and the shape of every adjoint. Three faces with one result: "loop", a plain loop over time
 under autograd (slow, obviously right); "torch", odd–even reduction over affine maps with the analytic adjoint (any
 device); "triton", the fused kernels generated from the recurrence as a cell (cell_library/linear.py). "auto" is
-"triton" on a GPU and "torch" elsewhere.
+"triton" on a GPU that has Triton and "torch" elsewhere.
 
     λ_t = g_t + A_{t+1}ᵀ λ_{t+1}        ∂A_t = λ_t h_{t−1}ᵀ        ∂b_t = λ_t        ∂h₋₁ = A_0ᵀ λ_0
 """
@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import fused
 from .affine import TIME, AffineMap, trajectory
 from .cell_library.linear import DiagonalScan, matrix_scan_cell
 from .checks import DTYPES
-from .dry import on_gpu
 from .errors import ArgumentError
 from .once import once_differentiable
 from .solve import solve
@@ -98,7 +98,7 @@ def _scan(
         a, b = a.flip(TIME), b.flip(TIME)
         reset = None if reset is None else reset.flip(1)
     if method == "auto":
-        method = "triton" if on_gpu(b) else "torch"
+        method = "triton" if fused.by_default(b) else "torch"
     if method == "triton":
         cell = DiagonalScan() if a.ndim == b.ndim else matrix_scan_cell(len(b))
         inputs = (*(a if a.ndim == b.ndim else a.flatten(0, 1)).unbind(0), *b.unbind(0))

@@ -120,3 +120,12 @@ def test_outside_of_it_nothing_is_different():
     assert trajectory.info.method == "sequential"
     assert trajectory.states[0].shape == (BATCH, TIME, WIDTH)
     assert not told
+
+
+@pytest.mark.parametrize("run", [solved, ssd, dense, conv, scan], ids=lambda run: run.__name__)
+def test_without_triton_auto_is_torch_on_a_gpu_too(run, monkeypatch):
+    monkeypatch.setattr("paralm_kernels.fused._triton_is_there", lambda: False)
+    told = []
+    with dry_run(lambda name, tensors: told.append(name)):
+        run("meta", torch.float32, None)
+    assert told == []
