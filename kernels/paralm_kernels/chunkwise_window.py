@@ -60,6 +60,7 @@ def windowed_chunkwise(
     leaving = read > window
     if bool(leaving.any()):
         total = lines["log_decay"].double().cumsum(1)
+        gain = gain.to(torch.promote_types(gain.dtype, torch.float32))  # what is taken out is what was put in
         factor = (total[:, window:] - total[:, :time]).exp().to(gain.dtype) * lines["gain"][:, :time]
         factor = factor.masked_fill(~leaving.unsqueeze(-1), 0.0)
         y, after = chunkwise(

@@ -235,6 +235,14 @@ def test_a_window_does_not_drift_at_decays_near_one() -> None:
     assert (state["S"] - exact).abs().max() < 1e-4 * exact.abs().max()
 
 
+def test_gains_of_16_bits_are_taken_out_in_32() -> None:
+    q, k, v, log_decay, gain = (x.float() for x in recurrence(200))
+    gain, log_decay = gain.bfloat16(), 0.01 * log_decay
+    _, state = paralm_kernels.windowed_chunkwise(q, k, v, log_decay, gain, 8)
+    exact = paralm_kernels.chunkwise(*(x[:, -8:].double() for x in (q, k, v, log_decay, gain)))[1]
+    assert (state["S"] - exact).abs().max() < 1e-5 * exact.abs().max()
+
+
 def test_a_window_that_cannot_be_is_refused() -> None:
     q, k, v, log_decay, gain = recurrence(3)
     with pytest.raises(ArgumentError, match="window is 0"):
