@@ -79,32 +79,43 @@ class MetricsWriter:
     """Rank 0's writer. ``step`` counts finished optimizer steps."""
 
     def __init__(self, metrics: Path, tensorboard: Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         metrics.parent.mkdir(parents=True, exist_ok=True)
         cut_metrics(metrics, step)
         self._path = metrics
         self._file = metrics.open("a", encoding="utf-8")
-        purge = step + 1 if tensorboard.exists() else None
-        self._board = SummaryWriter(str(tensorboard), purge_step=purge, flush_secs=10)
+        self._tensorboard = tensorboard
+        self._board: Any = None
+        self._open_board(step + 1 if tensorboard.exists() else None)
+
+    def _open_board(self, purge: int | None = None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(self._tensorboard), purge_step=purge, flush_secs=10)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row; every number in it becomes a scalar ``kind/key`` (nested: ``kind/key/sub``).
 
-        Raises OSError when the storage refuses; the file then ends with its last whole row.
+        Raises OSError, which names the file or TensorBoard's folder, when the storage refuses; the file then ends with
+        its last whole row.
         """
         before = self._path.stat().st_size
         try:
             self._file.write(json.dumps(_plain(row)) + "\n")
             self._file.flush()
-        except OSError:
+        except OSError as error:
             with contextlib.suppress(OSError):
                 self._file.close()  # it would write what it still holds
             os.truncate(self._path, before)
             self._file = self._path.open("a", encoding="utf-8")
-            raise
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
         name = f"{row['kind']}/{row['set']}" if "set" in row else str(row["kind"])
-        self._scalars(name, {k: v for k, v in row.items() if k not in ("kind", "step", "set")}, row["step"])
+        try:
+            if self._board is None:
+                self._open_board()
+            self._scalars(name, {k: v for k, v in row.items() if k not in ("kind", "step", "set")}, row["step"])
+        except OSError as error:
+            self._board = None  # its thread has ended, and what it still holds is lost: the next row opens another
+            raise OSError(error.errno, error.strerror, str(self._tensorboard)) from None
 
     def _scalars(self, prefix: str, values: dict[str, Any], step: int) -> None:
         for key, value in values.items():
@@ -114,8 +125,10 @@ class MetricsWriter:
                 self._board.add_scalar(f"{prefix}/{key}", value, step)
 
     def close(self) -> None:
+        """Raises OSError when the storage refuses the last of TensorBoard's scalars; the file has every row."""
         self._file.close()
-        self._board.close()
+        if self._board is not None:
+            self._board.close()
 
 
 def _plain(value: Any) -> Any:

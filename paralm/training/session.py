@@ -374,15 +374,22 @@ class Session:
         try:
             self.metrics.write(row)
         except OSError as error:  # training can do without; a checkpoint that cannot be written is another matter
-            if not self._metrics_refused:
-                self.warn(f"{self.folder.metrics}: a row could not be written: {error.strerror or error}")
-            self._metrics_refused = True
+            self._metrics_refusal(error)
+
+    def _metrics_refusal(self, error: OSError) -> None:
+        if not self._metrics_refused:
+            where = error.filename or self.folder.metrics
+            self.warn(f"{where}: a row could not be written: {error.strerror or error}")
+        self._metrics_refused = True
 
     def close(self) -> None:
         """Take the engine down; nothing is begun, but a checkpoint that is being written is finished."""
         self.saver.close()
         if self.metrics is not None:
-            self.metrics.close()
+            try:
+                self.metrics.close()
+            except OSError as error:  # how training ended must not be hidden by it
+                self._metrics_refusal(error)
         engine = getattr(self, "engine", None)
         if engine is not None:
             with contextlib.suppress(Exception):  # DeepSpeed's own tear-down must not hide the error in hand

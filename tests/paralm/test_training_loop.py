@@ -97,6 +97,17 @@ def test_metrics_that_cannot_be_written_are_said_once_and_end_nothing(
     assert [line for line in said if "metrics.jsonl" in line and "No space left" in line] == said
 
 
+def test_tensorboard_that_cannot_be_finished_hides_no_result(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def close(self: MetricsWriter) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(MetricsWriter, "close", close)
+    said: list[str] = []
+    assert train(make("a", training={"max_steps": 2}), say=said.append).step == 2
+    assert [line for line in said if "No space left" in line] == said
+    assert len(said) == 1
+
+
 def test_a_finished_run_has_nothing_left_to_do(make: Any) -> None:
     config = make("a", training={"max_steps": 3})
     train(config, say=quiet)

@@ -116,6 +116,36 @@ def test_a_row_that_the_storage_refuses_is_left_out_whole(tmp_path: Path) -> Non
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 3]
 
 
+def test_tensorboard_goes_on_after_a_disk_that_was_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    original, full = RecordWriter.write, [False]
+
+    def write(self: RecordWriter, data: bytes) -> None:
+        if full[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(self, data)
+
+    monkeypatch.setattr(RecordWriter, "write", write)
+    monkeypatch.setattr(threading, "excepthook", lambda arguments: None)  # of TensorBoard's thread
+    writer = MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tb", 0)
+    refused = set()
+    for step in range(1, 10):
+        full[0] = 3 <= step <= 5
+        try:
+            writer.write({"kind": "train", "step": step, "loss": 1.0})
+            writer._board.flush()
+        except OSError:
+            refused.add(step)
+    writer.close()
+    assert {3, 4, 5} <= refused <= {3, 4, 5, 6}
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, 10))
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    assert {1, 2, 7, 8, 9} <= {event.step for event in events.Scalars("train/loss")}
+
+
 def test_a_damaged_metrics_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"kind": "train", "step": 1}\n{"kind": "tr\n{"kind": "train", "step": 3}\n')
