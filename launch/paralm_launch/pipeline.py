@@ -50,12 +50,10 @@ def check_start(config: Config) -> None:
     start from that is not there.
     """
     from paralm.training.run_folder import RunFolder
-    from paralm.training.session import parse_run
+    from paralm.training.session import check_sources
 
     get_launcher(config.launcher.kind)
-    for source in (config.training.init_from, config.training.fork_from):
-        if source is not None:
-            parse_run(source, config.run.root)
+    check_sources(config)
     RunFolder(config.run_dir).check_same_run(config, frozen_differences)
 
 

@@ -53,6 +53,15 @@ def parse_run(text: str | Path, root: Path | None = None) -> tuple[Path, int | N
     return path, int(step) if step else None
 
 
+def check_sources(config: Config) -> None:
+    """Refuse a run to start from that is not there. One that continues from a checkpoint of its own needs none."""
+    if ckpt.steps(config.run_dir / "checkpoints"):
+        return
+    for source in (config.training.init_from, config.training.fork_from):
+        if source is not None:
+            parse_run(source, config.run.root)
+
+
 class Session:
     """One attempt at a run. Built by :meth:`open`; :meth:`close` must be called."""
 
@@ -119,10 +128,7 @@ class Session:
         """What can be refused without writing a byte."""
         check_ranks(self.config, self.world_size)
         self.folder.check_same_run(self.config, frozen_differences)
-        for key in ("init_from", "fork_from"):
-            source = getattr(self.config.training, key)
-            if source is not None:
-                parse_run(source, self.config.run.root)
+        check_sources(self.config)
         if self.config.training.fork_from and self.config.training.init_from:
             raise ConfigError("training.fork_from and training.init_from cannot both be given")
         if self.config.data.synthetic is None:

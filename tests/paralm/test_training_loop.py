@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from paralm_launch.pipeline import check_start
 
 from paralm.config import Config
 from paralm.errors import CheckpointError, ConfigError, DivergedError, RunError, StoppedError
@@ -227,6 +228,21 @@ def test_init_from_takes_weights_only_and_fork_from_everything(make: Any) -> Non
         train(make("other", training={"fork_from": f"{parent.run_dir}@4"}), say=quiet)
     with pytest.raises(CheckpointError, match="the model sections must agree"):
         train(make("wide", model={"d_model": 64}, training={"init_from": str(parent.run_dir)}), say=quiet)
+
+
+def test_a_run_goes_on_without_the_run_it_began_from(make: Any) -> None:
+    parent = make("parent", training={"max_steps": 2})
+    train(parent, say=quiet)
+    for key in ("init_from", "fork_from"):
+        with pytest.raises(StoppedError):
+            train(make(key, training={"max_steps": 4, key: str(parent.run_dir), "stop_after_seconds": 1e-9}), say=quiet)
+    parent.run_dir.rename(parent.run_dir.with_name("gone"))
+    for key in ("init_from", "fork_from"):
+        config = make(key, training={"max_steps": 4, key: str(parent.run_dir)})
+        check_start(config)
+        assert train(config, say=quiet).step == 4
+        with pytest.raises(RunError, match="parent: no such run folder"):
+            train(make("new", training={"max_steps": 4, key: str(parent.run_dir)}), say=quiet)
 
 
 def test_init_from_takes_an_export(make: Any) -> None:
