@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from paralm_launch import launchers
+from paralm_launch.launchers.exchange import Exchange
 
 from paralm.errors import ConfigError
 
@@ -32,3 +34,18 @@ def test_a_launcher_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launchers.get_launcher("mine") is mine
     with pytest.raises(ConfigError, match="'mine' is registered twice"):
         launchers.register_launcher("mine")(mine)
+
+
+def test_what_a_full_disk_takes_of_the_progress_ends_nothing(tmp_path: Path) -> None:
+    exchange = Exchange(tmp_path)
+    exchange.progress("say", "one")
+    there, exchange._progress = exchange._progress, Path("/dev/full")
+    exchange.progress("say", "lost")
+    exchange._progress = there
+    with there.open("a") as file:
+        file.write('{"row": {"ste')  # what the disk took of a line
+    exchange.progress("say", "joined to it")
+    exchange.progress("say", "two")
+    found, position = exchange.read_progress(0)
+    assert [entry["say"] for entry in found] == ["one", "two"]
+    assert position == there.stat().st_size

@@ -92,8 +92,9 @@ class Exchange:
             return len(file.readlines()) - 1
 
     def progress(self, kind: str, value: Any) -> None:
-        """A row (``row``) or a line (``say``) for whoever watches."""
-        _append(self._progress, {kind: value})
+        """A row (``row``) or a line (``say``) for whoever watches; on a full disk it is lost."""
+        with contextlib.suppress(OSError):
+            _append(self._progress, {kind: value})
 
     def end(self, rank: int, **outcome: Any) -> None:
         """How this rank ended, when another start would end alike."""
@@ -132,7 +133,7 @@ class Exchange:
         except OSError:
             return [], position
         whole = data[: data.rfind(b"\n") + 1]
-        return [json.loads(line) for line in whole.splitlines()], position + len(whole)
+        return list(_objects(whole.decode("utf-8", "replace"))), position + len(whole)
 
 
 def _append(path: Path, value: dict[str, Any]) -> None:
@@ -145,6 +146,11 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
         text = path.read_text(encoding="utf-8")
     except OSError:
         return
+    yield from _objects(text)
+
+
+def _objects(text: str) -> Iterator[dict[str, Any]]:
+    """Of each line, but for those that a full disk tore."""
     for line in text.splitlines():
         with contextlib.suppress(ValueError):
             yield json.loads(line)
