@@ -18,7 +18,17 @@ _PLAIN_SECONDS = 10.0  # between lines where the progress line cannot be redrawn
 def say(text: str) -> None:
     """A line on stdout, as it is; from rank 0 only."""
     if os.environ.get("RANK", "0") == "0":
+        _print(text)
+
+
+def _print(text: str) -> None:
+    """A line on stdout. A log on a full disk does not end what it is about; a reader that has left does."""
+    try:
         print(text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError:
+        return
 
 
 def table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -98,7 +108,7 @@ class ProgressLine:
 
     def _print_pending(self) -> None:
         if self._pending is not None and self._pending != self._printed:
-            print(self._pending, flush=True)
+            _print(self._pending)
         self._pending = None
 
     def update(self, what: str, done: float, total: float | None, text: str) -> None:
@@ -123,4 +133,4 @@ class ProgressLine:
         if self._bars is not None:
             self._bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
-            print(text, flush=True)
+            _print(text)

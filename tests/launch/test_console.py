@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import sys
+
 import pytest
 from paralm_launch.console import ProgressLine, duration, quantity, say, table
 
@@ -45,6 +48,27 @@ def test_text_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert text in out
     assert "[red]r" in out
     assert "12,345" in out
+
+
+def test_a_log_on_a_full_disk_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Log:
+        error: OSError = OSError(errno.ENOSPC, "No space left on device")
+
+        def write(self, text: str) -> int:
+            raise self.error
+
+        def flush(self) -> None:
+            raise self.error
+
+    monkeypatch.setattr(sys, "stdout", Log())
+    say("x")
+    with ProgressLine(terminal=False) as line:
+        line.update("reading", 1, 2, "1 of 2")
+        line.say("halfway")
+        line.update("reading", 2, 2, "2 of 2")
+    monkeypatch.setattr(Log, "error", BrokenPipeError())  # but a reader that has left does
+    with pytest.raises(BrokenPipeError):
+        say("x")
 
 
 def test_only_rank_0_speaks(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
