@@ -217,9 +217,11 @@ class Watch:
                 file.write(f"--- {line}\n")
                 file.flush()
                 faulthandler.dump_traceback(file=file, all_threads=True)
-        if not present or self._note.rank == present[0]:
-            self._on_lost(line)
-        os._exit(EXIT_LOST)
+        try:
+            if not present or self._note.rank == present[0]:
+                self._on_lost(line)
+        finally:  # said or not: on a full disk it may not be
+            os._exit(EXIT_LOST)
 
 
 def _waits_in_shards(code: CodeType) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -14,7 +15,7 @@ import pytest
 import torch.distributed as dist
 
 from paralm.training.rendezvous import LostRanksError, meet
-from paralm.training.watch import EXIT_LOST, Note, lost_message, missing_ranks, ranks_text, read_note
+from paralm.training.watch import EXIT_LOST, Note, Watch, lost_message, missing_ranks, ranks_text, read_note
 
 
 def note(rank: int, beats: int = 1, step: int = 7, phase: str = "step", waiting: str = "all_reduce") -> Note:
@@ -130,3 +131,16 @@ def test_a_stopped_rank_is_named_and_the_others_end(
         for process in processes:
             process.kill()
             process.wait()
+
+
+def test_a_rank_that_cannot_say_why_ends_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(line: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    watch = Watch(tmp_path, 0, 2, 1.0, refuse)
+    monkeypatch.setattr(watch, "_waited", lambda: 2.0)
+    with pytest.raises(OSError, match="No space left"):
+        watch._judge()
+    assert codes == [EXIT_LOST]
