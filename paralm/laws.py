@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from paralm.models.mixers.base import LayerContext, Mixer, State
-from paralm.models.parameters import initialize
+from paralm.models.parameters import initialize, refuse_unsaved
 from paralm.registry import validate_mixer
 
 TOLERANCE = 1e-9
@@ -85,6 +85,7 @@ class _Subject:
         self, make: Callable[[Any, LayerContext], Mixer], keys: Any, d_model: int, time: int, seed: int
     ) -> None:
         self.mixer = make(keys, LayerContext(d_model, layer=1, n_layers=2)).double()
+        refuse_unsaved(self.mixer, type(self.mixer).__name__)
         initialize(self.mixer, seed)
         self.draws = torch.Generator().manual_seed(seed)
         self.d_model, self.time = d_model, time

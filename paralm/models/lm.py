@@ -23,7 +23,7 @@ from paralm.models.hybrid import layer_mixers
 from paralm.models.mixers.base import LayerContext, Mixer, State
 from paralm.models.mlp import SwiGLU
 from paralm.models.norms import RMSNorm
-from paralm.models.parameters import declare, embedding_std, initialize, normal, parameter_groups, specs
+from paralm.models.parameters import declare, embedding_std, initialize, normal, parameter_groups, refuse_unsaved, specs
 from paralm.registry import validate_mixer
 
 
@@ -248,7 +248,9 @@ def build_mixer(spec: dict[str, Any], config: ModelConfig, layer: int) -> Mixer:
     """The mixer of one layer. Raises ConfigError, one line."""
     entry, keys = validate_mixer(spec)
     context = LayerContext(config.d_model, layer, config.n_layers, config.norm_eps, config.init)
-    return entry.value(keys, context)
+    mixer: Mixer = entry.value(keys, context)
+    refuse_unsaved(mixer, f"mixer '{entry.name}'")
+    return mixer
 
 
 def construct_model(config: ModelConfig, vocab_size: int) -> LanguageModel:

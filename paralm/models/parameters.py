@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paralm.errors import ConfigError
+
 Init = Callable[[Tensor, torch.Generator], Any]
 """Fills a float32 CPU tensor in place, drawing from the generator only."""
 
@@ -147,6 +149,22 @@ def specs(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, ParameterSpec]]
                     f"call declare(self, '{local}', init, decay=...) from paralm.models"
                 )
             yield name, parameter, spec
+
+
+def refuse_unsaved(module: nn.Module, what: str) -> None:
+    """ConfigError, one line, for tensors that no checkpoint would hold: buffers, which are lost when a model is built
+    on the meta device, and parameters that are not trained."""
+    for name, _ in module.named_buffers():
+        raise ConfigError(
+            f"{what}: buffer '{name}' would have no values: models are built without, and checkpoints hold trained "
+            "parameters; compute it in forward"
+        )
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            raise ConfigError(
+                f"{what}: parameter '{name}' is not trained (requires_grad is False), and checkpoints hold trained "
+                "parameters; compute it in forward"
+            )
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from paralm.config import ModelConfig
 from paralm.errors import ConfigError
 from paralm.laws import LAWS, check_mixer
-from paralm.models import LayerContext, Mixer, constant, declare
+from paralm.models import LayerContext, Mixer, build_model, constant, declare
 from paralm.registry import MIXERS, EntryConfig
 
 
@@ -121,6 +122,22 @@ class WrongGradient(Mean):
         return total + _Wrong.apply(x[:, t])
 
 
+class KeepsABuffer(Mean):
+    """A model is built without values, so a table made here would be whatever lies in memory."""
+
+    def __init__(self, config: EntryConfig, context: LayerContext) -> None:
+        super().__init__(config, context)
+        self.register_buffer("table", torch.ones(context.d_model))
+
+
+class DoesNotTrain(Mean):
+    """No fragment of a frozen weight is in a checkpoint, which would then be called damaged."""
+
+    def __init__(self, config: EntryConfig, context: LayerContext) -> None:
+        super().__init__(config, context)
+        self.weight.requires_grad_(False)
+
+
 class Crashes(Mean):
     def restart(self, total: Tensor, count: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
         raise KeyError("no such thing")
@@ -165,6 +182,17 @@ def test_a_broken_mixer_breaks_its_laws(
     assert laws <= set(found), found
     if not laws:
         assert not found
+
+
+@pytest.mark.parametrize(("kind", "what"), [(KeepsABuffer, "buffer 'table'"), (DoesNotTrain, "parameter 'weight'")])
+def test_what_no_checkpoint_would_hold_is_refused(
+    broken: Callable[[type[Mixer]], dict[str, str]], kind: type[Mixer], what: str
+) -> None:
+    found = broken(kind)
+    assert set(found) == set(LAWS)
+    assert all(what in detail for detail in found.values())
+    with pytest.raises(ConfigError, match=f"mixer '{kind.__name__}': {what}"):
+        build_model(ModelConfig(d_model=4, n_layers=1, mixer={"name": kind.__name__}), 10, 0)
 
 
 def test_every_law_is_caught_breaking_by_some_mixer(broken: Callable[[type[Mixer]], dict[str, str]]) -> None:
