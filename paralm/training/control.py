@@ -40,7 +40,8 @@ class Control:
         ranks.mkdir(parents=True, exist_ok=True)
         self._file: TextIO = (stacks / f"rank_{rank:05d}.txt").open("a", encoding="utf-8")
         self._rank_file = ranks / f"rank_{rank:05d}.json"
-        write_atomically(self._rank_file, json.dumps({"rank": rank, "pid": os.getpid(), "host": socket.gethostname()}))
+        self._about = json.dumps({"rank": rank, "pid": os.getpid(), "host": socket.gethostname()})
+        write_atomically(self._rank_file, self._about)
         self._watcher = threading.Thread(target=self._watch, name="paralm-control", daemon=True)
 
     def __enter__(self) -> Control:
@@ -64,7 +65,9 @@ class Control:
         self._done.set()
         self._watcher.join(timeout=2 * _POLL_SECONDS)
         self._file.close()
-        self._rank_file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            if self._rank_file.read_text(encoding="utf-8") == self._about:  # not one that a later attempt has made
+                self._rank_file.unlink()
 
     def _on_stop(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.stop_signal is not None:

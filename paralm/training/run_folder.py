@@ -45,6 +45,7 @@ class RunFolder:
         self.stacks = path / "stacks"
         self.ranks = path / "ranks"
         self.profile = path / "profile"
+        self._token_file: Path | None = None
 
     def saved_config(self) -> Config | None:
         """The configuration the run was started with, or None for a new run."""
@@ -98,7 +99,7 @@ class RunFolder:
 
         ``broadcast(value)`` returns rank 0's value on every rank.
         """
-        token_file = self.path / f".shared-{secrets.token_hex(4)}" if rank == 0 else None
+        token_file = self._token_file = self.path / f".shared-{secrets.token_hex(4)}" if rank == 0 else None
         token = secrets.token_hex(16)
         if token_file is not None:
             with contextlib.suppress(OSError):  # a token that was not written is one that no rank will see
@@ -117,8 +118,9 @@ class RunFolder:
         return f"rank {rank} on {socket.gethostname()} does not see {self.path / name}; run.root must be shared"
 
     def end_proof(self) -> None:
-        for path in self.path.glob(".shared-*"):
-            path.unlink(missing_ok=True)
+        """Remove this attempt's token; of another attempt, its ranks may still look for theirs."""
+        if self._token_file is not None:
+            self._token_file.unlink(missing_ok=True)
 
 
 def environment() -> dict[str, Any]:

@@ -133,10 +133,12 @@ class Watch:
         self._thread.join(timeout=5.0)
         with self._lock:
             if self._file is not None:
+                path = note_path(self._ranks, self._note.rank)
+                with contextlib.suppress(OSError):
+                    if os.path.samestat(os.fstat(self._file), path.stat()):  # not one that a later attempt has made
+                        path.unlink()
                 os.close(self._file)
                 self._file = None
-                with contextlib.suppress(OSError):
-                    note_path(self._ranks, self._note.rank).unlink()
 
     def note(self, phase: str, step: int) -> None:
         """Say what begins now. The first call makes the file."""

@@ -25,6 +25,7 @@ from paralm.training.metrics import MetricsWriter, cut_metrics, read_metrics
 from paralm.training.optimizers import build_optimizer
 from paralm.training.run_folder import RunFolder
 from paralm.training.schedule import lr_factor
+from paralm.training.watch import Watch, note_path, read_note
 
 
 def test_cosine_rises_linearly_and_ends_at_its_minimum() -> None:
@@ -198,6 +199,28 @@ def test_a_folder_that_ranks_do_not_share_is_found(tmp_path: Path) -> None:
     assert "run.root must be shared" in problem
     writer.end_proof()
     assert list(writer.path.iterdir()) == []
+
+
+def test_of_two_attempts_at_once_neither_removes_what_the_other_made(tmp_path: Path) -> None:
+    one, two = RunFolder(tmp_path), RunFolder(tmp_path)
+    for folder in (one, two):
+        assert folder.prove_shared(0, lambda value: value) is None
+    one.end_proof()
+    assert len(list(tmp_path.glob(".shared-*"))) == 1  # the other ranks of the second may look for it yet
+    two.end_proof()
+    first, second = (Watch(tmp_path, 0, 1, 60.0) for _ in range(2))
+    with second:
+        with first:
+            first.note("step", 1)
+            second.note("step", 2)
+        note = read_note(note_path(tmp_path / "ranks", 0))
+        assert note is not None
+        assert note.step == 2
+    assert not note_path(tmp_path / "ranks", 0).exists()
+    about = tmp_path / "ranks" / "rank_00000.json"
+    with Control(tmp_path / "stacks", tmp_path / "ranks", 0, hang_timeout=60):
+        about.write_text("the later attempt's")
+    assert about.read_text() == "the later attempt's"
 
 
 def test_signals_are_noted_and_handlers_put_back(tmp_path: Path) -> None:
