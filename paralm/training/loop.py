@@ -70,6 +70,10 @@ def _run(session: Session, control: Control, profiler: Profiler, on_progress: Pr
     training = session.config.training
     recorder = Recorder(session, on_progress)
     loss = None
+    if session.owes_validation:  # the attempt before was asked to stop and saved first
+        note("validation", session.step)
+        recorder.validation()
+        session.owes_validation = False
     while session.step < training.max_steps:
         control.alive()
         note("step", session.step + 1)
@@ -92,12 +96,14 @@ def _run(session: Session, control: Control, profiler: Profiler, on_progress: Pr
         _count_bad(session, result)
         if logged or result.bad or result.spike:
             recorder.step(result, lr, fetched, time.perf_counter() - start)
+        validates = last or bool(training.validate_every and session.step % training.validate_every == 0)
         if result.stop_signal and not last:  # save first: whoever sent the signal may not wait for more
             note("save", session.step)
+            session.owes_validation = validates
             written = session.save()
             _leave_if_superseded(session)
             raise StoppedError(_stop_message(session, result.stop_signal, written))
-        if last or (training.validate_every and session.step % training.validate_every == 0):
+        if validates:
             note("validation", session.step)
             recorder.validation()
         if last or session.step % session.config.checkpoint.every == 0:

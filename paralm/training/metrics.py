@@ -67,20 +67,23 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def cut_metrics(path: Path, step: int) -> None:
-    """Drop rows of steps past ``step`` and an unfinished last line."""
+def cut_metrics(path: Path, step: int, validates: bool = False) -> None:
+    """Drop rows of steps past ``step`` and an unfinished last line; with ``validates``, its validation too, which is
+    going to be made again."""
     if not path.exists():
         return
-    kept = [json.dumps(row) for row in read_metrics(path) if row["step"] <= step]
-    write_atomically(path, "".join(line + "\n" for line in kept))
+    kept = [row for row in read_metrics(path) if row["step"] <= step]
+    if validates:
+        kept = [row for row in kept if row["step"] < step or row.get("kind") != "validation"]
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 class MetricsWriter:
-    """Rank 0's writer. ``step`` counts finished optimizer steps."""
+    """Rank 0's writer. ``step`` counts finished optimizer steps; ``validates``: its validation is yet to come."""
 
-    def __init__(self, metrics: Path, tensorboard: Path, step: int) -> None:
+    def __init__(self, metrics: Path, tensorboard: Path, step: int, validates: bool = False) -> None:
         metrics.parent.mkdir(parents=True, exist_ok=True)
-        cut_metrics(metrics, step)
+        cut_metrics(metrics, step, validates)
         self._path = metrics
         self._file = metrics.open("a", encoding="utf-8")
         self._tensorboard = tensorboard

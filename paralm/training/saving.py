@@ -46,6 +46,7 @@ def manifest(session: Session) -> dict[str, Any]:
         "bad_steps": session.bad_steps,
         "bad_in_row": session.bad_in_row,
         "spikes": session.spikes,
+        "owes_validation": session.owes_validation,
         "losses": session.stepper.spikes.state(),
         "carried": session.stepper.carry,
         "state_noise": session.stepper.noise.state() if session.stepper.noise is not None else None,

@@ -75,6 +75,7 @@ class Session:
         self.bad_steps = 0
         self.bad_in_row = 0
         self.spikes = 0
+        self.owes_validation = False  # of the step that was saved
         self._metrics_refused = False
         self.started = time.monotonic()
         self.metrics: MetricsWriter | None = None
@@ -122,7 +123,8 @@ class Session:
 
     def _open_metrics(self) -> None:
         if self.rank == 0:
-            self.metrics = MetricsWriter(self.folder.metrics, self.folder.tensorboard, self.step)
+            owed = self.checkpoint is not None and self.checkpoint.manifest.get("owes_validation", False)
+            self.metrics = MetricsWriter(self.folder.metrics, self.folder.tensorboard, self.step, owed)
 
     def _check_before_anything(self) -> None:
         """What can be refused without writing a byte."""
@@ -280,6 +282,7 @@ class Session:
             self.loader.load_state_dict(manifest["loader"])
             self.bad_steps, self.bad_in_row = manifest["bad_steps"], manifest["bad_in_row"]
             self.spikes = manifest.get("spikes", 0)
+            self.owes_validation = manifest.get("owes_validation", False)
             self.stepper.spikes.load(manifest.get("losses", []))
         if self.stepper.noise is not None:
             self.stepper.noise.load(manifest.get("state_noise"))

@@ -16,6 +16,7 @@ from paralm.errors import CheckpointError, ConfigError, DivergedError, RunError,
 from paralm.export import export
 from paralm.models import LanguageModel
 from paralm.training import checkpoint as ckpt
+from paralm.training import loop
 from paralm.training.load import load_model
 from paralm.training.loop import train
 from paralm.training.metrics import MetricsWriter, read_metrics
@@ -348,6 +349,27 @@ def test_a_state_that_grows_cannot_be_carried(make: Any) -> None:
     )
     with pytest.raises(ConfigError, match="grows with the sequence"):
         train(config, say=quiet)
+
+
+def test_a_stop_before_a_validation_loses_it_not(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = make("whole", training={"max_steps": 6, "validate_every": 2})
+    train(whole, say=quiet)
+    part = make("part", training={"max_steps": 6, "validate_every": 2})
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "_stop_request", lambda session, control: 15 * (session.step + 1 == 4))
+        with pytest.raises(StoppedError):
+            train(part, say=quiet)
+
+    def killed(row: dict[str, Any]) -> None:
+        if row["kind"] == "train":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):  # after the validation that was owed, before a checkpoint
+        train(part, killed, quiet)
+    train(part, say=quiet)
+    for kind in ("train", "validation"):
+        kept = [[(row["step"], row["loss"]) for row in rows(config, kind)] for config in (part, whole)]
+        assert kept[0] == kept[1]
 
 
 def test_every_validation_set_is_scored(make: Any, corpus: Path, prepared: Path) -> None:
