@@ -5,6 +5,7 @@ Nothing heavy is imported here: ``paralm --help`` and an error in a configuratio
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -88,6 +89,8 @@ def main() -> None:
     # spin briefly. It must be set before torch is imported.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # '?' for what the terminal's encoding lacks, such as an arrow
     sys.exit(run(sys.argv[1:]))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -199,6 +200,15 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
     assert done.stdout == "run:\n"
     assert "Traceback" not in done.stderr
     assert "Broken" not in done.stderr
+
+
+def test_a_terminal_that_lacks_a_character_is_no_bug(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "paralm_launch", "config", "list"],
+        capture_output=True, check=False, cwd=tmp_path, env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert b"p ? tokens" in done.stdout
 
 
 # -- configurations ------------------------------------------------------------------------------------------
