@@ -21,11 +21,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from paralm.config import Config
-from paralm.errors import RunError
+from paralm.config_errors import one_line
+from paralm.config_yaml import read
+from paralm.errors import ConfigError, RunError
 from paralm.training.checkpoint import steps as checkpoint_steps
 from paralm.training.checkpoint import write_atomically
 
@@ -52,10 +53,14 @@ class RunFolder:
         if not self.config_file.exists():
             return None
         try:
-            return Config.model_validate(yaml.safe_load(self.config_file.read_text(encoding="utf-8")))
-        except (OSError, ValueError, yaml.YAMLError, ValidationError) as error:
-            first = str(error).splitlines()[0]
-            raise RunError(f"{self.config_file}: cannot be read as a configuration: {first}") from None
+            data, lines = read(self.config_file, str(self.config_file))
+            return Config.model_validate(data)
+        except ConfigError as error:
+            raise RunError(str(error)) from None
+        except ValidationError as error:
+            where = str(self.config_file)
+            wrong = one_line(error, lambda key: (lines.get(key, 0), f"{where}:{lines[key]}" if key in lines else where))
+            raise RunError(wrong) from None
 
     def check_same_run(self, config: Config, frozen: Callable[[Config, Config], list[tuple[str, Any, Any]]]) -> None:
         """Refuse to continue a run under keys that would make it another run; both values are named.

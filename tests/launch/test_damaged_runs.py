@@ -111,14 +111,19 @@ def a_rank_file_of_the_same_size(run: Path) -> None:
     path.write_bytes(bytes(path.stat().st_size))
 
 
-@case("config.yaml")
+@case("config.yaml: not valid YAML")
 def a_run_configuration_that_is_no_yaml(run: Path) -> None:
     (run / "config.yaml").write_text("run: [")
 
 
-@case("config.yaml")
+@case("config.yaml:1: runn: unknown key; nearest: run")
 def a_run_configuration_with_an_unknown_key(run: Path) -> None:
     (run / "config.yaml").write_text("runn: {name: tiny}\n")
+
+
+@case("config.yaml:2: training.max_steps: expected an integer, got two")
+def a_run_configuration_with_a_wrong_type(run: Path) -> None:
+    (run / "config.yaml").write_text("training:\n  max_steps: two\n")
 
 
 @case("metrics.jsonl:1")
