@@ -32,7 +32,7 @@ def _load_name(name: str) -> ModuleType:
         raise ConfigError(_fault(name, error)) from error
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # SystemExit: a script's own main
         raise ConfigError(_fault(name, error)) from error
 
 
@@ -53,13 +53,13 @@ def _load_file(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except BaseException as error:
         del sys.modules[name]
-        if isinstance(error, UserError) or not isinstance(error, Exception):
+        if isinstance(error, UserError) or not isinstance(error, (Exception, SystemExit)):
             raise
         raise ConfigError(_fault(str(path), error, full)) from error
     return module
 
 
-def _fault(name: str, error: Exception, file: Path | None = None) -> str:
+def _fault(name: str, error: Exception | SystemExit, file: Path | None = None) -> str:
     """``imports: NAME, line 3: NameError: ...``; the deepest line of the user's own file, if there is one."""
     line = error.lineno if isinstance(error, SyntaxError) else None
     frame = error.__traceback__

@@ -153,6 +153,7 @@ def test_a_module_of_the_users_own_is_loaded_before_the_mixer_is_checked(
         ("x = 1\ny = z\n", "line 2: NameError: name 'z' is not defined"),
         ("import json\n\njson.loads('{')\n", "line 3: JSONDecodeError"),
         ("import no_such_package_\n", "line 1: ModuleNotFoundError: No module named 'no_such_package_'"),
+        ("import sys\nsys.exit()\n", "line 2: SystemExit"),
     ],
 )
 def test_a_fault_in_a_users_module_is_named_with_its_line(folder: Path, code: str, fault: str) -> None:
