@@ -234,6 +234,13 @@ class TrainingConfig(Section):
             raise ValueError(f"expected true, false, auto or a number of blocks, got {value}")
         return value
 
+    @field_validator("profile_steps")
+    @classmethod
+    def _first_to_last(cls, steps: tuple[int, int] | None) -> tuple[int, int] | None:
+        if steps is not None and max(1, steps[0]) > steps[1]:
+            raise ValueError(f"expected [first, last], steps counted from 1, got {list(steps)}")
+        return steps
+
 
 class CheckpointConfig(Section):
     """When checkpoints are written, how, and which are kept.

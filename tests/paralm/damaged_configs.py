@@ -57,6 +57,11 @@ DAMAGED = [
         "misspelt auto", "training:\n  activation_checkpointing: atuo\n", ("run.yaml:2", "auto or a number", "got atuo")
     ),
     Damaged(
+        "profile ends before it begins",
+        "training: {profile_steps: [5, 3]}\n",
+        ("training.profile_steps", "[first, last]", "[5, 3]"),
+    ),
+    Damaged(
         "compiled, nothing to compile",
         "model: {mlp: {enabled: false}}\ntraining: {compile: true}\n",
         ("training.compile", "model.mlp.enabled is false"),
