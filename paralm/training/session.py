@@ -43,7 +43,7 @@ def parse_run(text: str | Path, root: Path | None = None) -> tuple[Path, int | N
     name, at, step = str(text).rpartition("@")
     if not at or "/" in step or Path(text).is_dir():
         name, step = str(text), ""
-    if step and not step.isdigit():
+    if step and not step.isdecimal():
         raise RunError(f"{text}: what follows '@' must be a step number")
     path = Path(name)
     if not path.exists() and root is not None and (root / name).exists():

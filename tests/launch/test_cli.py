@@ -129,6 +129,7 @@ def test_a_damaged_configuration_ends_before_anything_begins(
         (["monitor", "no_such_run"], ["no_such_run", "no such folder"]),
         (["data", "inspect", "no_such_run"], ["no_such_run"]),
         (["data", "show", "runs@x", "--step", "1"], ["runs@x", "step number"]),
+        (["data", "show", "runs@²", "--step", "1"], ["runs@²", "step number"]),
         (["check", "no_such_file.py"], ["no_such_file.py", "no such file"]),
     ],
     ids=lambda a: " ".join(a) if isinstance(a, list) else "",
