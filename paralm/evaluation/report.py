@@ -327,7 +327,9 @@ def _next(run_dir: Path, config: Config, curves: Curves, results: ResultSet) -> 
     if config.data.synthetic is not None:
         commands = [commands[1], ("more examples", f"paralm eval tracking {run} samples=4096"), commands[3]]
     if curves.step[-1] < steps:
-        commands.insert(0, ("train on", f"paralm run {_quoted(run_dir / 'config.yaml')}"))
+        moved = run_dir.resolve() != config.run_dir.resolve()  # then its config.yaml names another folder
+        here = f" run.root={_quoted(run_dir.parent)} run.name={shlex.quote(run_dir.name)}" if moved else ""
+        commands.insert(0, ("train on", f"paralm run {_quoted(run_dir / 'config.yaml')}{here}"))
     else:
         longer = (
             f"paralm run {_quoted(run_dir / 'config.yaml')} run.name={config.run.name}-longer "

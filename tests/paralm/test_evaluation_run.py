@@ -323,3 +323,4 @@ def test_a_report_of_a_run_that_still_trains(run: Path) -> None:
     report = write_report(run).read_text(encoding="utf-8")
     assert "so far (step 5 of 8)" in report
     assert "# train on" in report
+    assert f"paralm run {run}/config.yaml run.root={run.parent} run.name={run.name} " in report  # a copy: it was moved
