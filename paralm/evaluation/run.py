@@ -88,6 +88,8 @@ def run_evaluation(
     exported = is_export(path)
     if not exported:
         read_curves(path)
+    elif config.data.dir is None and not (path / "data").is_dir():
+        raise RunError(f"{path}: an export has no text; name the data folder of its run: data.dir=DIR")
     step, digest = checkpoint_digest(path, named)
     try:
         stores = _open_stores(config, path)

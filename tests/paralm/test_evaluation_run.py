@@ -26,6 +26,7 @@ from paralm.evaluation.compression import CompressionResult, compressed_sizes, c
 from paralm.evaluation.report import read_results, write_report
 from paralm.evaluation.run import run_evaluation
 from paralm.evaluation.samples import samples
+from paralm.export import export
 from paralm.training.load import load_model
 from paralm.training.loop import train
 from tests.conftest import settings
@@ -324,3 +325,9 @@ def test_a_report_of_a_run_that_still_trains(run: Path) -> None:
     assert "so far (step 5 of 8)" in report
     assert "# train on" in report
     assert f"paralm run {run}/config.yaml run.root={run.parent} run.name={run.name} " in report  # a copy: it was moved
+
+
+def test_an_export_without_text_is_told_what_to_give(evaluated: Path, tmp_path: Path) -> None:
+    export(evaluated, tmp_path / "exported")
+    with pytest.raises(UserError, match=r"exported: an export has no text; .* data\.dir=DIR"):
+        run_evaluation(tmp_path / "exported")
