@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from paralm_launch import cli
+from paralm_launch import cli, pipeline
 from paralm_launch.commands import config as config_commands
 
 import paralm
@@ -210,6 +210,15 @@ def test_a_terminal_that_lacks_a_character_is_no_bug(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert b"p ? tokens" in done.stdout
+
+
+def test_the_commands_to_go_on_with_can_be_pasted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for stage in ("check_start", "prepare_data", "train_run", "evaluate_run"):
+        monkeypatch.setattr(pipeline, stage, lambda *arguments: None)
+    code, out, _ = run("run", "quickstart", "run.root=my runs")
+    assert code == 0
+    assert "paralm generate 'my runs/quickstart' --prompt" in out
+    assert "paralm monitor 'my runs/quickstart' " in out
 
 
 # -- configurations ------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 import typer
 
 from paralm_launch.commands.arguments import ConfigArgument, OverridesArgument, add_command
@@ -29,15 +31,15 @@ def run(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     pipeline.prepare_data(settings)
     pipeline.train_run(settings)
     pipeline.evaluate_run(settings.run_dir)
-    root = settings.run_dir
+    root, quoted = settings.run_dir, shlex.quote(str(settings.run_dir))
     text = (
-        f"  paralm generate {root} --prompt 'def '   text from the model\n" if settings.data.synthetic is None else ""
+        f"  paralm generate {quoted} --prompt 'def '   text from the model\n" if settings.data.synthetic is None else ""
     )
     say(
         f"\nlook next at\n"
         f"  {root / 'report.md'}   the results, with curves{' and samples' if text else ''}\n"
         f"{text}"
-        f"  paralm monitor {root}   every metric, in a browser"
+        f"  paralm monitor {quoted}   every metric, in a browser"
     )
 
 
