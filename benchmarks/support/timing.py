@@ -27,6 +27,10 @@ COVER = 4_000_000
 """Cycles that a GPU is kept busy before a call that is timed: two milliseconds."""
 
 
+SLOW = 3.0
+"""Seconds of a call from which on it is not repeated."""
+
+
 def sample(run: Callable[[], Any], device: str) -> float:
     """Seconds of one call; on a GPU what it takes there when the host is ahead of it, as it is in training: the call is
     issued while the GPU still waits. What takes the host longer than that to issue counts as it is."""
@@ -47,13 +51,16 @@ def sample(run: Callable[[], Any], device: str) -> float:
 def samples(
     prepare: Callable[[int], Callable[[], Any]], device: str, *, warm: int, runs: int, seconds: float
 ) -> list[float]:
-    """Seconds of up to `runs` calls, at least three, within about `seconds`, after `warm` that are not counted.
+    """Seconds of up to `runs` calls, at least three, within about `seconds`, after `warm` that are not counted. Of
+    calls of more than SLOW the second is the only one that counts: the first may have compiled.
 
     prepare(i) makes the i-th call ready, outside the clock.
     """
     result: list[float] = []
     for i in range(warm):
-        sample(prepare(i), device)
+        once = sample(prepare(i), device)
+        if i and once > SLOW:
+            return [once]
     start = time.perf_counter()
     for i in range(runs):
         if len(result) >= 3 and time.perf_counter() - start > seconds:
@@ -63,7 +70,9 @@ def samples(
 
 
 def host_seconds(prepare: Callable[[int], Callable[[], Any]], device: str, calls: int = 5) -> float:
-    """What a call keeps the host busy until it returns, the device's work not waited for; median of some calls."""
+    """What a call keeps the host busy until it returns, the device's work not waited for; median of some calls, one
+    where it takes the device more than SLOW.
+    """
     values = []
     for i in range(calls):
         run = prepare(i)
@@ -71,7 +80,9 @@ def host_seconds(prepare: Callable[[int], Callable[[], Any]], device: str, calls
         start = time.perf_counter()
         run()
         values.append(time.perf_counter() - start)
-    synchronise(device)
+        synchronise(device)
+        if time.perf_counter() - start > SLOW:
+            break
     return statistics.median(values)
 
 

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -31,3 +33,20 @@ def test_it_runs_on_a_cpu_and_every_peer_is_a_row(tmp_path):
             assert {row["pass"] for row in mine if "samples" in row} == {"forward", "backward"}
         assert any(row["kind"] == "loop" and row["method"] == "naive loop" for row in rows)
     assert "paragru" in done.stdout
+
+
+@pytest.fixture
+def solver(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import solver
+
+    return solver
+
+
+def test_what_takes_long_is_not_repeated(solver, monkeypatch):
+    calls = []
+    monkeypatch.setattr(solver.timing, "SLOW", 0.0)
+    assert len(solver.timing.samples(lambda i: lambda: calls.append(i), "cpu", warm=3, runs=30, seconds=9.0)) == 1
+    assert calls == [0, 1], "the first may have compiled"
+    solver.timing.host_seconds(lambda i: lambda: calls.append(i), "cpu")
+    assert len(calls) == 3
