@@ -9,8 +9,8 @@ remembers (bias −6), by every method. "floor" is the time a plain copy, measur
 move: forward inputs in and states out, backward inputs, states and the cotangent in, gradients out. Every row is a
 number or the error with which it failed; each group runs in a process of its own, so that a crash costs no other.
 Every shape is warmed first, inputs take turns. Times are the GPU's, with the host ahead of it (timing.sample); "host
-ms" is what issuing a call takes the host. Writes benchmarks/results/solver_DEVICE.json (or that file under $OUT):
-commit, device, clocks, raw samples.
+ms" is what issuing a call takes the host. Writes benchmarks/results/solver_DEVICE.json (or that file under $OUT), with
+--only PART solver_DEVICE_PART.json, after every group: commit, device, clocks, raw samples.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -334,6 +335,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
+def output_of(options: argparse.Namespace) -> Path | None:
+    """The file to write by default: one of its own for every part."""
+    if options.device == "cpu":
+        return None
+    part = re.sub(r"\W+", "_", f"{torch.cuda.get_device_name()} {options.only}".strip())
+    return Path(os.environ.get("OUT") or HERE / "results") / f"solver_{part}.json"
+
+
+def write(output: Path, measured_on: dict[str, Any], rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """All rows so far."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    content = {"command": " ".join(["python", *sys.argv]), **measured_on, "dtype": str(dtype_of(options.device))}
+    output.write_text(json.dumps({**content, "rows": rows}, indent=1) + "\n")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one group (`--group`, rows as JSON lines) or all of them; 0 unless nothing at all could be measured."""
     options = parse(arguments)
@@ -351,26 +367,16 @@ def main(arguments: list[str] | None = None) -> int:
         bandwidth, copies = float("nan"), []
         rows.append({"kind": "group", "name": "copy bandwidth", "pass": "all", "error": timing.failure(error)})
     release(options)
+    output = options.output or output_of(options)
     for group in groups(options):
         if options.only in group:
             print(f"… {group}", file=sys.stderr, flush=True)
             rows += run_group(group, options)
+            if output is not None:
+                copy = {"bytes_per_second": bandwidth, "samples": copies}
+                write(output, {**timing.environment(options.device), "copy": copy}, rows, options)
     print(report(rows, bandwidth, targets=options.device == "cuda"))
-    where = timing.environment(options.device)
-    content = {
-        "command": " ".join(["python", *sys.argv]),
-        **where,
-        "copy": {"bytes_per_second": bandwidth, "samples": copies},
-        "dtype": str(dtype_of(options.device)),
-        "rows": rows,
-    }
-    output = options.output
-    if output is None and options.device == "cuda":
-        base = Path(os.environ.get("OUT") or HERE / "results")
-        output = base / f"solver_{where['device'].replace(' ', '_')}.json"
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(content, indent=1) + "\n")
         print(f"written: {output}")
     return 0 if any("samples" in row for row in rows) else 1
 

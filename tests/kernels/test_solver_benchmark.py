@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -41,6 +42,26 @@ def solver(monkeypatch):
     import solver
 
     return solver
+
+
+def test_what_is_measured_is_kept_when_the_time_ends_and_parts_have_files_of_their_own(solver, monkeypatch, tmp_path):
+    def run_group(group, options):
+        if group == "ours:1":
+            raise KeyboardInterrupt
+        return [{"kind": "group", "name": group, "pass": "all", "error": "not measured here"}]
+
+    monkeypatch.setattr(solver, "run_group", run_group)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setenv("OUT", str(tmp_path))
+    with pytest.raises(KeyboardInterrupt):
+        solver.main(["--device=cuda"])
+    assert solver.main(["--device=cuda", "--only=peer:torch.nn.GRU"]) == 1
+    assert solver.main(["--device=cuda", "--only=loop"]) == 1
+    of = {path.name: [row["name"] for row in json.loads(path.read_text())["rows"]] for path in tmp_path.iterdir()}
+    base = "solver_NVIDIA_H100_80GB_HBM3"
+    assert of.keys() == {f"{base}.json", f"{base}_peer_torch_nn_GRU.json", f"{base}_loop.json"}
+    assert of[f"{base}.json"][-1] == "ours:0"
 
 
 def test_what_takes_long_is_not_repeated(solver, monkeypatch):
