@@ -197,9 +197,19 @@ class _Rank:
 
     @property
     def host(self) -> int:
-        """Masters, states and their gradients; weights."""
-        size = self.part * 4 * 2 + self.costs.state if self.offloads else 0
-        return size + (self.part * self.width if self.config.parallel.offload_parameters != "none" else 0)
+        """Masters, states and gradients, and what DeepSpeed keeps beside them: at stages 1 and 2 new weights on their
+        way to the device, at stage 3 gradients that arrive; weights."""
+        size, groups = 0, [sum(group) for group in self.sizes.groups]
+        if self.offloads and self.stage == 3:
+            size = self.costs.state + 4 * self.part + self._pinned(4, groups) + self._pinned(4, [self.n])
+        elif self.offloads:
+            size = self.costs.state + 2 * self._pinned(4, groups) + self._pinned(self.width, groups)
+        return size + (self._pinned(self.width, [self.n]) if self.config.parallel.offload_parameters != "none" else 0)
+
+    def _pinned(self, width: int, tensors: Sequence[int]) -> int:
+        """Bytes of a rank's parts of tensors of so many elements: torch pins a power of two for each."""
+        sizes = [width * -(-elements // self.ranks) for elements in tensors]
+        return sum(1 << (size - 1).bit_length() for size in sizes) if self.on == "gpu" else sum(sizes)
 
     def always(self) -> dict[str, int]:
         held = {"weights": self.width * self.n}

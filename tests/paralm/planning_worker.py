@@ -11,6 +11,7 @@ import ctypes
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,13 +28,34 @@ def main(given: str, vocabulary: int, steps: int) -> None:
     torch.set_num_threads(1)
     config = Config.model_validate(json.loads(given))
 
-    def train(config: Config, count: int) -> None:
+    def offloaded(engine: Any) -> int:
+        """Bytes that the optimizer holds, without what is on a GPU if there is one."""
+        storages = {}
+
+        def add(value: Any) -> None:
+            if isinstance(value, dict | list | tuple):
+                for one in value.values() if isinstance(value, dict) else value:
+                    add(one)
+            elif isinstance(value, torch.Tensor) and value.device.type == "cpu":
+                storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+                if value.is_leaf and value.grad is not None:
+                    add(value.grad)
+
+        add({name: value for name, value in vars(engine.optimizer).items() if "gpu" not in name})
+        add(dict(engine.optimizer.optimizer.state))
+        for p in engine.module.parameters():
+            storages.pop(p.untyped_storage().data_ptr(), None)
+        return sum(storages.values())
+
+    def train(config: Config, count: int) -> int:
         stepper = synthetic.stepper(config, vocabulary)
         training = config.training
         for step in range(count):
             batch = synthetic.batch(step, training.global_batch_size, training.seq_len, vocabulary)
             stepper.run(batch, step, 1e-3, lambda: 0, timed=False)
+        host = offloaded(stepper.engine) if config.parallel.offload_optimizer != "none" else 0
         stepper.engine.destroy()
+        return host
 
     # Everything that is loaded or made once, by a model of the same kind that is small.
     small = config.model_copy(update={"model": config.model.model_copy(update={"d_model": 32})})
@@ -45,8 +67,9 @@ def main(given: str, vocabulary: int, steps: int) -> None:
         libc.mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: tensors are mapped by themselves
         libc.mallopt(-1, 1 << 16)  # M_TRIM_THRESHOLD
     before = restart_peak()
-    train(config, steps)
-    print(json.dumps({"rank": torch.distributed.get_rank(), "bytes": held("VmHWM") - before}), flush=True)
+    host = train(config, steps)
+    row = {"rank": torch.distributed.get_rank(), "bytes": held("VmHWM") - before, "host": host}
+    print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

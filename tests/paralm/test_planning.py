@@ -332,6 +332,9 @@ def test_remedies_are_tried_in_order() -> None:
     offloaded = alone.remedy()
     assert offloaded is not None
     assert offloaded[0]["parallel.offload_optimizer"] == "cpu"
+    # Of two groups, 6.7 and 0.26 billion, masters and gradients in 32 + 1 GiB each, weights in half; and two moments.
+    found = preset("paragru_7b", "parallel.zero_stage=2", "parallel.offload_optimizer=cpu", gpus=1).plan()
+    assert found.memory.host == pytest.approx(82.5 * 2**30 + 8 * found.sizes.total, rel=0.01)
     assert offloaded[1].memory.host > 80e9
 
 

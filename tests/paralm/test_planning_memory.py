@@ -14,7 +14,7 @@ import pytest
 
 from paralm.config import Config
 from paralm.models import build_model
-from paralm.planning.memory import gradient_bytes, memory, optimizer_costs, sizes_of
+from paralm.planning.memory import Memory, gradient_bytes, memory, optimizer_costs, sizes_of
 from paralm.planning.trace import trace
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,15 +38,14 @@ def configuration(mixer: str, ranks: int, stage: int = 1, **training: Any) -> Co
     )
 
 
-def planned(config: Config, ranks: int) -> int:
-    """Bytes at the peak."""
+def planned(config: Config, ranks: int) -> Memory:
     model = build_model(config.model, VOCABULARY, 0, "meta")
     traced = trace(config, VOCABULARY, "cpu", gradient_bytes(config, "cpu"))
     costs = optimizer_costs(config, model, ranks, "cpu")
-    return memory(config, traced, sizes_of(model), costs, ranks, "cpu").peak.total
+    return memory(config, traced, sizes_of(model), costs, ranks, "cpu")
 
 
-def measured(config: Config, ranks: int) -> list[int]:
+def measured(config: Config, ranks: int) -> list[dict[str, int]]:
     """Of every rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -68,7 +67,7 @@ def measured(config: Config, ranks: int) -> list[int]:
     for worker in workers:
         out, error = worker.communicate(timeout=240)
         assert worker.returncode == 0, error[-2000:]
-        found.append(json.loads(out.strip().splitlines()[-1])["bytes"])
+        found.append(json.loads(out.strip().splitlines()[-1]))
     return found
 
 
@@ -94,6 +93,16 @@ CASES = [
 )
 def test_the_peak_of_training_is_the_planned_one(mixer: str, ranks: int, stage: int, training: dict[str, Any]) -> None:
     config = configuration(mixer, ranks, stage, **training)
-    plan = planned(config, ranks)
-    for found in measured(config, ranks):
+    plan = planned(config, ranks).peak.total
+    for found in (rank["bytes"] for rank in measured(config, ranks)):
         assert plan == pytest.approx(found, rel=0.15), f"planned {plan / 1e6:.1f} MB, measured {found / 1e6:.1f} MB"
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="counts memory as Linux does")
+@pytest.mark.parametrize(("stage", "ranks"), [(2, 1), (1, 2), (3, 1)])
+def test_the_host_holds_what_is_planned_of_an_offloaded_optimizer(stage: int, ranks: int) -> None:
+    config = configuration("paragru", ranks, stage, precision="bf16")
+    config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"offload_optimizer": "cpu"})})
+    plan = planned(config, ranks).host
+    for found in (rank["host"] for rank in measured(config, ranks)):
+        assert plan == pytest.approx(found, rel=0.06), f"planned {plan / 1e6:.1f} MB, measured {found / 1e6:.1f} MB"
