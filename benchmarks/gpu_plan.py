@@ -181,7 +181,6 @@ def main() -> int:
             traceback.print_exc()
             failed, row = True, {"kind": case.kind, "preset": case.preset, "checkpointing": case.checkpointing}
             row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            torch.cuda.empty_cache()
         record["rows"].append(row)
         out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(f"written: {out}")

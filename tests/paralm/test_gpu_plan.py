@@ -66,6 +66,24 @@ def test_a_model_that_fits_neither_gpu_nor_host_keeps_its_width(gpu_plan: Any) -
     assert gpu_plan.planned(replace(case, shrinks=False), h100, 1e5)[2] == 0
 
 
+def test_a_device_that_has_failed_costs_no_row(gpu_plan: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an illegal access every call of CUDA raises."""
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(gpu_plan, "measured", fails)
+    monkeypatch.setattr(torch.cuda, "empty_cache", fails)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    out = tmp_path / "plan.json"
+    monkeypatch.setattr(sys, "argv", ["gpu_plan.py", "--only", "large", "--out", str(out)])
+    assert gpu_plan.main() == 1
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["preset"] for row in rows] == [f"{name}_7b" for name in gpu_plan.MIXERS]
+    assert all("illegal memory access" in row["error"] for row in rows)
+
+
 @pytest.mark.slow
 def test_steps_with_an_offloaded_optimizer_learn(
     gpu_plan: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
