@@ -71,11 +71,13 @@ bench: $(DEV) $(PEERS)  ## every benchmark that needs no GPU; results in benchma
 	@set -e; for script in $(filter-out benchmarks/gpu_% benchmarks/scaling_study.py,$(wildcard benchmarks/*.py)); do \
 	  echo "== $$script"; $(BIN)/python "$$script"; done
 
-gpu-check: $(DEV)  ## tests and benchmarks that need a GPU
+gpu-check: $(DEV)  ## tests and benchmarks that need a GPU; one that fails ends no other
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
 	  || { echo 'make gpu-check: torch sees no GPU here; nothing was checked (for a CUDA build: make TORCH=...)' >&2; exit 2; }
-	$(BIN)/python -m pytest -m gpu tests
-	@set -e; for script in $(wildcard benchmarks/gpu_*.py); do echo "== $$script"; $(BIN)/python "$$script"; done
+	@failed=0; OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m gpu tests || failed=1; \
+	  for script in $(sort $(wildcard benchmarks/gpu_*.py)); do \
+	    echo "== $$script"; $(BIN)/python "$$script" || failed=1; \
+	  done; exit $$failed
 
 # For a GPU machine that has torch and reaches no registry: pip install --no-index --no-deps .wheels/*.whl
 GPU_PYTHON ?= 3.12

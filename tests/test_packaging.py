@@ -132,3 +132,18 @@ def test_the_batch_scripts_are_valid_bash_and_answer_signals_alike() -> None:
         assert sh("bash", "-n", script, cwd=ROOT) == ""
         shared.add(script.read_text().partition("# -- signals")[2].partition("# -- end of signals")[0])
     assert len(shared) == 1
+
+
+def test_gpu_check_runs_everything_whatever_fails(tmp_path: Path) -> None:
+    """Against a Python that only says what it is asked to run, and fails at tests and at one benchmark."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "ran $*"\ncase "$*" in *pytest*|*gpu_mixers*) exit 1;; esac\n')
+    python.chmod(0o755)
+    (tmp_path / "base").touch()
+    (tmp_path / "dev").touch()
+    command = ["make", "gpu-check", f"BIN={tmp_path}", f"BASE={tmp_path}/base", f"DEV={tmp_path}/dev", "JOBS=3"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    ran = re.findall(r"^ran (.*)$", done.stdout, re.MULTILINE)[1:]
+    assert ran[0] == "-m pytest -n 3 --dist worksteal -m gpu tests"
+    assert ran[1:] == [f"benchmarks/gpu_{name}.py" for name in ("mixers", "plan", "solver")]
