@@ -204,22 +204,29 @@ class SlurmCluster:
 
     def wait(self, job: str, state: str = "COMPLETED", patience: float = 400.0, log: Path | None = None) -> None:
         """Until the job is in ``state``; fails at once when it has ended in another."""
-        self._wait(job, lambda: self.state(job) == state, state, patience, log)
+        others = _ENDED - {state}
+        self._wait(job, lambda: self.state(job) == state, lambda found: bool(others & found), state, patience, log)
 
     def wait_until_requeued(self, job: str, patience: float = 400.0) -> None:
         """Until the job has been queued again once; fails at once when it has ended instead."""
-        self._wait(job, lambda: self.restarts(job) == 1, "queued again", patience)
+        self._wait(job, lambda: self.restarts(job) == 1, lambda found: found <= _ENDED, "queued again", patience)
 
     def _wait(
-        self, job: str, reached: Callable[[], bool], wanted: str, patience: float, log: Path | None = None
+        self,
+        job: str,
+        reached: Callable[[], bool],
+        over: Callable[[set[str]], bool],
+        wanted: str,
+        patience: float,
+        log: Path | None = None,
     ) -> None:
         deadline = time.monotonic() + patience
         while not reached():
-            found = self.state(job)
-            over = not _ENDED.isdisjoint(found.split(",")) and "COMPLETING" not in found
-            if (over and not reached()) or time.monotonic() > deadline:
+            found = set(self.state(job).split(","))
+            ended = over(found) and "COMPLETING" not in found and not reached()
+            if ended or time.monotonic() > deadline:
                 said = log.read_text(errors="replace") if log is not None and log.exists() else ""
-                raise AssertionError(f"job {job} is {found}, not {wanted}:\n{said}")
+                raise AssertionError(f"job {job} is {','.join(sorted(found))}, not {wanted}:\n{said}")
             time.sleep(0.2)
 
     def left_over(self, job: str = "") -> list[str]:
