@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from paralm_kernels.once import once_differentiable
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from paralm_kernels.dry import on_gpu
+from paralm_kernels.once import once_differentiable
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 IGNORE = -100
 """Labels with this value count for nothing."""

@@ -52,6 +52,14 @@ def test_one_of_the_outputs_alone() -> None:
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_a_second_derivative_is_refused() -> None:
+    """Also where the gradient that comes in is a constant, and torch alone would make this one a constant too."""
+    hidden, weight, labels = problem(9, 0.0)
+    (grad,) = torch.autograd.grad(cross_entropy(hidden, weight, labels, chunk=4)[0], hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()
+
+
 def test_gradcheck() -> None:
     hidden, weight, labels = problem(9, 0.3)
 

@@ -53,6 +53,14 @@ def test_rms_norm_of_what_is_not_contiguous() -> None:
     same(lambda x, w: rms_norm(x.mT, w, 1e-3).mT, composite, [normal(2, 6, 3), normal(6)])
 
 
+def test_a_second_derivative_is_refused() -> None:
+    """Also where the gradient that comes in is a constant."""
+    x = normal(2, 3, 6)
+    (grad,) = torch.autograd.grad(rms_norm(x, normal(6), 1e-3).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()
+
+
 def test_swiglu() -> None:
     def composite(h: Tensor) -> Tensor:
         gate, up = h.chunk(2, dim=-1)
