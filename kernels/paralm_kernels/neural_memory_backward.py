@@ -71,7 +71,7 @@ def tile_grads(
 ) -> TileGrads:
     """From the gradients to y of a read and to memory and momentum after the tile, all in the memory's dtype."""
     run, kind, biased = form.compiled, form.activation, bool(grad_memory.biases)
-    depth, dtype = len(saved.frozen), saved.inputs[0].dtype
+    depth, dtype, wide = len(saved.frozen), saved.inputs[0].dtype, saved.k.dtype
     read = _by_read(saved, reads, grad_y, form)
     by_after = columns(grad_memory)
     by_late: list[Tensor | None] = [None] * depth
@@ -101,7 +101,7 @@ def tile_grads(
             ends.grads,
             ends.momentum_grads,
         )
-        by_frozen.append(None if back is None else _padded(d.mT @ back, frozen))
+        by_frozen.append(None if back is None else _padded(d.mT @ back, frozen).to(wide))
         if layer + 1 < depth:
             back, by_z, row, momentum_row = slopes_grad(run, *use, saved.backs[layer], saved.outputs[layer], kind)
         else:
@@ -119,7 +119,7 @@ def tile_grads(
     by_output = by_outputs[-1]
     for layer in reversed(range(depth)):
         frozen = saved.frozen[layer]
-        by_frozen[layer] = _sum(by_frozen[layer], by_output.mT @ saved.inputs[layer])
+        by_frozen[layer] = _sum(by_frozen[layer], (by_output.mT @ saved.inputs[layer]).to(wide))
         parts = (by_output @ frozen, read.inputs[layer], *by_inputs[layer])
         if layer:
             by_output = hidden_grad(run, *parts, saved.outputs[layer - 1], by_outputs[layer - 1], kind)
@@ -144,10 +144,9 @@ def tile_grads(
             by_end[n] = _sum(by_end[n], None if more is None else more.sum(-1))
     by_ends = Ends(by_end[0], by_end[1], by_row, by_end[2], by_momentum_row)
     to_gates = mixing_grads(saved.mix, read.keep, read.from_momentum, read.grads, by_ends, lengths, run)
-    wide = saved.k.dtype
     return TileGrads(
         from_columns(by_memory, biased),
-        from_columns([g.to(wide) for g in by_frozen if g is not None], biased),
+        from_columns([g for g in by_frozen if g is not None], biased),
         from_columns(by_momentum, biased) if saved.momentum else None,
         read.q,
         by_k,

@@ -38,7 +38,7 @@ def activate(kind: str, z: Tensor) -> Tensor:
 def _slope(kind: str, z: Tensor, grad: Tensor) -> Tensor:
     """Its derivative times ``grad``."""
     backward = torch.ops.aten.gelu_backward if kind == "gelu" else torch.ops.aten.silu_backward
-    found: Tensor = backward(grad, z)
+    found: Tensor = backward(grad.to(z.dtype), z)
     return found
 
 
@@ -200,7 +200,7 @@ def read_last_grad(grad: Tensor, z: Tensor, gain: Tensor, dtype: torch.dtype) ->
 @pointwise
 def scores_grad(grad: Tensor, grads: Tensor, scores: Tensor, sum_before: Tensor | None) -> tuple[Tensor, Tensor]:
     """Of −(G ⊙ scores), ``grad``, to the scores, and to G, added to the layers' before."""
-    by_grads = -grad * _wide(scores)
+    by_grads = -grad * scores.to(grads.dtype)
     return (-grads * grad).to(grad.dtype), by_grads if sum_before is None else by_grads + sum_before
 
 
@@ -211,8 +211,16 @@ def read_scaled(grad: Tensor, keep: Tensor | None, rate: Tensor | None) -> tuple
     return _scaled(keep, _wide(grad)).to(grad.dtype), late
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (_wide(a) * b).sum(-1)
+def _dot(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    return (a.to(dtype) * b).sum(-1)
+
+
+def _to_factors(
+    x: Tensor, now: Tensor, late: Tensor | None, keep: Tensor | None, rate: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """To β and f, in their dtype."""
+    by_rate = None if late is None or rate is None else _dot(x, late, rate.dtype)
+    return None if keep is None else _dot(x, now, keep.dtype), by_rate
 
 
 @pointwise
@@ -223,7 +231,7 @@ def read_grad(
     by_x = _scaled(keep, _wide(now)) + by_scores
     if late is not None:
         by_x = by_x + _scaled(rate, _wide(late))
-    return by_x, None if keep is None else _dot(x, now), None if late is None else _dot(x, late)
+    return by_x, *_to_factors(x, now, late, keep, rate)
 
 
 @pointwise
@@ -243,7 +251,7 @@ def read_hidden_grad(
     if late is not None:
         by_x = by_x + _scaled(rate, _wide(late))
     by_z = _slope(kind, _wide(z), by_x[..., :n]).to(z.dtype)
-    return by_z, None if keep is None else _dot(x, now), None if late is None else _dot(x, late)
+    return by_z, *_to_factors(x, now, late, keep, rate)
 
 
 def _to_slopes(
@@ -255,12 +263,12 @@ def _to_slopes(
     late = None
     if by_momentum is not None:
         total = total - _scaled(momentum_grads, _wide(by_momentum))
-        late = -_dot(d, by_momentum)
+        late = -_dot(d, by_momentum, grads.dtype)
     if by_read is not None:
         total = total - by_read
     if by_back is not None:
         total = total + by_back
-    return total, -_dot(d, by_weights), late
+    return total, -_dot(d, by_weights, grads.dtype), late
 
 
 @pointwise

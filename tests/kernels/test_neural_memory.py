@@ -319,6 +319,31 @@ def test_low_precision() -> None:
     torch.testing.assert_close(rounded.float(), wide, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("normed", [False, True])
+def test_rounded_products_cost_little(normed: bool) -> None:
+    """y and every gradient are those of exact products to 2 %, by length, at sizes and gates as a model has them."""
+    time, heads, d, hidden = 256, 2, 32, 128
+    log = torch.nn.functional.logsigmoid
+
+    def everything(dtype: torch.dtype, products: torch.dtype | None) -> list[Tensor]:
+        draws = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=draws, dtype=torch.float64)
+
+        q, k = (torch.nn.functional.normalize(normal(1, time, heads, d), dim=-1) for _ in range(2))
+        gates = normal(1, time, heads).sigmoid() / 64, log(normal(1, time, heads)), log(4 + normal(1, time, heads))
+        weights = normal(heads, hidden, d) / d**0.5, normal(heads, d, hidden) / hidden**0.5
+        leaves = [q, k, normal(1, time, heads, d), *gates, *weights, 1 + 0.1 * normal(heads, d)]
+        leaves = [x.to(dtype).requires_grad_() for x in leaves[: None if normed else -1]]
+        norm = leaves[8] if normed else None
+        y, _ = neural_memory(*leaves[:6], leaves[6:8], norm=norm, chunk_size=64, matmul_dtype=products)
+        return [y, *torch.autograd.grad((y * normal(*y.shape).to(dtype)).sum(), leaves)]
+
+    rounded, exact = everything(torch.float32, torch.bfloat16), everything(torch.float64, None)
+    assert all(float((a - b).norm() / b.norm()) < 0.02 for a, b in zip(rounded, exact, strict=True))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
