@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from paralm_data import DataError, SourceSpec, documents, shards
 from paralm_data.readers import lines_before
@@ -33,6 +33,7 @@ LINE = st.one_of(
 
 @relaxed
 @given(st.lists(LINE, min_size=1, max_size=25), st.booleans(), st.integers(1, 400), st.sampled_from([None, 20]))
+@example([b'{"text": "abc"}'] * 4, True, 32, None)  # a cut where a line begins
 def test_ranges_of_bytes_hold_each_line_once(
     tmp_path: Path, lines: list[bytes], ends: bool, shard_bytes: int, max_bytes: int | None
 ) -> None:
