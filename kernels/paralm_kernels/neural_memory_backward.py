@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .neural_memory_mixing import Ends, mixing_grads
 from .neural_memory_pointwise import (
+    Uses,
     hidden_grad,
     inputs_grad,
     last_slopes_grad,
@@ -92,7 +93,7 @@ def tile_grads(
         scaled, scaled_late = weighed_slopes(run, d, ends.grads, ends.momentum_grads)
         by_inputs.append((scaled @ after, None if late is None or scaled_late is None else scaled_late @ late))
         frozen = saved.frozen[layer]
-        use = (
+        uses = Uses(
             d,
             read.slopes[layer],
             a @ after.mT,
@@ -103,10 +104,10 @@ def tile_grads(
         )
         by_frozen.append(None if back is None else _padded(d.mT @ back, frozen).to(wide))
         if layer + 1 < depth:
-            back, by_z, row, momentum_row = slopes_grad(run, *use, saved.backs[layer], saved.outputs[layer], kind)
+            back, by_z, row, momentum_row = slopes_grad(run, uses, saved.backs[layer], saved.outputs[layer], kind)
         else:
             by_z, by_k, by_v, by_rate, gain, row, momentum_row = last_slopes_grad(
-                run, *use, saved.k, saved.outputs[layer], saved.v, saved.rate, form.gain
+                run, uses, saved.k, saved.outputs[layer], saved.v, saved.rate, form.gain
             )
             by_gain = gain if by_gain is None or gain is None else by_gain + gain
         by_outputs.append(by_z)

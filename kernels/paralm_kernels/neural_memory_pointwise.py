@@ -8,6 +8,8 @@ of the products.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -55,6 +57,13 @@ def inverse_length(z: Tensor) -> Tensor:
     return (z.square().sum(-1, keepdim=True) + NORM_EPS).rsqrt()
 
 
+def _length_grad(z: Tensor, grad: Tensor) -> Tensor:
+    """From the gradient to z/√(|z|² + ε) to z."""
+    scale = inverse_length(z)
+    unit = z * scale
+    return scale * (grad - unit * (unit * grad).sum(-1, keepdim=True))
+
+
 def finish(x: Tensor, z: Tensor, gain: Tensor | None) -> Tensor:
     """M(x) from the last layer's output z."""
     return z if gain is None else x + gain.unsqueeze(-2) * (z * inverse_length(z))
@@ -65,9 +74,7 @@ def _loss_slope(x: Tensor, z: Tensor, v: Tensor, gain: Tensor | None) -> Tensor:
     error = 2 * (finish(x, z, gain) - v)
     if gain is None:
         return error
-    scale, weighted = inverse_length(z), gain.unsqueeze(-2) * error
-    unit = z * scale
-    return scale * (weighted - unit * (unit * weighted).sum(-1, keepdim=True))
+    return _length_grad(z, gain.unsqueeze(-2) * error)
 
 
 # -- the gates ----------------------------------------------------------------------------------------------------
@@ -163,7 +170,7 @@ def read_last(
 
 @pointwise
 def weighed_slopes(d: Tensor, grads: Tensor, momentum_grads: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """g ⊙ d and n ⊙ d, the last token's rows of G and N."""
+    """g ⊙ d and n ⊙ d, the last token's rows of G and E."""
     late = None if momentum_grads is None else _scaled(momentum_grads, _wide(d)).to(d.dtype)
     return _scaled(grads, _wide(d)).to(d.dtype), late
 
@@ -191,10 +198,7 @@ def updated(
 @pointwise
 def read_last_grad(grad: Tensor, z: Tensor, gain: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Of M_t(q) with a norm to z and γ."""
-    scale = inverse_length(z)
-    unit, weighted = z * scale, gain.unsqueeze(-2) * grad
-    by_z = scale * (weighted - unit * (unit * weighted).sum(-1, keepdim=True))
-    return by_z.to(dtype), (grad * unit).sum((0, 2))
+    return _length_grad(z, gain.unsqueeze(-2) * grad).to(dtype), (grad * z * inverse_length(z)).sum((0, 2))
 
 
 @pointwise
@@ -223,14 +227,17 @@ def _to_factors(
     return None if keep is None else _dot(x, now, keep.dtype), by_rate
 
 
+def _to_reads(now: Tensor, late: Tensor | None, by_scores: Tensor, keep: Tensor | None, rate: Tensor | None) -> Tensor:
+    by_x = _scaled(keep, _wide(now)) + by_scores
+    return by_x if late is None else by_x + _scaled(rate, _wide(late))
+
+
 @pointwise
 def read_grad(
     x: Tensor, now: Tensor, late: Tensor | None, by_scores: Tensor, keep: Tensor | None, rate: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """To x, β and f: ``now`` and ``late`` are the gradient to W_t x_t through W₀ and S₀."""
-    by_x = _scaled(keep, _wide(now)) + by_scores
-    if late is not None:
-        by_x = by_x + _scaled(rate, _wide(late))
+    by_x = _to_reads(now, late, by_scores, keep, rate)
     return by_x, *_to_factors(x, now, late, keep, rate)
 
 
@@ -247,62 +254,54 @@ def read_hidden_grad(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """As :func:`read_grad`, but to the output z that x is the activation of."""
     n = z.shape[-1]  # without the 1 of biases
-    by_x = _scaled(keep, _wide(now)) + by_scores
-    if late is not None:
-        by_x = by_x + _scaled(rate, _wide(late))
+    by_x = _to_reads(now, late, by_scores, keep, rate)
     by_z = _slope(kind, _wide(z), by_x[..., :n]).to(z.dtype)
     return by_z, *_to_factors(x, now, late, keep, rate)
 
 
-def _to_slopes(
-    d: Tensor, by_read: Tensor | None, by_weights: Tensor, by_momentum: Tensor | None, by_back: Tensor | None,
-    grads: Tensor, momentum_grads: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """To d, and to the last token's rows of G and N."""
-    total = -_scaled(grads, _wide(by_weights))
-    late = None
-    if by_momentum is not None:
-        total = total - _scaled(momentum_grads, _wide(by_momentum))
-        late = -_dot(d, by_momentum, grads.dtype)
-    if by_read is not None:
-        total = total - by_read
-    if by_back is not None:
-        total = total + by_back
-    return total, -_dot(d, by_weights, grads.dtype), late
+class Uses(NamedTuple):
+    """Of a layer's d, with the last rows of G and E in ``grads`` and ``momentum_grads``: gradients to what it went into,
+    a read (negated), the updates of weights and momentum (negated), and ``back`` of the layer before."""
+
+    d: Tensor
+    by_read: Tensor | None
+    by_weights: Tensor
+    by_momentum: Tensor | None
+    by_back: Tensor | None
+    grads: Tensor
+    momentum_grads: Tensor | None
+
+    def together(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """To d, and to the rows."""
+        total = -_scaled(self.grads, _wide(self.by_weights))
+        late = None
+        if self.by_momentum is not None:
+            total = total - _scaled(self.momentum_grads, _wide(self.by_momentum))
+            late = -_dot(self.d, self.by_momentum, self.grads.dtype)
+        if self.by_read is not None:
+            total = total - self.by_read
+        if self.by_back is not None:
+            total = total + self.by_back
+        return total, -_dot(self.d, self.by_weights, self.grads.dtype), late
 
 
 @pointwise
 def slopes_grad(
-    d: Tensor,
-    by_read: Tensor | None,
-    by_weights: Tensor,
-    by_momentum: Tensor | None,
-    by_back: Tensor | None,
-    grads: Tensor,
-    momentum_grads: Tensor | None,
+    uses: Uses,
     back: Tensor,
     z: Tensor,
     kind: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Of d = back ⊙ act′(z) to back, to z, and to the last token's rows of G and N. d is used in a read (−``by_read``),
-    in the update of the weights and of the momentum, and by the layer before (``by_back``)."""
-    total, by_grads, by_momentum_grads = _to_slopes(
-        d, by_read, by_weights, by_momentum, by_back, grads, momentum_grads
-    )  # fmt: skip
+    """Of d = back ⊙ act′(z) to back, to z, and to the last token's rows of G and E."""
+    total, by_grads, by_momentum_grads = uses.together()
     z = _wide(z)
     by_z = total * back * _curve(kind, z)
-    return _slope(kind, z, total).to(d.dtype), by_z.to(d.dtype), by_grads, by_momentum_grads
+    return _slope(kind, z, total).to(uses.d.dtype), by_z.to(uses.d.dtype), by_grads, by_momentum_grads
 
 
 @pointwise
 def last_slopes_grad(
-    d: Tensor,
-    by_read: Tensor | None,
-    by_weights: Tensor,
-    by_momentum: Tensor | None,
-    by_back: Tensor | None,
-    grads: Tensor,
-    momentum_grads: Tensor | None,
+    uses: Uses,
     k: Tensor,
     z: Tensor,
     v: Tensor,
@@ -310,14 +309,12 @@ def last_slopes_grad(
     gain: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
     """As :func:`slopes_grad` of the last layer, d = θ ∂ℓ/∂z: to z, k, v, θ, γ and the rows."""
-    total, by_grads, by_momentum_grads = _to_slopes(
-        d, by_read, by_weights, by_momentum, by_back, grads, momentum_grads
-    )  # fmt: skip
+    total, by_grads, by_momentum_grads = uses.together()
     z = _wide(z)
     by_rate = (_loss_slope(k, z, v, gain) * total).sum(-1)
     total = _scaled(rate, total)
     if gain is None:
-        return (2 * total).to(d.dtype), None, -2 * total, by_rate, None, by_grads, by_momentum_grads
+        return (2 * total).to(uses.d.dtype), None, -2 * total, by_rate, None, by_grads, by_momentum_grads
     # With u = z s, s = 1/√(|z|² + ε), e = 2 (k + γu − v), w = γe: ∂ℓ/∂z = s (w − u (u·w)). Each step of it, backwards.
     gamma = gain.unsqueeze(-2)
     s = inverse_length(z)
@@ -333,7 +330,16 @@ def last_slopes_grad(
     to_s = (total * (w - u * along)).sum(-1, keepdim=True) + (to_u * z).sum(-1, keepdim=True)
     to_z = to_u * s - to_s * s**3 * z
     to_gain = (e * to_w + 2 * u * to_e).sum((0, 2))
-    return to_z.to(d.dtype), 2 * to_e, -2 * to_e, by_rate, to_gain, by_grads, by_momentum_grads
+    return to_z.to(uses.d.dtype), 2 * to_e, -2 * to_e, by_rate, to_gain, by_grads, by_momentum_grads
+
+
+def _to_inputs(by_output: Tensor, by_scores: Tensor | None, by_weights: Tensor, by_momentum: Tensor | None) -> Tensor:
+    total = _wide(by_output) - by_weights
+    if by_momentum is not None:
+        total = total - by_momentum
+    if by_scores is not None:
+        total = total + by_scores
+    return total
 
 
 @pointwise
@@ -341,11 +347,7 @@ def inputs_grad(
     by_output: Tensor, by_scores: Tensor | None, by_weights: Tensor, by_momentum: Tensor | None, before: Tensor | None
 ) -> Tensor:
     """To a layer's input a: through z, the scores of a read, and the updates; added to ``before``."""
-    total = _wide(by_output) - by_weights
-    if by_momentum is not None:
-        total = total - by_momentum
-    if by_scores is not None:
-        total = total + by_scores
+    total = _to_inputs(by_output, by_scores, by_weights, by_momentum)
     return total if before is None else total + before
 
 
@@ -361,11 +363,7 @@ def hidden_grad(
 ) -> Tensor:
     """As :func:`inputs_grad`, but to the output z that a is the activation of; ``by_slope``: through its slope."""
     n = z.shape[-1]
-    total = _wide(by_output) - by_weights
-    if by_momentum is not None:
-        total = total - by_momentum
-    if by_scores is not None:
-        total = total + by_scores
+    total = _to_inputs(by_output, by_scores, by_weights, by_momentum)
     return (_slope(kind, _wide(z), total[..., :n]) + by_slope).to(z.dtype)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .dry import observer
@@ -33,7 +34,7 @@ def pointwise(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def run(compiled: bool, *arguments: Any) -> Any:
-        tensors = [x for x in arguments if isinstance(x, Tensor)]
+        tensors = [x for x in pytree.tree_leaves(arguments) if isinstance(x, Tensor)]
         told = observer() if compiled and tensors[0].is_meta else None
         if told is not None:
             return _told(told, function, arguments, tensors)
