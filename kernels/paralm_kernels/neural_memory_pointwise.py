@@ -260,8 +260,8 @@ def read_hidden_grad(
 
 
 class Uses(NamedTuple):
-    """Of a layer's d, with the last rows of G and E in ``grads`` and ``momentum_grads``: gradients to what it went into,
-    a read (negated), the updates of weights and momentum (negated), and ``back`` of the layer before."""
+    """Of a layer's d, with the last rows of G and E in ``grads`` and ``momentum_grads``: gradients to what it went
+    into, a read (negated), the updates of weights and momentum (negated), and ``back`` of the layer before."""
 
     d: Tensor
     by_read: Tensor | None
