@@ -71,30 +71,32 @@ bench: $(DEV) $(PEERS)  ## every benchmark that needs no GPU; results in benchma
 	@set -e; for script in $(filter-out benchmarks/gpu_% benchmarks/scaling_study.py,$(wildcard benchmarks/*.py)); do \
 	  echo "== $$script"; $(BIN)/python "$$script"; done
 
-gpu-check: $(DEV)  ## tests and benchmarks that need a GPU; one that fails ends no other
-	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
-	  || { echo 'make gpu-check: torch sees no GPU here; nothing was checked (for a CUDA build: make TORCH=...)' >&2; exit 2; }
-	@failed=0; OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m gpu tests || failed=1; \
-	  for script in $(sort $(wildcard benchmarks/gpu_*.py)); do \
-	    echo "== $$script"; $(BIN)/python "$$script" || failed=1; \
-	  done; exit $$failed
+gpu-check: $(DEV) $(PEERS)  ## tests and benchmarks that need a GPU; one that fails ends no other (tools/gpu_check.py)
+	$(BIN)/python tools/gpu_check.py --jobs $(JOBS) $(GPU_CHECK)
 
-# For a GPU machine that has torch and reaches no registry: pip install --no-index --no-deps .wheels/*.whl
+# For a GPU machine that has torch and reaches no registry: python3 tools/gpu_check.py --wheels .wheels --minutes 9
 GPU_PYTHON ?= 3.12
 GPU_WHEELS ?= annotated-doc annotated-types datasets deepspeed dill execnet hjson httpcore2 httpx2 huggingface_hub \
   hypothesis multiprocess pydantic pydantic_core pytest-timeout pytest-xdist pyyaml rich safetensors sentencepiece \
   shellingham truststore typer typing-inspection zstandard
 WHEEL_TAGS := $(foreach n,17 24 27 28 34,--platform manylinux_2_$(n)_x86_64) --platform manylinux2014_x86_64
+GPU_FETCH = $(BIN)/pip download -q --no-deps --only-binary=:all: --implementation cp --python-version $(GPU_PYTHON) $(WHEEL_TAGS)
 
-gpu-wheels: $(DEV)  ## the packages a bare GPU machine lacks, as wheels, into .wheels
+gpu-wheels: $(DEV)  ## the packages and peers a bare GPU machine lacks, as wheels, into .wheels
 	rm -rf .wheels && mkdir .wheels
 	$(BIN)/pip list --format=freeze | grep -iE "^($$(echo $(GPU_WHEELS) | tr ' ' '|'))==" > .wheels/versions.txt
 	grep -vi '^deepspeed==' .wheels/versions.txt > .wheels/binary.txt
 	grep -i '^deepspeed==' .wheels/versions.txt > .wheels/source.txt
-	$(BIN)/pip download -q --no-deps --only-binary=:all: --implementation cp --python-version $(GPU_PYTHON) \
-	  $(WHEEL_TAGS) -d .wheels -r .wheels/binary.txt
+	$(GPU_FETCH) -d .wheels -r .wheels/binary.txt
 	$(BIN)/pip wheel -q --no-deps --no-build-isolation -w .wheels -r .wheels/source.txt
-	@rm .wheels/*.txt; du -sh .wheels; ls .wheels
+	@rm .wheels/*.txt
+	@set -e; grep -v '^#' tests/peers.txt | while IFS=: read -r name packages; do \
+	  echo "peer: $$name"; $(GPU_FETCH) -d .wheels/peers/$$name $$packages; done
+	$(GPU_FETCH) -d .wheels/peers/solver 'pararnn-torch>=0.17.4,<0.18' accelerated-scan
+	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE $(BIN)/pip wheel -q --no-deps --no-build-isolation \
+	  -w .wheels/peers/mamba_ssm $$($(BIN)/python -c 'import sys; sys.path.insert(0, "benchmarks"); import mixers; print(*mixers.MAMBA_SSM)')
+	cp .wheels/peers/mamba_ssm/*.whl .wheels/peers/solver
+	@du -sh .wheels; ls .wheels .wheels/peers
 
 clean:  ## remove what was built or installed here; runs stay
 	rm -rf $(VENV) .wheels .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

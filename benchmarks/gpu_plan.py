@@ -12,7 +12,7 @@ large   7B, 20 steps of 16 × 2,048 tokens. ZeRO-Offload: weights and gradients 
         has fewer layers, and its row says how many. A loss that does not go down is a failure.
 long    one sequence of 1,048,576 tokens through ParaGRU 130M, layers left out in the same way
 
-Writes benchmarks/results/plan_DEVICE.json after every row.
+Writes benchmarks/results/plan_DEVICE.json (or that file under $OUT) after every row.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
 import sys
 import traceback
 from dataclasses import dataclass
@@ -29,6 +28,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
+from support import timing  # noqa: E402
+
 VOCABULARY = 32000
 MIXERS = ("paragru", "paralstm", "mamba2", "xlstm", "titans_mag", "transformer")
 
@@ -152,7 +153,9 @@ def main() -> int:
     parser.add_argument("--presets", nargs="+", help="of the chosen kinds, only these")
     parser.add_argument("--device", help="the plan's name of this machine's GPU; default: by its own name")
     parser.add_argument("--out", type=Path)
+    timing.add_minutes(parser)
     options = parser.parse_args()
+    budget = timing.Budget(options.minutes)
     import psutil
     import torch
 
@@ -166,14 +169,15 @@ def main() -> int:
         sys.exit(
             f"benchmarks/gpu_plan.py: '{name}' is not known; say what it is planned as: --device {'|'.join(DEVICES)}"
         )
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    out = options.out or ROOT / "benchmarks" / "results" / f"plan_{name.replace(' ', '_')}.json"
+    out = options.out or timing.results() / f"plan_{name.replace(' ', '_')}.json"
     record: dict[str, Any] = {"command": " ".join(["python", "benchmarks/gpu_plan.py", *sys.argv[1:]])}
-    record |= {"commit": commit.stdout.strip(), "device": name, "torch": torch.__version__, "rows": []}
+    record |= {"commit": timing.commit(), "device": name, "torch": torch.__version__, "rows": []}
     print("model        layers again planned   held    ratio planned   took   ratio  tokens/s   MFU  loss")
     failed = False
     for case in cases(options):
         try:
+            if budget.over:
+                raise TimeoutError(timing.NOT_MEASURED)
             row = measured(case, device_of(options.device), 0.9 * psutil.virtual_memory().total)
             failed |= not row.get("learns", True)
             print(line(row), flush=True)

@@ -51,7 +51,7 @@ def peer_folder(peer: str) -> Path:
     """Where a peer's modules are. Raises FileNotFoundError or RuntimeError, one line."""
     from tests.peers import PEERS
 
-    if peer == "mamba_ssm":
+    if peer == "mamba_ssm" and not (PEERS / peer).is_dir():
         return laid_mamba_ssm()
     if not (PEERS / peer).is_dir():
         raise FileNotFoundError(f"not in {PEERS}; `make peers` lays it there")
@@ -72,8 +72,11 @@ def laid_mamba_ssm() -> Path:
     return folder
 
 
-def run_process(name: str, subject: Subject, batch: int, lengths: list[int], options: argparse.Namespace) -> list[Row]:
-    """The rows of these lengths of a subject, from a process of its own; lengths after one that failed have none."""
+def run_process(
+    name: str, subject: Subject, batch: int, lengths: list[int], options: argparse.Namespace, seconds: float
+) -> list[Row]:
+    """The rows of these lengths of a subject, from a process of its own that may take ``seconds``; lengths after one
+    that failed have none."""
     from tests.peers import FOREIGN
 
     try:
@@ -89,7 +92,7 @@ def run_process(name: str, subject: Subject, batch: int, lengths: list[int], opt
     environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
     if options.device == "cpu":
         environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(options.threads)}
-    patience = STARTING + len(lengths) * (10 * options.limit + COMPILING)
+    patience = min(seconds, STARTING + len(lengths) * (10 * options.limit + COMPILING))
     try:
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, errors="replace", timeout=patience, check=False
@@ -115,7 +118,8 @@ def measure_all(chosen: dict[str, Subject], done: dict[Key, Row], options: argpa
     """Every row that is not in ``done``, as it comes."""
     import psutil
 
-    for name, subject in chosen.items():
+    budget = timing.Budget(options.minutes)
+    for number, (name, subject) in enumerate(chosen.items()):
         for batch in options.batch:
             todo = list(options.lengths)
             while todo:
@@ -125,7 +129,10 @@ def measure_all(chosen: dict[str, Subject], done: dict[Key, Row], options: argpa
                     print(f"… {name}, batch {batch}, {lengths[0]} tokens", file=sys.stderr, flush=True)
                     commit = timing.commit()  # a benchmark that goes on may go on with another one
                     busy = psutil.cpu_percent(interval=0.2) / 100
-                    rows = run_process(name, subject, batch, lengths, options)
+                    if budget.over:
+                        rows = [{"length": lengths[0], "error": timing.NOT_MEASURED}]
+                    else:
+                        rows = run_process(name, subject, batch, lengths, options, budget.share(len(chosen) - number))
                     if not rows:
                         rows = [{"length": lengths[0], "error": "its process ended without a result"}]
                 else:
@@ -185,11 +192,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--d-model", type=int, help="default: 256 on a CPU, 2048 on a GPU")
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--lengths", type=int, nargs="+", help="default: 1K to 64K")
-    parser.add_argument("--only", nargs="+", default=[""], help="subjects whose name contains one of these")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="subjects whose name contains one of these, in this order"
+    )
     parser.add_argument("--limit", type=float, help="seconds for a case; default: 30 on a CPU, 20 on a GPU")
     parser.add_argument("--memory", type=float, default=8.0, help="GiB a case may allocate on a CPU")
     parser.add_argument("--runs", type=int, help="counted calls at most; default: 5 on a CPU, 20 on a GPU")
     parser.add_argument("--seconds", type=float, default=1.0, help="for a case's counted calls, about, but at least 3")
+    timing.add_minutes(parser)
     parser.add_argument("--threads", type=int, default=1, help="of a case on a CPU")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/mixers_DEVICE.json")
     parser.add_argument("--case", help=argparse.SUPPRESS)
@@ -213,7 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("mixers.py: torch sees no GPU here; --device cpu runs on the CPU", file=sys.stderr)
         return 2
-    chosen = {name: s for name, s in subjects().items() if any(text.lower() in name.lower() for text in options.only)}
+    chosen = {name: s for text in options.only for name, s in subjects().items() if text.lower() in name.lower()}
     if not chosen:
         print(f"mixers.py: --only: no subject has {options.only} in its name: {', '.join(subjects())}", file=sys.stderr)
         return 2
@@ -222,7 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
     output = options.output
     if output is None:
         name = "cpu" if options.device == "cpu" else where["device"].replace(" ", "_")
-        output = Path(os.environ.get("OUT") or HERE / "results") / f"mixers_{name}.json"
+        output = timing.results() / f"mixers_{name}.json"
     before = json.loads(output.read_text()) if output.exists() else {}
     same = before.get("basis") == basis
     if before and not same and len(chosen) < len(subjects()):

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import statistics
 import subprocess
@@ -237,17 +236,17 @@ def release(options: argparse.Namespace) -> None:
             print(timing.failure(error), file=sys.stderr)
 
 
-def run_group(group: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows of a group, from a process of its own on a GPU."""
+def run_group(group: str, options: argparse.Namespace, patience: float) -> list[dict[str, Any]]:
+    """The rows of a group, from a process of its own on a GPU that may take ``patience`` seconds."""
     if options.device == "cpu":
         return list(group_rows(group, options))
     command = [sys.executable, str(HERE / "solver.py"), *sys.argv[1:], f"--group={group}", "--device=cuda"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=options.patience, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=patience, check=False)
         text, problem = done.stdout, "" if done.returncode == 0 else f"exit {done.returncode}: {done.stderr[-300:]}"
     except subprocess.TimeoutExpired as error:
         text = (error.stdout or b"").decode() if isinstance(error.stdout, bytes) else (error.stdout or "")
-        problem = f"took more than {options.patience:.0f} s"
+        problem = f"took more than {patience:.0f} s"
     rows = [json.loads(line[4:]) for line in text.splitlines() if line.startswith("ROW ")]
     if problem:
         rows.append({"kind": "group", "name": group, "pass": "all", "error": problem})
@@ -327,6 +326,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=30, help="counted calls at most")
     parser.add_argument("--seconds", type=float, default=1.5, help="per measurement, about")
     parser.add_argument("--patience", type=float, default=400.0, help="seconds for a group's process")
+    timing.add_minutes(parser)
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/solver_DEVICE.json, none on a CPU")
     parser.add_argument("--group", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -340,7 +340,7 @@ def output_of(options: argparse.Namespace) -> Path | None:
     if options.device == "cpu":
         return None
     part = re.sub(r"\W+", "_", f"{torch.cuda.get_device_name()} {options.only}".strip())
-    return Path(os.environ.get("OUT") or HERE / "results") / f"solver_{part}.json"
+    return timing.results() / f"solver_{part}.json"
 
 
 def write(output: Path, measured_on: dict[str, Any], rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
@@ -360,6 +360,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("solver.py: torch sees no GPU here; --device cpu runs tiny shapes", file=sys.stderr)
         return 2
+    budget = timing.Budget(options.minutes)
     rows: list[dict[str, Any]] = []
     try:
         bandwidth, copies = timing.copy_bandwidth(options.device, 1 << (29 if options.device == "cuda" else 18))
@@ -368,13 +369,16 @@ def main(arguments: list[str] | None = None) -> int:
         rows.append({"kind": "group", "name": "copy bandwidth", "pass": "all", "error": timing.failure(error)})
     release(options)
     output = options.output or output_of(options)
-    for group in groups(options):
-        if options.only in group:
+    chosen = [group for group in groups(options) if options.only in group]
+    for number, group in enumerate(chosen):
+        if budget.over:
+            rows.append({"kind": "group", "name": group, "pass": "all", "error": timing.NOT_MEASURED})
+        else:
             print(f"… {group}", file=sys.stderr, flush=True)
-            rows += run_group(group, options)
-            if output is not None:
-                copy = {"bytes_per_second": bandwidth, "samples": copies}
-                write(output, {**timing.environment(options.device), "copy": copy}, rows, options)
+            rows += run_group(group, options, min(options.patience, budget.share(len(chosen) - number)))
+        if output is not None:
+            copy = {"bytes_per_second": bandwidth, "samples": copies}
+            write(output, {**timing.environment(options.device), "copy": copy}, rows, options)
     print(report(rows, bandwidth, targets=options.device == "cuda"))
     if output is not None:
         print(f"written: {output}")

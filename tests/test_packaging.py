@@ -137,13 +137,39 @@ def test_the_batch_scripts_are_valid_bash_and_answer_signals_alike() -> None:
 def test_gpu_check_runs_everything_whatever_fails(tmp_path: Path) -> None:
     """Against a Python that only says what it is asked to run, and fails at tests and at one benchmark."""
     python = tmp_path / "python"
-    python.write_text('#!/bin/sh\necho "ran $*"\ncase "$*" in *pytest*|*gpu_mixers*) exit 1;; esac\n')
+    text = f'#!/bin/sh\ncase "$*" in tools/*) exec {sys.executable} "$@" --python "$0";; esac\n'
+    python.write_text(text + 'echo "ran $*"\ncase "$*" in *pytest*|*gpu_mixers*) exit 1;; esac\n')
     python.chmod(0o755)
-    (tmp_path / "base").touch()
-    (tmp_path / "dev").touch()
-    command = ["make", "gpu-check", f"BIN={tmp_path}", f"BASE={tmp_path}/base", f"DEV={tmp_path}/dev", "JOBS=3"]
+    for name in ("base", "dev", "peers"):
+        (tmp_path / name).touch()
+    marks = [f"{name.upper()}={tmp_path / name}" for name in ("base", "dev", "peers")]
+    command = ["make", "gpu-check", f"BIN={tmp_path}", *marks, "JOBS=3"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
     ran = re.findall(r"^ran (.*)$", done.stdout, re.MULTILINE)[1:]
-    assert ran[0] == "-m pytest -n 3 --dist worksteal -m gpu tests"
-    assert ran[1:] == [f"benchmarks/gpu_{name}.py" for name in ("mixers", "plan", "solver")]
+    assert ran[0] == "-m pytest -q -n 3 --dist worksteal -m gpu tests/kernels"
+    assert ran[1:] == [f"benchmarks/gpu_{name}.py" for name in ("solver", "mixers", "plan")]
+    assert {f"benchmarks/{path.name}" for path in (ROOT / "benchmarks").glob("gpu_*.py")} == set(ran[1:])
+    ends = re.findall(r"^(\w+) +(passed|failed)", done.stdout, re.MULTILINE)
+    assert ends == [("tests", "failed"), ("solver", "passed"), ("mixers", "failed"), ("plan", "passed")]
+
+
+def test_in_limited_minutes_a_part_that_hangs_leaves_time_for_the_others(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import gpu_check
+
+    hang = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(99)'])"
+    said = gpu_check.Part(("-c", "import sys; print('given', sys.argv[1:], flush=True)"), 1.0, ("--less",))
+    parts = {"hangs": gpu_check.Part(("-c", hang), 1.0, timed=False), "goes on": said}
+    lines = gpu_check.run(parts, sys.executable, 4 / 60, dict(os.environ))
+    assert [line.split(" (")[0].split()[-1] for line in lines] == ["over", "passed"]
+    given = re.search(r"given \['--less', '--minutes=0\.0(\d)'\]", capfd.readouterr().out)
+    assert given is not None
+    for wrong, text in (("--parts=tset", "no part 'tset'"), ("--minutes=0", "is no time")):
+        assert gpu_check.main([wrong]) == 2
+        assert text in capfd.readouterr().err
+    monkeypatch.setattr(gpu_check.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0))
+    assert gpu_check.main(["--wheels", "/nowhere"]) == 2
+    assert "no wheels in /nowhere: `make gpu-wheels`" in capfd.readouterr().err

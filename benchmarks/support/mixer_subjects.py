@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import sys
-import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .packages import without_init
 
 Call = Callable[[Tensor], Tensor]
 Built = tuple[Call, list[Tensor]]
@@ -107,14 +107,7 @@ def transformers_mlstm(d_model: int, device: str, dtype: torch.dtype) -> Built:
 
 def mamba_ssm(d_model: int, device: str, dtype: torch.dtype) -> Built:
     """mamba_ssm's Mamba2; its fused path, convolution included, where causal_conv1d is there."""
-    if "mamba_ssm" not in sys.modules:
-        # Its __init__ imports Mamba1's compiled kernel and transformers, neither of which Mamba2 needs.
-        found = importlib.util.find_spec("mamba_ssm")
-        if found is None:
-            raise ModuleNotFoundError("No module named 'mamba_ssm'")
-        package = types.ModuleType("mamba_ssm")
-        package.__path__ = list(found.submodule_search_locations or ())
-        sys.modules["mamba_ssm"] = package
+    without_init("mamba_ssm")
     module = importlib.import_module("mamba_ssm.modules.mamba2")
     heads = heads_of(2 * d_model)
     fused = importlib.util.find_spec("causal_conv1d") is not None

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .packages import without_init
+
 Shape = tuple[int, int, int]
 Built = tuple[Callable[[], Tensor], list[Tensor]]
 
@@ -69,6 +71,7 @@ def our_scan(shape: Shape, dtype: torch.dtype, device: str) -> Built:
 
 def mamba2(shape: Shape, dtype: torch.dtype, device: str) -> Built:
     """mamba_ssm's chunked scan at equal d_model: d_inner 2·d_model in heads of 64, d_state 128, one group."""
+    without_init("mamba_ssm")
     module = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
     batch, time, d_model = shape
     heads, width, d_state = max(1, 2 * d_model // 64), 64, 128

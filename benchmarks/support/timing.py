@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
+import os
 import platform
 import statistics
 import subprocess
@@ -15,6 +18,30 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CLOCKS = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.draw,power.limit,temperature.gpu"
+
+
+class Budget:
+    """The minutes a benchmark may take, all of its rows together; without minutes, as long as it takes."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self.end = math.inf if minutes is None else time.monotonic() + 60 * minutes
+
+    def share(self, left: int) -> float:
+        """Seconds that the next of so many cases may take: twice an equal part of what is left, as most take less."""
+        return max(0.0, self.end - time.monotonic()) * min(1.0, 2 / max(1, left))
+
+    @property
+    def over(self) -> bool:
+        return time.monotonic() >= self.end
+
+
+NOT_MEASURED = "not measured: the minutes were over"
+
+
+def add_minutes(parser: argparse.ArgumentParser) -> None:
+    """The option --minutes."""
+    text = "for all of it: what is not measured by then is a row that says so; default: as long as it takes"
+    parser.add_argument("--minutes", type=float, help=text)
 
 
 def synchronise(device: str) -> None:
@@ -124,9 +151,14 @@ def environment(device: str) -> dict[str, Any]:
     }
 
 
+def results() -> Path:
+    """Where results go by default: benchmarks/results, or the folder that $OUT names."""
+    return Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
+
+
 def commit() -> str:
-    """What is checked out."""
-    return _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
+    """What is checked out; where that is a copy without its repository, what $PARALM_COMMIT says."""
+    return os.environ.get("PARALM_COMMIT") or _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
 
 
 def _output(*command: str) -> str:

@@ -45,7 +45,7 @@ def solver(monkeypatch):
 
 
 def test_what_is_measured_is_kept_when_the_time_ends_and_parts_have_files_of_their_own(solver, monkeypatch, tmp_path):
-    def run_group(group, options):
+    def run_group(group, options, patience):
         if group == "ours:1":
             raise KeyboardInterrupt
         return [{"kind": "group", "name": group, "pass": "all", "error": "not measured here"}]
@@ -62,6 +62,25 @@ def test_what_is_measured_is_kept_when_the_time_ends_and_parts_have_files_of_the
     base = "solver_NVIDIA_H100_80GB_HBM3"
     assert of.keys() == {f"{base}.json", f"{base}_peer_torch_nn_GRU.json", f"{base}_loop.json"}
     assert of[f"{base}.json"][-1] == "ours:0"
+
+
+def test_in_limited_minutes_a_group_has_its_share_and_the_rest_says_why_it_is_missing(solver, monkeypatch, tmp_path):
+    now, patiences = [100.0], []
+    monkeypatch.setattr(solver.timing.time, "monotonic", lambda: now[0])
+
+    def run_group(group, options, patience):
+        patiences.append(patience)
+        now[0] += 50.0
+        return []
+
+    monkeypatch.setattr(solver, "run_group", run_group)
+    monkeypatch.setattr(solver, "groups", lambda options: ["a", "b", "c", "d"])
+    output = tmp_path / "solver.json"
+    solver.main(["--device=cpu", "--minutes=2", f"--output={output}"])
+    assert patiences == [pytest.approx(2 * 120 / 4), pytest.approx(2 * 70 / 3), pytest.approx(20.0)]
+    assert json.loads(output.read_text())["rows"] == [
+        {"kind": "group", "name": "d", "pass": "all", "error": solver.timing.NOT_MEASURED}
+    ]
 
 
 def test_what_takes_long_is_not_repeated(solver, monkeypatch):

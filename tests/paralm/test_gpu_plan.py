@@ -39,6 +39,9 @@ def test_no_unknown_gpu_is_planned_as_another(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     assert gpu_plan.main() == 0
     assert json.loads((tmp_path / "plan.json").read_text())["rows"] == [{"error": "H100 SXM 80 GB"}]
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--minutes", "0"])
+    assert gpu_plan.main() == 1
+    assert "the minutes were over" in json.loads((tmp_path / "plan.json").read_text())["rows"][0]["error"]
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--presets", "paragru_131m"])
     with pytest.raises(SystemExit, match="--presets: no 'paragru_131m' among paragru_130m"):
         gpu_plan.main()

@@ -67,9 +67,9 @@ def test_past_the_limit_a_case_ends_and_longer_ones_are_not_tried(monkeypatch: p
     options, tried = benchmark.parse([*TINY, "--limit=0.0005"]), []
     run_process = benchmark.run_process
 
-    def process(name: str, subject: Any, batch: int, lengths: list[int], options: Any) -> list[dict[str, Any]]:
+    def process(name: str, subject: Any, batch: int, lengths: list[int], *rest: Any) -> list[dict[str, Any]]:
         tried.append(lengths)
-        return run_process(name, subject, batch, lengths, options)
+        return run_process(name, subject, batch, lengths, *rest)
 
     monkeypatch.setattr(benchmark, "run_process", process)
     rows = list(benchmark.measure_all({"paralm gru": subjects()["paralm gru"]}, {}, options))
@@ -82,7 +82,7 @@ def test_it_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.Mon
     """What was measured is kept, what failed is tried again, and other settings start anew."""
     output, asked = tmp_path / "mixers.json", []
 
-    def process(name: str, subject: object, batch: int, lengths: list[int], options: object) -> list[dict[str, Any]]:
+    def process(name: str, subject: object, batch: int, lengths: list[int], *_: object) -> list[dict[str, Any]]:
         asked.append((name, lengths[0]))
         if len(asked) == 4:
             raise KeyboardInterrupt
