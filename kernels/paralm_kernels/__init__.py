@@ -3,7 +3,8 @@
 `Cell` defines a recurrence; `solve` runs it over time (sequential loop with an analytic adjoint, or Newton's method),
 `step` advances it by one for decoding; `causal_conv` and the linear scans (`diagonal_scan`, `matrix_scan`) are the
 recurrences that need no cell. `dense_rnn` runs those that are dense within a head (LSTM, GRU, sLSTM, Elman),
-`chunkwise` those whose state is a matrix with a scalar decay (Mamba2's SSD, mLSTM). `TimeShards` has them for a
+`chunkwise` those whose state is a matrix with a scalar decay (Mamba2's SSD, mLSTM). `gated_norm` and `swiglu` are what
+stands between them in a model. `TimeShards` has them for a
 sequence whose time lies on several ranks.
 """
 
@@ -17,6 +18,7 @@ from .dense_rnn import dense_rnn, dense_state, reference_dense_rnn
 from .dry import dry_run
 from .errors import ArgumentError, CellError, NotConverged
 from .neural_memory import memory_state, neural_memory, read_memory
+from .norm import gated_norm, swiglu
 from .positions import positions
 from .problem import SolveInfo
 from .scan import Scan, diagonal_scan, matrix_scan
@@ -46,6 +48,7 @@ __all__ = [
     "dense_state",
     "diagonal_scan",
     "dry_run",
+    "gated_norm",
     "get_cell",
     "matrix_scan",
     "memory_state",
@@ -57,6 +60,7 @@ __all__ = [
     "register",
     "solve",
     "step",
+    "swiglu",
     "window_state",
     "windowed_chunkwise",
 ]

@@ -68,6 +68,7 @@ WRITTEN: dict[str, str] = {
     "chunkwise": "triton_chunkwise",
     "conv": "triton_conv",
     "dense_rnn": "triton_dense",
+    "norm": "triton_norm",
 }
 """Kernels that are written, not generated: a name → the module of this package whose `default_launches(dtypes)` lists
 their default configurations as `triton_launch.Launch`."""

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 Told = Callable[[str, list[Tensor], bool], None]
-"""(kernel's name, the tensors it reads and writes, whether it is pointwise: written by torch's compiler, and without
-matrix products)."""
+"""(kernel's name, the tensors it reads and writes, whether it is pointwise: certainly without matrix products)."""
 
+_POINTWISE = ("triton_norm_kernels", "triton_conv_kernels", "generated")
+"""In the names of modules whose kernels have no matrix products."""
 _TOLD: ContextVar[Told | None] = ContextVar("paralm_kernels_told", default=None)
 
 
@@ -63,7 +64,7 @@ def _told_instead_of_launched() -> Iterator[None]:
         told = _TOLD.get()
         if told is None or not any(x.device == torch.device("meta") for x in tensors):
             return launch(self, *args, **kwargs)
-        told(self.fn.__name__, tensors, False)
+        told(self.fn.__name__, tensors, any(name in self.fn.__module__ for name in _POINTWISE))
         return None
 
     JITFunction.run = run

@@ -11,8 +11,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import paralm_kernels
 import torch
 import torch.nn.functional as F
+from paralm_kernels import gated_norm
+from paralm_kernels.dry import on_gpu
 from paralm_kernels.once import once_differentiable
 from torch import Tensor
 
@@ -21,17 +24,24 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def fused(x: Tensor) -> bool:
+    """Whether norms and gates of a tensor are left to the kernels of a GPU (torch's compiler fuses the composites)."""
+    return on_gpu(x) and not torch.compiler.is_compiling()
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, gate: Tensor | None = None) -> Tensor:
     """RMSNorm over the last axis, times SiLU(gate) if given; statistics in at least float32.
 
     ``x``, ``gate``: (..., size) of any floating dtype; ``weight``: (size,). The result has the weight's dtype.
     """
+    if fused(x):
+        return gated_norm(x, weight, eps, gate)
     wide = _wide(x.dtype)
     plain = weight.dtype == wide and x.dtype == wide and (gate is None or gate.dtype == wide)
     if plain and x.device.type == "cpu" and not torch.compiler.is_compiling():
         normed: Tensor = _RMSNorm.apply(x.contiguous(), weight, gate, eps)
         return normed
-    # On a GPU torch's own kernel is fused; in low precision on a CPU speed is nobody's concern.
+    # Torch's compiler fuses this; in low precision on a CPU speed is nobody's concern.
     y = F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps)
     return (y if gate is None else y * F.silu(gate.to(wide))).to(weight.dtype)
 
@@ -68,6 +78,8 @@ class _RMSNorm(torch.autograd.Function):
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """SiLU(a) ⊙ b of (..., 2 n) = [a, b] → (..., n). Keeps only its input for the backward."""
+    if fused(gate_up):
+        return paralm_kernels.swiglu(gate_up)
     if torch.compiler.is_compiling():  # which fuses the composite, and cannot write into parts of a tensor
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from paralm_kernels import gated_norm
 from torch import Tensor, nn
 
-from paralm.models.functional import rms_norm
+from paralm.models.functional import fused, rms_norm
 from paralm.models.parameters import constant, declare
 
 
@@ -48,11 +49,16 @@ class HeadLayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(n_heads * d_head))
         declare(self, "weight", constant(1.0), decay=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(batch, time, head, d_head) of any floating dtype → (batch, time, head · d_head) in the weight's dtype."""
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        """(batch, time, head, d_head) of any floating dtype → (batch, time, head · d_head) in the weight's dtype, times
+        σ(gate), (batch, time, head · d_head), if given."""
+        if fused(x):
+            x, groups = x.flatten(-2), self.n_heads
+            return gated_norm(x, self.weight, self.eps, gate, groups=groups, centred=True, activation="sigmoid")
         wide = torch.promote_types(x.dtype, torch.float32)
         normed = F.layer_norm(x.to(wide), (self.d_head,), eps=self.eps)
-        return (normed.flatten(-2) * self.weight.to(wide)).to(self.weight.dtype)
+        y = (normed.flatten(-2) * self.weight.to(wide)).to(self.weight.dtype)
+        return y if gate is None else y * torch.sigmoid(gate)
 
     def extra_repr(self) -> str:
         return f"{self.n_heads} × {self.d_head}, eps={self.eps}"

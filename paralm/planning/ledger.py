@@ -43,7 +43,7 @@ class Segment:
     gradients: int = 0
     gradients_at_peak: int = 0
     kernels: int = 0
-    """Fused kernels among the work; their matrix products are not counted in it."""
+    """Fused kernels among the work that may have matrix products, which are not counted in it."""
     work: list[Work] = field(default_factory=list)
 
     @property
@@ -93,7 +93,7 @@ class Ledger(TorchDispatchMode):
         self._look()
 
     def told(self, name: str, tensors: Sequence[Tensor], pointwise: bool) -> None:
-        """A fused kernel that would have started."""
+        """A fused kernel that would have started; ``pointwise``: without matrix products."""
         each = {(x.untyped_storage()._cdata, x.storage_offset(), tuple(x.shape)): x for x in tensors}
         self.segments[-1].kernels += not pointwise
         self.segments[-1].work.append(Work(0.0, sum(map(_size, each.values())), fused=True))
@@ -138,6 +138,8 @@ class Ledger(TorchDispatchMode):
         if func.namespace != "aten" or func.overloadpacket in _FREE:
             return
         inputs = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if not inputs and not outputs:  # a question about dtypes, say
+            return
         count = flop_registry.get(func.overloadpacket)
         flops = float(count(*args, **kwargs, out_val=out)) if count is not None else 0.0
         wide = bool(inputs) and inputs[0].dtype == torch.float32

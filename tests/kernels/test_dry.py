@@ -51,6 +51,13 @@ def conv(device, dtype, reset):
     return [x, weight, bias], paralm_kernels.causal_conv(x, weight, bias, reset=reset)
 
 
+def norm(device, dtype, reset):
+    x, gate, v = (made(device, dtype, BATCH, TIME, WIDTH) for _ in range(3))
+    weight, d, both = made(device, dtype, WIDTH), made(device, dtype, 2), made(device, dtype, BATCH, TIME, 2 * WIDTH)
+    y = paralm_kernels.gated_norm(x, weight, 1e-5, gate, skip=(d, v), groups=2, gate_first=True)
+    return [x, gate, v, weight, d, both], (y, paralm_kernels.swiglu(both))
+
+
 def scan(device, dtype, reset):
     a, b = (made(device, dtype, BATCH, TIME, WIDTH) for _ in range(2))
     found = paralm_kernels.diagonal_scan(a, b, reset=reset)
@@ -77,7 +84,7 @@ def described(run, device, dtype):
     return [(tuple(t.shape), t.dtype) for t in (*tensors, *grads)]
 
 
-@pytest.mark.parametrize("run", [solved, ssd, mlstm, dense, conv, scan, memory], ids=lambda run: run.__name__)
+@pytest.mark.parametrize("run", [solved, ssd, mlstm, dense, conv, norm, scan, memory], ids=lambda run: run.__name__)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_what_comes_out_has_the_form_of_what_is_computed(run, dtype):
     pytest.importorskip("triton")
@@ -129,3 +136,12 @@ def test_without_triton_auto_is_torch_on_a_gpu_too(run, monkeypatch):
     with dry_run(lambda name, tensors: told.append(name)):
         run("meta", torch.float32, None)
     assert told == []
+
+
+def test_kernels_without_matrix_products_are_told_as_such():
+    """All others may have some, which a plan then counts on their word."""
+    for run, expected in ((norm, {True}), (conv, {True}), (solved, {True}), (ssd, {False}), (dense, {False})):
+        told = set()
+        with dry_run(lambda name, tensors, pointwise: told.add(pointwise)):  # noqa: B023
+            run("meta", torch.bfloat16, None)
+        assert told == expected, run.__name__

@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from paralm_kernels import causal_conv, cells, diagonal_scan, matrix_scan, solve, step
+from paralm_kernels import causal_conv, cells, diagonal_scan, matrix_scan, solve, step, swiglu
 from paralm_kernels.laws import (
     FLOAT32_GRADIENTS,
     TOLERANCE,
@@ -28,6 +28,9 @@ from .test_chunkwise import Case
 from .test_neural_memory import Case as Memory
 from .test_neural_memory import close
 from .test_neural_memory import gradients as memory_gradients
+from .test_norm import FORMS
+from .test_norm import random_case as norm_case
+from .test_norm import values_and_gradients as norm_gradients
 
 pytestmark = [
     pytest.mark.gpu,
@@ -164,6 +167,31 @@ def test_the_convolution(taps, resets, dtype, close):
         results.append([y, end, *(g for g in gradients if g is not None)])
     for a, b in zip(*results, strict=True):
         assert (a.double() - b.cpu().double()).abs().max() <= close * a.double().abs().max().clamp(min=1)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("channels", [96, 768, 4096, 8192])
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_norms_and_gates(form, channels, dtype, close):
+    """Values and gradients against float64 on the CPU."""
+    leaves, options = norm_case(form, (3, 301), dtype, channels - channels % 12)
+    there = {name: x.detach().cuda().requires_grad_() for name, x in leaves.items()}
+    exact = {name: x.detach().double().requires_grad_() for name, x in leaves.items()}
+    expected = norm_gradients(exact, options, "torch")
+    for a, b in zip(norm_gradients(there, options, "auto"), expected, strict=True):
+        assert (a.cpu().double() - b).abs().max() <= close * b.abs().max()
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_swiglu_of_a_part_of_a_projection(dtype, close):
+    wide = torch.randn(2, 301, 2051, generator=torch.Generator().manual_seed(0)).to(dtype)
+    results = []
+    for device, kind in (("cuda", dtype), ("cpu", torch.float64)):
+        x = wide.to(device, kind).requires_grad_()
+        y = swiglu(x[..., 1:2049])
+        results.append([y, *torch.autograd.grad(y.sum(), x)])
+    for a, b in zip(*results, strict=True):
+        assert (a.cpu().double() - b).abs().max() <= close * b.abs().max()
 
 
 @pytest.mark.parametrize("normalized", [False, True], ids=["ssd", "mlstm"])

@@ -104,9 +104,21 @@ for batch, time, taps in ((1, 1, 4), (2, 40, 4), (1, 33, 1)):
     back(y, end)
 """
 
+NORM = """
+for rows, channels, groups in ((1, 48, 1), (40, 64, 2)):
+    x, gate, v = (random(rows, channels) for _ in range(3))
+    weight, d = random(channels), random(channels // 16)
+    back(paralm_kernels.gated_norm(x.float().detach().requires_grad_(), weight, 1e-5, method="triton"))
+    for first in (False, True):
+        options = {"groups": groups, "gate_first": first, "centred": not first, "method": "triton"}
+        back(paralm_kernels.gated_norm(x, weight, 1e-5, gate, skip=(d, v) if first else None, **options))
+    back(paralm_kernels.swiglu(random(rows, 2 * channels), method="triton"))
+"""
+
 CASES = {
     "solve": (SOLVE, {"walk_kernel", "segments_kernel", "segments_finish_kernel", "tile_kernel", "decode_kernel"}),
     "conv": (CONV, {"conv_kernel", "conv_backward_kernel"}),
+    "norm": (NORM, {"norm_kernel", "norm_backward_kernel", "swiglu_kernel", "swiglu_backward_kernel"}),
     "dense": (DENSE, {"forward_kernel", "backward_kernel"}),
     "chunkwise": (CHUNKWISE, {"states_kernel", "outputs_kernel", "grad_states_kernel", "grad_q_kernel"}),
 }

@@ -17,15 +17,15 @@ pytest.importorskip("triton")
 
 @pytest.mark.slow
 def test_kernels_under_the_interpreter():
-    """Runs test_triton_chunkwise_kernels.py and test_triton_conv_kernels.py."""
+    """Runs test_triton_chunkwise_kernels.py, test_triton_conv_kernels.py and test_triton_norm_kernels.py."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-x"]
-    tests = [str(Path(__file__).with_name(f"test_triton_{name}_kernels.py")) for name in ("chunkwise", "conv")]
+    tests = [str(Path(__file__).with_name(f"test_triton_{name}_kernels.py")) for name in ("chunkwise", "conv", "norm")]
     done = subprocess.run([*command, *tests], env=environment, capture_output=True, text=True, timeout=550, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     summary = done.stdout.strip().splitlines()[-1]
-    assert int(summary.split(" passed")[0].split()[-1]) >= 32 + 28, summary
+    assert int(summary.split(" passed")[0].split()[-1]) >= 32 + 28 + 30, summary
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter is on")

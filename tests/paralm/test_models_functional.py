@@ -9,8 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from paralm.models import functional, norms
 from paralm.models.functional import block_diagonal, rms_norm, swiglu
-from paralm.models.norms import GatedRMSNorm, RMSNorm
+from paralm.models.mixers import mamba2
+from paralm.models.mixers.mamba2 import GateThenRMSNorm
+from paralm.models.norms import GatedRMSNorm, HeadLayerNorm, RMSNorm
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
@@ -79,6 +82,35 @@ def test_block_diagonal(heads: int, maps: int) -> None:
     leaves = [normal(2, 3, 8), normal(maps, heads, width, width), normal(maps, 8)]
     same(block_diagonal, composite, leaves)
     assert all(output.is_contiguous() for output in block_diagonal(*leaves))
+
+
+def test_what_a_gpu_takes_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calls of the fused form, which off a GPU is its composite."""
+    head = HeadLayerNorm(2, 8, 1e-3).double()
+    first = GateThenRMSNorm(16, 2, 1e-3).double()
+    after = GatedRMSNorm(16, 1e-3).double()
+    x, gate, both = normal(2, 3, 16), normal(2, 3, 16), normal(2, 3, 32)
+    d, v = normal(4), normal(2, 3, 4, 4)
+    calls: list[tuple[Callable[..., Tensor], list[Tensor]]] = [
+        (lambda x: head(x.unflatten(-1, (2, 8))), [x]),
+        (lambda x, g: head(x.unflatten(-1, (2, 8)), g), [x, gate]),
+        (lambda x, g, d, v: first(x.unflatten(-1, (4, 4)), g, d, v), [x, gate, d, v]),
+        (after, [x, gate]),
+        (swiglu, [both]),
+    ]
+    for norm in (head, first, after):
+        torch.nn.init.normal_(norm.weight, 1.0)
+    asked: list[str] = []
+    for call, leaves in calls:
+        results = []
+        for on_gpu in (False, True):
+            for module in (functional, norms, mamba2):
+                monkeypatch.setattr(module, "fused", lambda x, on_gpu=on_gpu: on_gpu and not asked.append("gpu"))
+            y = call(*leaves)
+            results.append([y, *torch.autograd.grad(y.sin().sum(), leaves)])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert len(asked) >= len(calls)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -24,11 +24,12 @@ from typing import Any, ClassVar
 import paralm_kernels
 import torch
 import torch.nn.functional as F
+from paralm_kernels import gated_norm
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from paralm.errors import ConfigError
-from paralm.models.functional import rms_norm
+from paralm.models.functional import fused, rms_norm
 from paralm.models.mixers.base import LayerContext, Mixer, State, StateLeaf, default_heads
 from paralm.models.parameters import constant, declare, uniform
 from paralm.registry import EntryConfig, register_mixer
@@ -78,7 +79,8 @@ class Mamba2Projection(nn.Module):
 
 
 class GateThenRMSNorm(nn.Module):
-    """w ⊙ RMSNorm(x ⊙ SiLU(gate)), the mean square taken over each of ``groups`` equal runs of channels."""
+    """w ⊙ RMSNorm(x ⊙ SiLU(gate)) of x = y + D v, the mean square taken over each of ``groups`` equal runs of
+    channels."""
 
     def __init__(self, size: int, groups: int, eps: float) -> None:
         super().__init__()
@@ -86,10 +88,15 @@ class GateThenRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size))
         declare(self, "weight", constant(1.0), decay=False)
 
-    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        """(..., size) twice, of any floating dtype → (..., size) in the weight's dtype."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        gated = x.to(wide) * F.silu(gate.to(wide))
+    def forward(self, y: Tensor, gate: Tensor, coefficients: Tensor, v: Tensor) -> Tensor:
+        """Of x = y + D v: y, v (..., head, width) and gate (..., size), of any floating dtype, D (head,) → (..., size)
+        in the weight's dtype."""
+        if fused(y):
+            y, skip = y.flatten(-2), (coefficients, v.flatten(-2))
+            return gated_norm(y, self.weight, self.eps, gate, skip=skip, groups=self.groups, gate_first=True)
+        wide = torch.promote_types(y.dtype, torch.float32)
+        x = (y.to(wide) + coefficients.to(wide).unsqueeze(-1) * v).flatten(-2)
+        gated = x * F.silu(gate.to(wide))
         if self.groups == 1:
             return rms_norm(gated, self.weight, self.eps)
         within = self.size // self.groups
@@ -167,8 +174,7 @@ class Mamba2(Mixer):
                 c, b, v, log_decay, gain, self.mitigation.window, line, reset, chunk_size=config.chunk_size
             )
             after |= {"ssm": line.pop("S"), "window": line}
-        y = y.to(wide) + self.D.to(wide).unsqueeze(-1) * v
-        return self.out_proj(self.norm(y.flatten(-2), z)), after
+        return self.out_proj(self.norm(y, z, self.D, v)), after
 
     def initial_state(
         self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None

@@ -110,7 +110,7 @@ class MLSTM(Mixer):
             log_decay, i = log_decay + math.log(self.mitigation.decay), i + math.log(self.mitigation.input)
             if self.mitigation.window is not None:
                 h, after = self._windowed(q, k, v, log_decay, i.exp(), self.mitigation.window, state, reset)
-                return self.out_proj(self.norm(h) * torch.sigmoid(o)), after
+                return self.out_proj(self.norm(h, o)), after
         h, scaled = self.kernels.chunkwise(
             q,
             k,
@@ -123,7 +123,7 @@ class MLSTM(Mixer):
             chunk_size=self.config.chunk_size,
             eps=0.0,
         )
-        return self.out_proj(self.norm(h) * torch.sigmoid(o)), _unscaled(scaled)
+        return self.out_proj(self.norm(h, o)), _unscaled(scaled)
 
     def _windowed(
         self,

@@ -1,0 +1,89 @@
+"""The kernels of norms and gates under Triton's interpreter: test_triton_chunkwise.py runs this file, with
+TRITON_INTERPRET=1, in a process of its own."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from paralm_kernels import gated_norm, swiglu
+
+from .test_norm import every_form, random_case, values_and_gradients
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("test_triton_chunkwise.py runs this file with TRITON_INTERPRET=1", allow_module_level=True)
+
+from paralm_kernels import triton_norm
+
+CLOSE = {"rtol": 1e-11, "atol": 1e-11}
+
+
+@pytest.fixture(autouse=True)
+def small_programs(monkeypatch):
+    """Several programs, and several rounds of each, over few rows; tiles of two rows."""
+    monkeypatch.setattr(triton_norm, "TILE", 32)
+    monkeypatch.setattr(triton_norm, "PROGRAMS", 6)
+    monkeypatch.setattr(triton_norm, "_GLU", {"ROWS": 2, "BLOCK": 4})
+
+
+@every_form
+@pytest.mark.parametrize(("rows", "channels"), [((1, 1), 12), ((3, 7), 12), ((2, 2), 48)])
+def test_they_are_the_composite(form, rows, channels):
+    case = random_case(form, rows, channels=channels)
+    for value, other in zip(values_and_gradients(*case, "triton"), values_and_gradients(*case, "torch"), strict=True):
+        torch.testing.assert_close(value, other, **CLOSE)
+
+
+@every_form
+def test_low_precision_is_rounded_where_it_is_stored(form):
+    leaves, options = random_case(form, (40,), torch.bfloat16)
+    wide = {name: x.detach().double().requires_grad_() for name, x in leaves.items()}
+    got, exact = values_and_gradients(leaves, options, "triton"), values_and_gradients(wide, options, "torch")
+    for value, other, leaf in zip(got, exact, [leaves["weight"], *leaves.values()], strict=True):
+        assert value.dtype == leaf.dtype
+        assert (value.double() - other).abs().max() <= 2.0**-6 * other.abs().max()  # the interpreter truncates
+
+
+@every_form
+def test_groups_too_wide_for_a_program_of_every_form(form, monkeypatch):
+    monkeypatch.setattr(triton_norm, "NARROW", 3)
+    leaves, options = random_case(form)
+    if options.pop("centred", False):
+        assert values_and_gradients(leaves, options | {"centred": True}, "auto")
+    for value, other in zip(
+        values_and_gradients(leaves, options, "triton"), values_and_gradients(leaves, options, "torch"), strict=True
+    ):
+        torch.testing.assert_close(value, other, **CLOSE)
+
+
+def test_a_wide_stream_and_narrow_weights():
+    x = torch.randn(7, 12, requires_grad=True)
+    weight = torch.randn(12).bfloat16().requires_grad_()
+    results = []
+    for method in ("torch", "triton"):
+        y = gated_norm(x, weight, 1e-5, method=method)
+        results.append([y, *torch.autograd.grad(y, (x, weight), torch.ones_like(y))])
+    for a, b in zip(*results, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=2**-7 if a.dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (2, 3, 14), (5, 40)])
+def test_swiglu(shape):
+    wide = torch.randn(*shape[:-1], shape[-1] + 3, dtype=torch.float64, requires_grad=True)
+    results = []
+    for method in ("torch", "triton"):
+        y = swiglu(wide[..., 1 : 1 + shape[-1]], method=method)
+        results.append([y, *torch.autograd.grad(y.sin().sum(), wide)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, **CLOSE)
+
+
+def test_nothing_in_nothing_out_and_no_second_derivative():
+    weight = torch.ones(4, requires_grad=True)
+    assert gated_norm(torch.ones(0, 4), weight, 1e-5).shape == (0, 4)
+    x = torch.randn(3, 4, requires_grad=True)
+    (grad,) = torch.autograd.grad(gated_norm(x, weight, 1e-5, method="triton").sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
