@@ -3,8 +3,8 @@
 `Cell` defines a recurrence; `solve` runs it over time (sequential loop with an analytic adjoint, or Newton's method),
 `step` advances it by one for decoding; `causal_conv` and the linear scans (`diagonal_scan`, `matrix_scan`) are the
 recurrences that need no cell. `dense_rnn` runs those that are dense within a head (LSTM, GRU, sLSTM, Elman),
-`chunkwise` those whose state is a matrix with a scalar decay (Mamba2's SSD, mLSTM). `gated_norm` and `swiglu` are what
-stands between them in a model. `TimeShards` has them for a
+`chunkwise` those whose state is a matrix with a scalar decay (Mamba2's SSD, mLSTM). `gated_norm`, `swiglu` and
+`rotate` are what stands between them in a model. `TimeShards` has them for a
 sequence whose time lies on several ranks.
 """
 
@@ -21,6 +21,7 @@ from .neural_memory import memory_state, neural_memory, read_memory
 from .norm import gated_norm, swiglu
 from .positions import positions
 from .problem import SolveInfo
+from .rotary import rotary_angles, rotate
 from .scan import Scan, diagonal_scan, matrix_scan
 from .solve import Trajectory, solve, step
 from .time_shards import TimeShards
@@ -58,6 +59,8 @@ __all__ = [
     "reference_chunkwise",
     "reference_dense_rnn",
     "register",
+    "rotary_angles",
+    "rotate",
     "solve",
     "step",
     "swiglu",

@@ -1,4 +1,4 @@
-"""Launches the kernels of norms and gates (triton_norm_kernels.py).
+"""Launches the kernels of norms, gates and rotary positions (triton_norm_kernels.py).
 
 Deterministic: every program writes its own sums of the weights' gradients, and they are added in one order.
 """
@@ -14,7 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .triton_launch import COMPUTE, Launch, on_device
-from .triton_norm_kernels import norm_backward_kernel, norm_kernel, swiglu_backward_kernel, swiglu_kernel
+from .triton_norm_kernels import (
+    norm_backward_kernel,
+    norm_kernel,
+    rotate_kernel,
+    swiglu_backward_kernel,
+    swiglu_kernel,
+)
 
 WIDEST, NARROW = 8192, 4096
 """Channels of a group that a program can hold in registers: of the norm and a gate after it; of any form."""
@@ -116,6 +122,34 @@ def swiglu_backward(gate_up: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor
     return to_x
 
 
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    """(batch, time, head, 2 n) turned by angles (batch or 1, time, 1, n), or back; contiguous, in the dtype of x."""
+    batch, time, heads, width = x.shape
+    x = x if x.stride(3) == 1 else x.contiguous()
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    shape = shape_of(width // 2)
+    rows = batch * time * heads
+    with on_device(x.device):
+        rotate_kernel[(triton.cdiv(rows, shape["ROWS"]),)](
+            x_ptr=x,
+            cos_ptr=cos.contiguous(),
+            sin_ptr=sin.contiguous(),
+            y_ptr=y,
+            rows=rows,
+            time=time,
+            heads=heads,
+            x_batch=x.stride(0),
+            x_time=x.stride(1),
+            x_head=x.stride(2),
+            angle_batch=0 if cos.shape[0] == 1 else time * width // 2,
+            BACK=back,
+            COMPUTE=COMPUTE[cos.dtype],
+            HALF=width // 2,
+            **shape,
+        )
+    return y
+
+
 def _glu_grid(rows: int, size: int) -> tuple[int, int]:
     return triton.cdiv(rows, _GLU["ROWS"]), triton.cdiv(size, _GLU["BLOCK"])
 
@@ -158,16 +192,22 @@ def default_launches(dtypes: Sequence[str] = ("bf16", "fp32")) -> list[Launch]:
         cases += [
             (f"{k.__name__} {given}", k, {"SIZE": 10944, **_GLU}) for k in (swiglu_kernel, swiglu_backward_kernel)
         ]
+        cases += [(f"rotate_kernel {given}", rotate_kernel, {"HALF": 32, "BACK": True, **shape_of(32)})]
         for name, kernel, chosen in cases:
             plain = "plain" in name  # of the residual stream, which is wide
-            other = {"to_weight_ptr": wide, "to_skip_ptr": wide} | ({"x_ptr": wide, "to_x_ptr": wide} if plain else {})
+            other = dict.fromkeys(("to_weight_ptr", "to_skip_ptr", "cos_ptr", "sin_ptr"), wide)
+            other |= {"x_ptr": wide, "to_x_ptr": wide} if plain else {}
             signature, constants = {}, {**chosen, "COMPUTE": compute}
             for argument in kernel.arg_names:
                 pointer = f"*{other.get(argument, given)}"
                 kind = pointer if argument.endswith("_ptr") else "i32"
                 signature[argument] = "constexpr" if argument.isupper() else kind
             values = {argument: constants[argument] for argument, kind in signature.items() if kind == "constexpr"}
-            aligned = tuple(argument for argument in signature if argument.endswith(("_ptr", "stride")))
+            aligned = tuple(
+                argument
+                for argument in signature
+                if argument.endswith(("_ptr", "stride", "x_batch", "x_time", "x_head"))
+            )
             warps = chosen.get("num_warps", 4)
             launches.append(Launch(name, kernel, signature, values, warps, aligned=aligned))
     return launches

@@ -1,6 +1,6 @@
 # mypy: ignore-errors
 """The norms and gates of norm.py in Triton: one kernel forward, one backward, for ROWS rows and one group of channels
-at a time; statistics, products and sums in COMPUTE.
+at a time; statistics, products and sums in COMPUTE. And the rotation of rotary.py.
 
 Every big tensor is read once in each direction, and backward makes anew what it needs. A tensor's rows are `_stride`
 numbers apart; results are contiguous. GATE: 0 none, 1 after the norm, 2 before it.
@@ -145,3 +145,26 @@ def swiglu_backward_kernel(
     up = rows_of(x_ptr, stride, row, SIZE + channel, inside, COMPUTE)
     put_rows(to_x_ptr, grad * up * slope, row, channel, inside, 2 * SIZE)
     put_rows(to_x_ptr, grad * a, row, SIZE + channel, inside, 2 * SIZE)
+
+
+@triton.jit(do_not_specialize=["rows", "time", "heads"])
+def rotate_kernel(
+    x_ptr, cos_ptr, sin_ptr, y_ptr, rows, time, heads, x_batch, x_time, x_head, angle_batch,
+    BACK: tl.constexpr, COMPUTE: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Heads turned by their tokens' angles, or BACK; rows: of (batch, time, head)."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    at = tl.arange(0, BLOCK)
+    inside = (row < rows)[:, None] & (at < HALF)[None, :]
+    token = row // heads
+    batch, step = token // time, token % time
+    start = batch * x_batch + step * x_time + row % heads * x_head
+    angle = batch * angle_batch + step * HALF
+    cos = tl.load(cos_ptr + angle[:, None] + at[None, :], mask=inside, other=0.0).to(COMPUTE)
+    sin = tl.load(sin_ptr + angle[:, None] + at[None, :], mask=inside, other=0.0).to(COMPUTE)
+    if BACK:
+        sin = -sin
+    first = tl.load(x_ptr + start[:, None] + at[None, :], mask=inside, other=0.0).to(COMPUTE)
+    second = tl.load(x_ptr + start[:, None] + HALF + at[None, :], mask=inside, other=0.0).to(COMPUTE)
+    put_rows(y_ptr, first * cos - second * sin, row, at, inside, 2 * HALF)
+    put_rows(y_ptr, second * cos + first * sin, row, HALF + at, inside, 2 * HALF)

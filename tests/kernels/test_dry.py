@@ -55,7 +55,9 @@ def norm(device, dtype, reset):
     x, gate, v = (made(device, dtype, BATCH, TIME, WIDTH) for _ in range(3))
     weight, d, both = made(device, dtype, WIDTH), made(device, dtype, 2), made(device, dtype, BATCH, TIME, 2 * WIDTH)
     y = paralm_kernels.gated_norm(x, weight, 1e-5, gate, skip=(d, v), groups=2, gate_first=True)
-    return [x, gate, v, weight, d, both], (y, paralm_kernels.swiglu(both))
+    angles = paralm_kernels.rotary_angles(torch.zeros(1, TIME, dtype=torch.int64, device=device), 4, 1e4, dtype)
+    turned = paralm_kernels.rotate(x.unflatten(-1, (4, 4)), *angles)
+    return [x, gate, v, weight, d, both], (y, paralm_kernels.swiglu(both), turned)
 
 
 def scan(device, dtype, reset):

@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from paralm_kernels import causal_conv, cells, diagonal_scan, matrix_scan, solve, step, swiglu
+from paralm_kernels import causal_conv, cells, diagonal_scan, matrix_scan, rotary_angles, rotate, solve, step, swiglu
 from paralm_kernels.laws import (
     FLOAT32_GRADIENTS,
     TOLERANCE,
@@ -190,6 +190,19 @@ def test_swiglu_of_a_part_of_a_projection(dtype, close):
         x = wide.to(device, kind).requires_grad_()
         y = swiglu(x[..., 1:2049])
         results.append([y, *torch.autograd.grad(y.sum(), x)])
+    for a, b in zip(*results, strict=True):
+        assert (a.cpu().double() - b).abs().max() <= close * b.abs().max()
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_rotary_positions(dtype, close):
+    heads = torch.randn(2, 301, 5, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    position = torch.arange(301)[None] + 1_000_000
+    results = []
+    for device, kind in (("cuda", dtype), ("cpu", torch.float64)):
+        x = heads.to(device, kind).requires_grad_()
+        y = rotate(x[:, :, 1:4], *rotary_angles(position.to(device), 64, 10_000.0, kind))
+        results.append([y, *torch.autograd.grad((y * y).sum() + y.sum(), x)])
     for a, b in zip(*results, strict=True):
         assert (a.cpu().double() - b).abs().max() <= close * b.abs().max()
 

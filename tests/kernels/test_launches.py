@@ -113,12 +113,14 @@ for rows, channels, groups in ((1, 48, 1), (40, 64, 2)):
         options = {"groups": groups, "gate_first": first, "centred": not first, "method": "triton"}
         back(paralm_kernels.gated_norm(x, weight, 1e-5, gate, skip=(d, v) if first else None, **options))
     back(paralm_kernels.swiglu(random(rows, 2 * channels), method="triton"))
+    angles = paralm_kernels.rotary_angles(torch.arange(rows)[None], 16, 1e4, torch.bfloat16)
+    back(paralm_kernels.rotate(random(groups, rows, channels // 16, 16), *angles, method="triton"))
 """
 
 CASES = {
     "solve": (SOLVE, {"walk_kernel", "segments_kernel", "segments_finish_kernel", "tile_kernel", "decode_kernel"}),
     "conv": (CONV, {"conv_kernel", "conv_backward_kernel"}),
-    "norm": (NORM, {"norm_kernel", "norm_backward_kernel", "swiglu_kernel", "swiglu_backward_kernel"}),
+    "norm": (NORM, {"norm_kernel", "norm_backward_kernel", "swiglu_kernel", "swiglu_backward_kernel", "rotate_kernel"}),
     "dense": (DENSE, {"forward_kernel", "backward_kernel"}),
     "chunkwise": (CHUNKWISE, {"states_kernel", "outputs_kernel", "grad_states_kernel", "grad_q_kernel"}),
 }

@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from paralm_kernels import gated_norm, swiglu
+from paralm_kernels import gated_norm, rotary_angles, rotate, swiglu
 
 from .test_norm import every_form, random_case, values_and_gradients
 
@@ -76,6 +76,22 @@ def test_swiglu(shape):
     for method in ("torch", "triton"):
         y = swiglu(wide[..., 1 : 1 + shape[-1]], method=method)
         results.append([y, *torch.autograd.grad(y.sin().sum(), wide)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, **CLOSE)
+
+
+@pytest.mark.parametrize(("shape", "rows"), [((1, 1, 1, 2), 1), ((2, 7, 3, 6), 1), ((2, 7, 3, 6), 2)])
+def test_rotate_a_part_of_a_projection_and_a_gradient_that_lies_otherwise(shape, rows):
+    batch, time, heads, width = shape
+    wide = torch.randn(batch, time, heads + 2, width, dtype=torch.float64, requires_grad=True)
+    angles = rotary_angles(torch.randint(0, 99, (rows, time)), width, 100.0, torch.float64)
+    results = []
+    for method in ("torch", "triton"):
+        y = rotate(wide[:, :, 1 : 1 + heads], *angles, method=method)
+        cotangent = (
+            torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(batch, heads, time, width).transpose(1, 2)
+        )
+        results.append([y, *torch.autograd.grad(y, wide, cotangent)])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, **CLOSE)
 

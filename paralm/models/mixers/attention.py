@@ -67,8 +67,8 @@ class Attention(Mixer):
         if state is None:
             state = self.initial_state(batch, x.device, x.dtype)
         position = paralm_kernels.positions(state["position"], reset, time)
-        cos, sin = self._angles(position)
-        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        angles = paralm_kernels.rotary_angles(position, self.d_head, self.config.rope_theta, self.qkv_proj.weight.dtype)
+        q, k = paralm_kernels.rotate(q, *angles), paralm_kernels.rotate(k, *angles)
         past = state["k"].shape[1]
         if past:
             k, v = torch.cat((state["k"], k), dim=1), torch.cat((state["v"], v), dim=1)
@@ -88,14 +88,6 @@ class Attention(Mixer):
             keep = int(length.max())
             k, v = k[:, -keep:], v[:, -keep:]
         return y, {"k": k, "v": v, "position": length}
-
-    def _angles(self, position: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin (batch, time, 1, d_head/2); the angle in float64, which a long position needs."""
-        half = torch.arange(self.d_head // 2, device=position.device, dtype=torch.float64)
-        frequency = self.config.rope_theta ** (-half / (self.d_head // 2))
-        angle = position[..., None, None] * frequency
-        wide = torch.promote_types(self.qkv_proj.weight.dtype, torch.float32)
-        return angle.cos().to(wide), angle.sin().to(wide)
 
     def initial_state(
         self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -118,9 +110,3 @@ def _mask(position: Tensor, past: int) -> Tensor:
     query = torch.arange(past, past + time, device=position.device)[None, :, None]
     key = torch.arange(past + time, device=position.device)[None, None, :]
     return ((key <= query) & (key >= query - position[..., None]))[:, None]
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + d_head/2) of the last axis; in at least float32."""
-    first, second = x.to(cos.dtype).chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

@@ -75,12 +75,7 @@ class Heads(nn.Module):
 
     def rotate(self, x: Tensor, position: Tensor) -> Tensor:
         """Turn the pairs (i, i + d_head/2) of x (batch, time, heads, d_head); angles in float64."""
-        half = torch.arange(self.d_head // 2, device=position.device, dtype=torch.float64)
-        angle = position[..., None, None] * self.rope_theta ** (-half / (self.d_head // 2))
-        wide = torch.promote_types(x.dtype, torch.float32)
-        cos, sin = angle.cos().to(wide), angle.sin().to(wide)
-        first, second = x.to(wide).chunk(2, dim=-1)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+        return paralm_kernels.rotate(x, *paralm_kernels.rotary_angles(position, self.d_head, self.rope_theta, x.dtype))
 
     def attend(self, q: Tensor, rotated: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         """Softmax attention over the persistent tokens and k, v.
