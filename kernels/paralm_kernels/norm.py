@@ -187,8 +187,9 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, _, d, _ = ctx.saved_tensors
-        to_x, to_gate, to_weight, to_skip = _kernels_of(ctx.form, *ctx.saved_tensors).backward(_rows(grad))
+        saved = ctx.saved_tensors  # read once: activation checkpointing gives them once
+        x, weight, _, d, _ = saved
+        to_x, to_gate, to_weight, to_skip = _kernels_of(ctx.form, *saved).backward(_rows(grad))
         to_d, to_v = (None, None) if to_skip is None else (to_skip[0].to(d.dtype), to_skip[1].view(x.shape))
         to_gate = None if to_gate is None else to_gate.view(x.shape)
         return None, to_x.view(x.shape), to_weight.to(weight.dtype), to_gate, to_d, to_v

@@ -34,7 +34,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, method: str = "auto") -> Tens
         raise ArgumentError(f"rotate: no method '{method}' among {', '.join(METHODS)}")
     batch, time, _, d_head = x.shape
     for name, angles in (("cos", cos), ("sin", sin)):
-        if d_head % 2 or tuple(angles.shape) not in ((n, time, 1, d_head // 2) for n in (1, batch)):
+        if d_head % 2 or angles.shape not in [(n, time, 1, d_head // 2) for n in (1, batch)]:
             raise ArgumentError(f"rotate: {name} is {tuple(angles.shape)} and x is {tuple(x.shape)}")
     if method == "torch" or (method == "auto" and not (fused.by_default(x) and x.numel())):
         first, second = x.to(cos.dtype).chunk(2, dim=-1)

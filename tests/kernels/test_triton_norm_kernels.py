@@ -8,8 +8,10 @@ import os
 import pytest
 import torch
 from paralm_kernels import gated_norm, rotary_angles, rotate, swiglu
+from torch.utils.checkpoint import checkpoint
 
 from .test_norm import every_form, random_case, values_and_gradients
+from .test_norm import run as run_case
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("test_triton_chunkwise.py runs this file with TRITON_INTERPRET=1", allow_module_level=True)
@@ -94,6 +96,23 @@ def test_rotate_a_part_of_a_projection_and_a_gradient_that_lies_otherwise(shape,
         results.append([y, *torch.autograd.grad(y, wide, cotangent)])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, **CLOSE)
+
+
+def test_under_activation_checkpointing():
+    """Which gives what was kept once."""
+    leaves, options = random_case({"gate": True, "gate_first": True, "skip": 4})
+
+    def run(*inputs):
+        y = run_case(dict(zip(leaves, inputs, strict=True)), options, "triton")
+        return swiglu(rotate(y[..., None, :], *angles, method="triton")[..., 0, :], method="triton")
+
+    angles = rotary_angles(torch.arange(5)[None], 12, 100.0, torch.float64)
+    found = []
+    for call in (run, lambda *inputs: checkpoint(run, *inputs, use_reentrant=False)):
+        y = call(*leaves.values())
+        found.append([y, *torch.autograd.grad(y.sin().sum(), list(leaves.values()))])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_nothing_in_nothing_out_and_no_second_derivative():
