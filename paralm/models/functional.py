@@ -24,9 +24,13 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+FEW = 32
+"""Rows, as of decoding, of which a kernel of ours would take its host longer than torch's few."""
+
+
 def fused(x: Tensor) -> bool:
     """Whether norms and gates of a tensor are left to the kernels of a GPU (torch's compiler fuses the composites)."""
-    return on_gpu(x) and not torch.compiler.is_compiling()
+    return on_gpu(x) and x.shape[:-1].numel() >= FEW and not torch.compiler.is_compiling()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, gate: Tensor | None = None) -> Tensor:
