@@ -333,8 +333,9 @@ class _Memory(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, run: _Run, *arguments: Tensor | None) -> tuple[Tensor, ...]:
-        laid, norm = arguments[:6], arguments[6]
-        rest = tuple(a for a in arguments[7:] if a is not None)  # none of these is None
+        given = _plain(arguments)
+        laid, norm = given[:6], given[6]
+        rest = tuple(a for a in given[7:] if a is not None)  # none of these is None
         initial, flat = Layers.of(rest[: run.width], run.depth), rest[run.width :]
         stride = max(1, math.isqrt(len(run.slots)))
         kept: list[Tensor | None] = []
@@ -354,7 +355,7 @@ class _Memory(torch.autograd.Function):
         ctx.save_for_backward(*arguments, *kept)
         ctx.set_materialize_grads(False)
         # Each output a tensor of its own: the start of a chunk is the memory itself, and an argument may pass through.
-        seen = {id(a) for a in arguments}
+        seen = {id(a) for a in given}
         final = []
         for tensor in flat:
             final.append(tensor.clone() if id(tensor) in seen else tensor)
@@ -365,7 +366,7 @@ class _Memory(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor | None, *grad_final: Tensor | None) -> tuple[Tensor | None, ...]:
         run: _Run = ctx.run
-        saved, width = ctx.saved_tensors, run.width
+        saved, width = _plain(ctx.saved_tensors), run.width
         arguments, kept = saved[: ctx.n_arguments], saved[ctx.n_arguments :]
         laid, norm = arguments[:6], arguments[6]
         initial, first = Layers.of(arguments[7 : 7 + width], run.depth), arguments[7 + width :]
@@ -401,6 +402,12 @@ class _Memory(torch.autograd.Function):
                     grad_norm = _sum(grad_norm, found.norm)
                     grad_state = found.state
         return (None, *grads, grad_norm, *grad_initial, *grad_state)
+
+
+def _plain(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """Without what autograd knows of them, which would be two kernels where one does. What is given twice is one."""
+    plain = {id(x): x.detach() for x in tensors if x is not None}
+    return tuple(None if x is None else plain[id(x)] for x in tensors)
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -13,6 +13,7 @@ run (:mod:`.dry`) told like a kernel. They are called where no gradient is recor
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .dry import observer
 
+_FORMS = 64
+"""Kernels of one function, of which torch by itself makes 8 and then no more in a process: a form of a call is which
+arguments are None, their dtypes, which sizes are 1 and which are equal. Two models and an evaluation need twenty."""
+_MORE: dict[str, Any] = (
+    {"recompile_limit": _FORMS} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
+)
+
 
 def pointwise(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function with ``compiled`` before its arguments."""
@@ -30,7 +38,7 @@ def pointwise(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.cache
     def as_compiled() -> Callable[..., Any]:
         # Sizes are arguments of the kernel, not a kernel each: tiles at the end of a sequence have their own.
-        return torch.compile(function, dynamic=True)
+        return torch.compile(function, dynamic=True, **_MORE)
 
     @functools.wraps(function)
     def run(compiled: bool, *arguments: Any) -> Any:

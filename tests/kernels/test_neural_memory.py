@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from paralm_kernels import ArgumentError, memory_state, neural_memory, read_memory
+from paralm_kernels.pointwise import pointwise
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -161,6 +162,36 @@ def test_compiled_is_the_loop(kind: dict[str, Any], monkeypatch: pytest.MonkeyPa
     close(gradients(got, case.leaves()), gradients(expected, case.leaves()))
     assert not torch._dynamo.utils.counters["graph_break"]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] or kind
+
+
+def test_more_forms_of_a_call_than_torch_compiles_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After 8 it would run every new one as it stands: a training, its validation and a question need as many."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch._dynamo.utils.counters.clear()
+
+    @pointwise
+    def scaled(x: Tensor, kind: str) -> Tensor:
+        return x * len(kind)
+
+    for n in range(12):
+        assert torch.equal(scaled(True, torch.ones(3), "x" * n), torch.full((3,), float(n)))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 12
+
+
+def test_with_a_gradient_and_without_the_same_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    graphs = torch._dynamo.utils.counters["stats"]
+    case = Case(depth=1, momentum=False, keep=False, time=12)
+    case.run(method="compiled")
+    compiled = graphs["unique_graphs"]
+    with torch.no_grad():
+        case.run(method="compiled")
+    for x in case.leaves():
+        x.requires_grad_(False)
+    case.run(method="compiled")
+    assert graphs["unique_graphs"] == compiled > 0
 
 
 @pytest.mark.parametrize(("chunk", "tile"), [(1, 1), (4, 3), (7, 4), (16, 5), (64, 128)])
