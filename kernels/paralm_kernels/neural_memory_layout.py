@@ -2,13 +2,14 @@
 
 Chunks of the neural memory count from a row's own start, so rows of a batch are at different places in theirs, and a
 reset moves one row's chunks but not another's. A row is cut where a chunk starts, where a tile starts inside a chunk,
-and at resets; slot n of the batch is the n-th piece of each row, padded at its end. A batch without resets whose rows
-are at one place in their chunk is only sliced.
+and at resets; slot n of the batch is the n-th piece of each row, padded to the longest of them. A batch without resets
+whose rows are at one place in their chunk is only sliced.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -31,9 +32,9 @@ class Slot:
 
 @dataclass(frozen=True)
 class Layout:
-    """Slots in order; for rows that were moved, ``source`` (batch, slots · length) and ``target`` (batch, time): where
-    a laid-out place comes from, and where a token went; ``own``: which places hold a token. ``position`` (batch,):
-    tokens read in the chunk that follows."""
+    """Slots in order; for rows that were moved, ``source`` (batch, places) and ``target`` (batch, time): where a
+    laid-out place comes from, and where a token went; ``own``: which places hold a token. ``position`` (batch,): tokens
+    read in the chunk that follows."""
 
     slots: list[Slot]
     position: Tensor
@@ -84,7 +85,8 @@ def plan(position: Tensor | None, reset: Tensor | None, batch: int, time: int, c
     """The layout of ``time`` tokens of rows that are ``position`` (batch,) tokens into their chunk (None: all 0).
 
     ``reset`` (batch, time): true where a row starts anew; at the first token the caller has seen to the state itself.
-    Looks at the values once (a wait for the device) where there are positions or resets and more than one token.
+    Looks at the values (waits for the device) where there are positions or resets and more than one token: once, and
+    twice more where rows are moved.
     """
     tile = min(tile, chunk)
     if position is not None and time == 1:
@@ -123,21 +125,27 @@ def _ragged(begin: Tensor, reset: Tensor | None, time: int, chunk: int, tile: in
     if reset is not None:
         cut = cut | reset
     cut[:, 0] = True
-    slot = cut.cumsum(1) - 1
+    piece = cut.cumsum(1) - 1
     offset = index - torch.where(cut, index, 0).cummax(1).values
-    count, length = (v + 1 for v in torch.stack((slot.max(), offset.max())).tolist())
-    target = slot * length + offset
-    source = torch.zeros(batch, count * length, dtype=torch.int64, device=device)
+    last = torch.cat((cut[:, 1:], cut[:, :1]), 1)  # of its piece; cut is true at 0
+    lengths = offset.new_zeros(batch, time + 1).scatter(1, torch.where(last, piece, time), offset + 1)[:, :time]
+    # A slot is as long as its longest piece: with one length for all, documents of a few tokens would take a tile each.
+    widest = lengths.amax(0)
+    count = int((widest > 0).sum())
+    lengths, ends_at = lengths[:, :count], widest[:count].cumsum(0)
+    begins = ends_at - widest[:count]
+    edges = [0, *ends_at.tolist()]
+    target = begins[piece] + offset
+    source = torch.zeros(batch, edges[-1], dtype=torch.int64, device=device)
     source = source.scatter(1, target, index.expand(batch, -1))
-    own = torch.zeros(batch, count * length, dtype=torch.bool, device=device).scatter(1, target, True)
-    lengths = own.view(batch, count, length).sum(2)
-    last = (source.view(batch, count, length).gather(2, (lengths - 1).clamp(min=0)[..., None])).squeeze(2)
-    ends = (phase.gather(1, last) == chunk - 1) & (lengths > 0)
+    own = torch.zeros(batch, edges[-1], dtype=torch.bool, device=device).scatter(1, target, True)
+    final = source.gather(1, begins + (lengths - 1).clamp(min=0))
+    ends = (phase.gather(1, final) == chunk - 1) & (lengths > 0)
     fresh = None
     if reset is not None:
-        fresh = reset.gather(1, source[:, ::length]) & own[:, ::length]
+        fresh = reset.gather(1, source[:, begins]) & own[:, begins]
     slots = [
-        Slot(n * length, (n + 1) * length, ends[:, n], lengths[:, n], fresh[:, n] if fresh is not None and n else None)
-        for n in range(count)
+        Slot(*edge, ends[:, n], lengths[:, n], fresh[:, n] if fresh is not None and n else None)
+        for n, edge in enumerate(pairwise(edges))
     ]
     return Layout(slots, (phase[:, -1] + 1) % chunk, source, target, own)

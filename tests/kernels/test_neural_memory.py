@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from paralm_kernels import ArgumentError, memory_state, neural_memory, read_memory
+from paralm_kernels.neural_memory_layout import plan
 from paralm_kernels.pointwise import pointwise
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -214,6 +215,16 @@ def test_pieces_are_the_whole(cuts: bool) -> None:
         got = case.run(pieces, reset=reset)
         close(got, whole)
         close(gradients(got, case.leaves()), expected)
+
+
+def test_short_documents_take_no_more_places_than_tokens() -> None:
+    """One row is laid out as long as it is; several, as long as the longest of each piece."""
+    reset = torch.zeros(2, 400, dtype=torch.bool)
+    reset[0, :100:4] = reset[1, 50] = True
+    assert plan(None, reset[:1], 1, 400, 64, 64).slots[-1].end == 400
+    both = plan(None, reset, 2, 400, 64, 64)
+    assert [slot.end - slot.begin for slot in both.slots[:3]] == [50, 64, 64]
+    assert both.slots[-1].end <= 800
 
 
 def test_a_reset_is_a_fresh_start() -> None:
