@@ -139,6 +139,18 @@ def test_the_memory_layer() -> None:
     same(block(x(11))[0], memory_written_out(block.memory, x(11)))
 
 
+def test_what_a_memory_recalls() -> None:
+    """Reads of the weights at the chunk's start, whatever was written since, by the queries as ever; normed."""
+    layer = mixer("titans_memory", **SMALL).memory
+    memory = layer(x(6))[1]["memory"]  # two tokens into a chunk
+    z, part = x(5), layer.q_proj
+    z = F.conv1d(F.pad((z @ part.weight.T).mT, (3, 0)), part.conv_weight[:, None], part.conv_bias, groups=16).mT
+    q = F.silu(z).unflatten(-1, (2, 8))
+    q = q / (q.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+    read = paralm_kernels.read_memory(q, memory["start_weights"], norm=layer.memory_gain)
+    same(layer(x(5), None, None, memory)[0], rms(read, layer.norm.weight).flatten(2))
+
+
 def test_mag_and_mal() -> None:
     given = x(11)
     mag = mixer("titans_mag", **SMALL, window=5, n_persistent=3)
@@ -197,6 +209,22 @@ def test_ablations_change_the_output() -> None:
     ]
     for n, one in enumerate(outputs):
         assert all(float((one - other).detach().abs().max()) > 1e-3 for other in outputs[:n])
+
+
+@pytest.mark.parametrize(("chunk", "largest"), [(1, 0.25), (16, 1 / 16)])
+def test_initial_values(chunk: int, largest: float) -> None:
+    """Gates without input, and the sizes of weights, as the module's docstring says them."""
+    built = build_mixer({"name": "titans_memory", "n_heads": 4, "chunk_size": chunk}, ModelConfig(d_model=256), 0)
+    initialize(built, 0)
+    layer = built.memory
+    rate, log_momentum, log_keep = layer.gates(torch.zeros(1, 1, 256))
+    torch.testing.assert_close(log_momentum.exp(), torch.full((1, 1, 4), 0.5))
+    torch.testing.assert_close(rate / 0.5, torch.full((1, 1, 4), largest / 2))
+    torch.testing.assert_close(-log_keep.expm1()[0, 0], torch.logspace(-1, -3, 4), rtol=1e-4, atol=0)
+    for weight, fan_in in ((layer.memory_weight_0, 64), (layer.memory_weight_1, 256)):
+        assert float(weight.detach().std()) == pytest.approx(fan_in**-0.5, rel=0.05)
+    assert float(layer.gates.weight.detach().std()) == pytest.approx(math.sqrt(2 / (5 * 256)) / 4, rel=0.1)
+    assert bool((layer.memory_gain == 1).all())
 
 
 @pytest.mark.parametrize("chunk", [16, 64, 512])
