@@ -60,8 +60,9 @@ def dense_rnn(
     passes. Computed in at least float32; float64 does not mix.
 
     method: "torch", "triton" (fused kernels on a GPU, R on the chip: d_head up to 128 where inputs and weights have 16
-    bits, 64 in float32), "newton" (all steps of a tile at once, dense_newton.py; the backward pass is the loop), or
-    "auto", the fastest: triton on a GPU where R fits, else torch. Measured on a CPU (benchmarks/dense_rnn.py), "newton"
+    bits, 64 in float32; half of that for all but "elman" on NVIDIA's with 99 KiB of shared memory, as L40S), "newton"
+    (all steps of a tile at once, dense_newton.py; the backward pass is the loop), or "auto", the fastest: triton on a
+    GPU where R fits, else torch. Measured on a CPU (benchmarks/dense_rnn.py), "newton"
     beats the loop only where a step is a few numbers and R is small, so "auto" never takes it. tol, max_iter, tile,
     on_failure: of "newton", as in `solve`; it looks at every iteration, on a GPU as well.
 

@@ -9,6 +9,7 @@ to that, as any such matmul does, and sum in float32; states are float32. Produc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,14 +29,27 @@ from .triton_solver import check_device, interpreted
 BLOCK_BATCH = 16
 """Rows of the batch in a program: the fewest that a matrix unit takes."""
 LARGEST = {2: 128, 4: 64, 8: 64}
-"""d_head up to which R's gates fit one multiprocessor, by the bytes of a weight."""
+"""d_head up to which R's gates fit one multiprocessor of an A100 or H100, by the bytes of a weight."""
+_GATE, _REST = 1 << 15, 1 << 13
+"""Bytes of shared memory that the kernels take on NVIDIA at the largest d_head: for a gate's R, and for the rest."""
 _DOT = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 def largest(inputs: Tensor, weight: Tensor) -> int:
-    """The largest d_head that the kernels take with these dtypes; 0 for float64 on a device."""
+    """The largest d_head that the kernels take with these dtypes and gates on this device; 0 for float64 on one."""
     dtype = _operand(inputs, weight)
-    return 0 if dtype == torch.float64 and weight.device.type != "cpu" else LARGEST[dtype.itemsize]
+    if dtype == torch.float64 and weight.device.type != "cpu":
+        return 0
+    fits = weight.shape[0] * _GATE + _REST <= _room(weight.device)
+    return LARGEST[dtype.itemsize] // (1 if fits else 2)
+
+
+def _room(device: torch.device) -> float:
+    """Bytes of shared memory that a program can have; AMD's keeps R in registers."""
+    if device.type != "cuda" or torch.version.hip:
+        return math.inf
+    properties: Any = torch.cuda.get_device_properties(device)  # whose stub lacks it
+    return float(properties.shared_memory_per_block_optin)
 
 
 def _operand(inputs: Tensor, weight: Tensor) -> torch.dtype:
