@@ -174,7 +174,7 @@ class Problem:
 
     def segments(self) -> list[tuple[int, int]]:
         """(first step, step after the last): whole chunks, but for the last."""
-        chunks = max(1, SEGMENT // (self.rows * self.d_k * self.d_v))
+        chunks = min(_ROWS, max(1, SEGMENT // (self.rows * self.d_k * self.d_v)))
         steps = chunks * self.plan.chunk_size
         return [(start, min(start + steps, self.time)) for start in range(0, self.time, steps)]
 

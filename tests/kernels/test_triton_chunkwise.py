@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from paralm_kernels import ArgumentError, chunkwise
+import torch
+from paralm_kernels import ArgumentError, chunkwise, chunkwise_torch
 
 from .test_chunkwise import Case
 
@@ -35,6 +36,16 @@ def test_a_cpu_is_refused_in_one_line():
         chunkwise(*case.inputs, method="triton")
     assert str(caught.value).startswith("method 'triton' needs a GPU but inputs are on cpu; use method='auto'")
     assert "\n" not in str(caught.value)
+
+
+def test_a_segment_has_no_more_chunks_than_a_grid_takes():
+    """A small state over a million steps."""
+    from paralm_kernels import triton_chunkwise
+
+    x, gate, state = (torch.empty(1, *shape, device="meta") for shape in ((1 << 20, 1, 16), (1 << 20, 1), (1, 16, 16)))
+    plan = chunkwise_torch.Plan(False, 16, 1e-6, torch.float32)
+    segments = triton_chunkwise.Problem(plan, None, (x, x, x, gate, gate, state)).segments()
+    assert segments == [(0, 65535 * 16), (65535 * 16, 1 << 20)]
 
 
 def test_without_triton_the_method_is_refused_by_name(monkeypatch):
