@@ -67,7 +67,8 @@ def solve_triton(problem: Problem, method: str, options: NewtonOptions) -> tuple
         if problem.reset is not None:
             state = tuple(s.masked_fill(problem.reset, 0.0) for s in state)
         final = decode(problem.derived, state, tuple(x[:, 0] for x in problem.inputs), problem.params, problem.dtype)
-        return tuple(h.to(given).unsqueeze(1) for h in final), final, problem.info(0, 0.0, "triton-decode")
+        states = tuple(h.to(given, copy=True).unsqueeze(1) for h in final)
+        return states, final, problem.info(0, 0.0, "triton-decode")
     choice = _choice(problem, method, options.tile, len(cell.inputs) + len(cell.state))
     kernels = Kernels(problem)
     names = kernels.names

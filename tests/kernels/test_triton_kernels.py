@@ -151,7 +151,12 @@ def test_the_decode_kernel_is_the_step(registered):
     got = triton_solver.decode(derive(registered), case.state, inputs, case.params, torch.float64)
     for a, b in zip(got, step(registered, case.state, inputs, case.params), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-    assert solve(registered, case.inputs, case.params, method="triton").info.method == "triton-decode"
+    result = solve(registered, case.inputs, case.params, method="triton")
+    assert result.info.method == "triton-decode"
+    kept = [h.clone() for h in result.final]
+    for h in result.states:
+        h.zero_()
+    assert all(torch.equal(h, value) for h, value in zip(result.final, kept, strict=True))  # it is carried on
     assert_same(outcome(case, by("triton")), outcome(case, reference))
 
 
