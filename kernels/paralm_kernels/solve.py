@@ -132,8 +132,9 @@ def trajectory(call: Call, results: Tensors) -> Trajectory:
 def call_of(cell: Cell, method: str, options: NewtonOptions, on_failure: str, dtype: torch.dtype, x: Tensor) -> Call:
     """What is to be done, "auto" made into a method; x: one input, (batch, time, channel)."""
     if method == "auto":
-        options = replace(options, max_iter=options.max_iter or _AUTO_ITERATIONS)
         method, on_failure = choose_method(x), "sequential"
+        if method == "newton":
+            options = replace(options, max_iter=options.max_iter or _AUTO_ITERATIONS)
     return Call(cell, method, options, on_failure, dtype)
 
 

@@ -106,6 +106,20 @@ def test_what_is_told_is_what_a_gpu_would_launch():
     assert told == ["walk_kernel", "backward_kernel"]
 
 
+def test_auto_launches_what_the_method_it_takes_does():
+    """Newton's iterations on a CPU are no rounds of segments: as many of those as the table expects."""
+    pytest.importorskip("triton")
+    launches = {}
+    for method in ("auto", "triton"):
+        launches[method] = told = []
+        with dry_run(lambda name, tensors, pointwise, told=told: told.append(name)):
+            inputs = [made("meta", torch.bfloat16, 1, 1 << 16, 1024) for _ in range(3)]
+            params = [made("meta", torch.float32, 1024) for _ in range(3)]
+            paralm_kernels.solve(paralm_kernels.ParaGRU(), inputs, params, method=method)
+    assert "segments_join_kernel" in launches["triton"]
+    assert launches["auto"] == launches["triton"]
+
+
 def test_what_torch_compiles_is_told_as_one_kernel_each():
     """Of a tile forward: its name, and the bytes of what goes in and comes out."""
     told = {}
