@@ -89,7 +89,10 @@ def _cannot_join(rank: int, world: int, error: Exception) -> str:
 
 
 def _store(rank: int, world: int, timeout: float) -> dist.Store:
-    """The store of this attempt: rank 0's own, or the elastic agent's, which outlives attempts."""
+    """The store of this attempt: rank 0's own, or the elastic agent's, which outlives attempts.
+
+    Only of an agent that is alone: each counts the starts of its own ranks, so several do not agree on the number.
+    """
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
     if not address or not port.isdigit():
         raise RunError(
@@ -110,7 +113,7 @@ def _store(rank: int, world: int, timeout: float) -> dist.Store:
             f"rank 0 has not opened MASTER_ADDR:MASTER_PORT ({address}:{port}) after {timeout:g} s, says rank {rank} "
             f"of {world}; check that it runs, and RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
         ) from None
-    return dist.PrefixStore(f"paralm/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return dist.PrefixStore(f"paralm/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if agent else '0'}", store)
 
 
 def open_store(address: str, port: int, limit: timedelta) -> dist.TCPStore:

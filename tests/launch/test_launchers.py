@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import pytest
 from paralm_launch import launchers
 from paralm_launch.launchers.exchange import Exchange
 
-from paralm.errors import ConfigError
+from paralm.config import Config
+from paralm.errors import ConfigError, RunError
+from paralm.training.rendezvous import LostRanksError
 
 
 def test_local_is_there() -> None:
@@ -49,3 +52,27 @@ def test_what_a_full_disk_takes_of_the_progress_ends_nothing(tmp_path: Path) -> 
     found, position = exchange.read_progress(0)
     assert [entry["say"] for entry in found] == ["one", "two"]
     assert position == there.stat().st_size
+
+
+def test_nodes_that_do_not_meet_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At first, or again: then another start goes on from the newest checkpoint. Each attempt has its own store."""
+    from torch.distributed.elastic import rendezvous
+    from torch.distributed.launcher import api
+
+    def alone(agent: Any, program: str, arguments: list[str]) -> None:
+        assert os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+        raise rendezvous.RendezvousTimeoutError
+
+    def left(agent: Any, program: str, arguments: list[str]) -> None:
+        Exchange(Path(arguments[-1])).fail(2, "lost the other ranks: Connection reset by peer")
+        raise rendezvous.RendezvousClosedError
+
+    made = {"run": {"root": tmp_path}, "launcher": {"kind": "torchrun", "ranks": 4, "nodes": 2, "rendezvous": "n1:9"}}
+    config = Config.model_validate(made)
+    where = "2 nodes did not meet at n1:9: "
+    monkeypatch.setattr(api, "launch_agent", alone)
+    with pytest.raises(RunError, match=f"^{where}RendezvousTimeoutError; start the same command on each"):
+        launchers.get_launcher("torchrun")(config, lambda row: None, lambda line: None)
+    monkeypatch.setattr(api, "launch_agent", left)
+    with pytest.raises(LostRanksError, match=f"^{where}RendezvousClosedError; .*the same command continues$"):
+        launchers.get_launcher("torchrun")(config, lambda row: None, lambda line: None)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from paralm.training import rendezvous
 from paralm.training.rendezvous import LostRanksError, meet
 from paralm.training.watch import EXIT_LOST, Note, Watch, lost_message, missing_ranks, ranks_text, read_note
 
@@ -75,6 +76,20 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def test_agents_that_count_their_starts_differently_meet(free_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An agent counts only those for ranks of its own that were lost; of another it joins the next attempt."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    stores = []
+    for rank, starts in enumerate("10"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", starts)
+        stores.append(rendezvous._store(rank, 2, 5.0))
+        stores[-1].set(f"here/{rank}", "node-7")
+    assert stores[0].check(["here/1"])
+    assert stores[1].check(["here/0"])
 
 
 _RANK = """

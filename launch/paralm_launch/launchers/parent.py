@@ -159,9 +159,8 @@ class Launch:
             name = signal.Signals(self.stopping).name
             raise RunError(f"{name}: the ranks did not save and leave in time ({why}); the newest checkpoint stands")
         starts = self.exchange.starts()
-        lost = "rank" if words else "the ranks"
         raise self._lost(
-            f"{why}; {lost} were started {starts} times (launcher.max_failures is "
+            f"{why}; the ranks were started {starts} times (launcher.max_failures is "
             f"{self.config.launcher.max_failures}); the same command continues"
         )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -76,11 +77,15 @@ def torchrun(config: Config, on_progress: Callable[[dict[str, Any]], None], say:
     """Train on ``launcher.ranks`` processes, ``launcher.nodes`` nodes."""
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, launch_agent
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks' own words are enough
     settings = config.launcher
     alone = settings.nodes == 1
+    if not alone:
+        # A store for each attempt: in one that outlives them, agents that count the starts differently never meet.
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     reason = "the ranks ended without a word"
     with Launch(config, on_progress, say) as launch:
         command = worker_command(launch.exchange)
@@ -104,11 +109,15 @@ def torchrun(config: Config, on_progress: Callable[[dict[str, Any]], None], say:
             reason = f"rank {rank} was {ended_by(failure.exitcode)}"
         except SignalException as error:
             reason = f"the launcher got {error.sigval.name}"
-        except RuntimeError as error:
+        except (RuntimeError, RendezvousError) as error:
             if "rendezvous" not in str(error).lower() and type(error).__module__.split(".")[0] != "torch":
                 raise
-            raise RunError(
-                f"{settings.nodes} nodes did not meet at {settings.rendezvous}: {str(error).splitlines()[0]}; "
-                "start the same command on each, and check launcher.rendezvous"
-            ) from None
+            reason = f"{settings.nodes} nodes did not meet at {settings.rendezvous}: {_first_line(error)}"
+            if not (launch.exchange.outcomes() or launch.exchange.failures() or launch.exchange.starts()):
+                raise RunError(f"{reason}; start the same command on each, and check launcher.rendezvous") from None
         return launch.result(reason)
+
+
+def _first_line(error: Exception) -> str:
+    """What it says first, or its name: that a rendezvous was closed is an error without a word."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
