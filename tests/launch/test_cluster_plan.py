@@ -260,6 +260,20 @@ def test_without_slurm_or_refused_by_it_is_one_line(
     )
 
 
+def test_a_job_submitted_from_within_a_job_gets_nothing_of_it(
+    paralm: Paralm, sbatch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With another's SLURM_ARRAY_TASK_ID it would evaluate a part, and queue that one's array again."""
+    inside = {"JOB_ID": "7", "ARRAY_JOB_ID": "7", "ARRAY_TASK_ID": "3", "CPU_BIND": "mask_cpu:0x1", "CONF": "/etc/s"}
+    for name, value in inside.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    path = sbatch.parent / "bin" / "sbatch"
+    path.write_text(path.read_text().replace("#!/bin/bash\n", f"#!/bin/bash\nenv >{sbatch}/env\n"))
+    assert paralm("submit", "slurm", "run.yaml")[0] == 0
+    seen = [line for line in (sbatch / "env").read_text().splitlines() if line.startswith("SLURM_")]
+    assert seen == ["SLURM_CONF=/etc/s"]
+
+
 def test_a_run_with_a_job_under_way_is_not_submitted_again(paralm: Paralm, sbatch: Path) -> None:
     assert paralm("submit", "slurm", "run.yaml")[0] == 0
     (sbatch / "squeue").write_text("101|N/A|PENDING|0:00|10:00||Resources\n")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,9 +55,16 @@ class _UnknownJobError(RunError):
 
 
 def submit(script: Path, after: Sequence[str] = ()) -> str:
-    """Hand a script to sbatch and return the job's id. Raises RunError, one line, with SLURM's words."""
+    """Hand a script to sbatch and return the job's id. Raises RunError, one line, with SLURM's words.
+
+    Submitted from within a job, it gets nothing of that one: sbatch would pass on whose array's task, say, this is.
+    """
     options = [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []
-    printed = _call("sbatch", "--parsable", *options, str(script))
+    environment = dict(os.environ)
+    if "SLURM_JOB_ID" in environment:
+        kept = ("SLURM_CONF", "SLURM_CLUSTERS")
+        environment = {key: value for key, value in environment.items() if key[:6] != "SLURM_" or key in kept}
+    printed = _call("sbatch", "--parsable", *options, str(script), environment=environment)
     return printed.strip().split(";")[0]  # ID;CLUSTER on a federation
 
 
@@ -113,10 +121,12 @@ def cancel(ids: Iterable[str]) -> None:
         _call("scancel", *ids)
 
 
-def _call(program: str, *arguments: str) -> str:
+def _call(program: str, *arguments: str, environment: Mapping[str, str] | None = None) -> str:
     """Run one of SLURM's programs and return what it printed. Raises RunError, one line, with its words."""
     try:
-        done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False, timeout=300)
+        done = subprocess.run(
+            [program, *arguments], capture_output=True, text=True, check=False, timeout=300, env=environment
+        )
     except FileNotFoundError:
         raise RunError(f"{program}: not found; this needs SLURM's commands on the PATH, as on a login node") from None
     except subprocess.TimeoutExpired:
