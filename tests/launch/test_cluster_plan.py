@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import yaml
 from paralm_launch import cli
-from paralm_launch.cluster import records, slurm
+from paralm_launch.cluster import plan, records, slurm
 from paralm_launch.cluster.records import Job
 from paralm_launch.cluster.slurm import Status
 
+from paralm.config import Config
 from paralm.config_cluster import seconds_of
 from tests.conftest import settings
 
@@ -374,6 +375,17 @@ def test_what_squeue_and_sacct_print() -> None:
 )
 def test_times_as_slurm_reads_them(text: str, seconds: int) -> None:
     assert seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize("script", ["train", "ray in SLURM", "prepare", "evaluate", "ray"])
+def test_lines_of_setup_may_use_variables_that_are_not_set(tmp_path: Path, script: str) -> None:
+    """As the scripts of modules and of conda's packages do."""
+    made = {"cluster": {"start": "ray" if script == "ray in SLURM" else "torchrun", "setup": [": $NOT_SET", "exit 7"]}}
+    config = Config.model_validate({"run": {"root": tmp_path}, **made})
+    stage = script if script in plan.STAGES else "train"
+    planned = plan.plan_ray(config, [stage]) if script == "ray" else plan.plan_slurm(config, [stage])[0]
+    done = subprocess.run(["bash"], input=planned.script, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (7, "")
 
 
 def test_a_ray_job_is_one_script(paralm: Paralm) -> None:

@@ -252,10 +252,11 @@ def plan_ray(config: Config, stages: Sequence[str]) -> Planned:
 _RAY_SCRIPT = """\
 #!/usr/bin/env bash
 # What a Ray job of 'paralm submit ray' runs on the cluster's head. Every node sees the folders named here.
-set -uo pipefail
+set -o pipefail
 cd {folder} || exit 2
 {setup}
 
+set -u # not before: what loads modules or environments uses variables that are not set
 note() {{ echo "$(date +%FT%T%z) $*" >>{events}; }}
 # A stop asks every process at once: the one that writes the log waits for the last word, this one for the last code.
 exec > >(trap "" TERM; exec tee -a {log}) 2>&1
