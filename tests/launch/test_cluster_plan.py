@@ -377,6 +377,17 @@ def test_times_as_slurm_reads_them(text: str, seconds: int) -> None:
     assert seconds_of(text) == seconds
 
 
+@pytest.mark.parametrize(("gpus", "own", "asked"), [(0, None, None), (8, None, "1"), (8, 0.5, None)])
+def test_a_ray_job_waits_for_gpus_that_are_not_there_yet(
+    tmp_path: Path, gpus: int, own: float | None, asked: str | None
+) -> None:
+    """By itself a rank takes a GPU where the cluster has one; before its nodes of GPUs came, that would be a CPU."""
+    made = {"cluster": {"gpus_per_node": gpus}, "launcher": {"gpus_per_rank": own}}
+    script = plan.plan_ray(Config.model_validate({"run": {"root": tmp_path}, **made}), ["train"]).script
+    given = dict(word.split("=", 1) for word in script.split() if word.startswith("launcher."))
+    assert given.get("launcher.gpus_per_rank") == asked
+
+
 @pytest.mark.parametrize("script", ["train", "ray in SLURM", "prepare", "evaluate", "ray"])
 def test_lines_of_setup_may_use_variables_that_are_not_set(tmp_path: Path, script: str) -> None:
     """As the scripts of modules and of conda's packages do."""

@@ -231,6 +231,8 @@ def plan_ray(config: Config, stages: Sequence[str]) -> Planned:
             work.append(f"paralm data prepare {file} data.executor=ray data.workers={workers} {there}")
         elif stage == "train":
             sizes = f"launcher.kind=ray {there} launcher.ranks={ranks} launcher.cpus_per_rank={cpus}"
+            if config.cluster.gpus_per_node and config.launcher.gpus_per_rank is None:
+                sizes += " launcher.gpus_per_rank=1"  # whether the cluster has a GPU yet or not
             work.append(f"paralm train {file} {sizes}")
         elif stage == "evaluate":
             for text in config.cluster.evaluate.what:
