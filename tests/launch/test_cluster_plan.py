@@ -92,6 +92,12 @@ def test_what_is_submitted_is_what_the_dry_run_shows(paralm: Paralm, sbatch: Pat
     assert subprocess.run(["bash", "-n"], input=shown, text=True, check=False).returncode == 0
 
 
+def test_the_commands_it_names_can_be_pasted(paralm: Paralm, sbatch: Path) -> None:
+    code, out, err = paralm("submit", "slurm", "run.yaml", "run.root=my runs")
+    assert code == 0, err
+    assert "\n  paralm cancel 'my runs/tiny'    save and end\n" in out
+
+
 def test_the_job_has_the_configuration_as_it_was(paralm: Paralm, sbatch: Path) -> None:
     """What is edited after the submission does not reach the job."""
     from paralm.config_files import load_config

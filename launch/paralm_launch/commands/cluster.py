@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -217,10 +218,11 @@ def _say_submitted(made: Sequence[Job], run: Path) -> None:
         array = f", {job.tasks} tasks" if job.tasks > 1 else ""
         after = f", after {', '.join(job.after)}" if job.after else ""
         say(f"submitted: {job.name}, job {job.id}{array}{after}")
+    quoted = shlex.quote(str(run))
     say(
-        f"\n  paralm status {run}    where it is\n"
-        f"  paralm logs {run} -f   what it says\n"
-        f"  paralm cancel {run}    save and end"
+        f"\n  paralm status {quoted}    where it is\n"
+        f"  paralm logs {quoted} -f   what it says\n"
+        f"  paralm cancel {quoted}    save and end"
     )
 
 
