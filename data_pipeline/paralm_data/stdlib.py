@@ -8,6 +8,7 @@ files of prose) and ``tests`` (source files below a folder of tests).
 from __future__ import annotations
 
 import ast
+import io
 import os
 import sysconfig
 import warnings
@@ -78,7 +79,7 @@ def split_docstrings(source: str) -> tuple[str, str]:
             tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError):
         return source, ""
-    lines = source.splitlines(keepends=True)
+    lines = list(io.StringIO(source, newline=""))  # as Python counts them: a form feed, for one, ends no line
     docs: list[tuple[int, str]] = []
     gone: set[int] = set()
     for node in ast.walk(tree):

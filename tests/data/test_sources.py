@@ -156,6 +156,12 @@ def test_the_standard_library_in_parts(tmp_path: Path) -> None:
     assert min(sizes.values()) > 500_000
 
 
+@pytest.mark.parametrize("mark", ["\f", "\x1c", "\u2028", "\r"])
+def test_docstrings_are_cut_where_python_counts_lines(mark: str) -> None:
+    source = f'x = 1\n#{mark}\ndef f():\n    """Of f."""\n    return 1\n'
+    assert stdlib.split_docstrings(source) == (f"x = 1\n#{mark}\ndef f():\n    return 1\n", "Of f.")
+
+
 def test_the_standard_library_leaves_out_what_is_no_text(tmp_path: Path) -> None:
     for name, data in {
         "a.py": b"x = 1\r\n", "latin.py": b"\xe9", "nul.txt": b"a\0", "site-packages/b.py": b"b",
