@@ -10,18 +10,24 @@ import numpy as np
 
 from paralm_data.duplicates import fates_of
 from paralm_data.errors import DataError
+from paralm_data.readers import Record
+from paralm_data.scanning import ROW
+from paralm_data.scratch import map_array
 from paralm_data.sources import Shard
+from paralm_data.split import digest
 from paralm_data.steps import StepsSpec
 
 
 @dataclass(frozen=True)
 class Reading:
-    """The base of tasks that read a shard again. ``choice``: the marker of its records' fates; ``size``: UTF-8 bytes of
-    the (normalised) text that is asked for, as the first reading counted them; ``folder``: of the stage.
+    """The base of tasks that read a shard again. ``scan``: the marker of its first reading; ``choice``: of its records'
+    fates; ``size``: UTF-8 bytes of the (normalised) text that is asked for, as the first reading counted them;
+    ``folder``: of the stage.
     """
 
     shard: Shard
     steps: StepsSpec
+    scan: Path
     choice: Path
     size: int
     folder: Path
@@ -42,9 +48,11 @@ class Reading:
         """(fate, text, its UTF-8 bytes) of each record whose fate is in ``wanted``, in order.
 
         DataError, at the latest after the last one, for a shard that is not what it was when the fates were decided: of
-        another number of records or bytes, or with one that cannot be read any more.
+        another number of records or bytes, with other text, or with a record that cannot be read any more.
         """
         fates = fates_of(self.choice)
+        positions = map_array(self.scan.with_suffix(".rows"), ROW, len(fates))["position"]
+        other: Record | None = None  # the first whose text is another
         skip = ~np.isin(fates, list(wanted))
         count = size = 0
         for record in self.shard.records(self.steps.max_document_bytes, skip.tolist()):
@@ -56,11 +64,15 @@ class Reading:
             text = self.steps.normalized(record.text)
             n_bytes = len(text.encode("utf-8"))
             size += n_bytes
+            if other is None and int.from_bytes(digest(text)[:8], "big") != int(positions[count - 1]):
+                other = record
             yield int(fates[count - 1]), text, n_bytes
         if count != len(fates):
             raise self._changed(f"it has {count:,} records, and had {len(fates):,}")
         if size != self.size:
             raise self._changed(f"the text that is kept has {size:,} bytes, and had {self.size:,}")
+        if other is not None:
+            raise self._changed("its text is another", self.shard.place(other))
 
     def _changed(self, how: str, place: str = "") -> DataError:
         return DataError(f"{place or self.label}: changed while it was prepared: {how}; the same command reads it anew")

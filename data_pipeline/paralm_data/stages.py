@@ -161,8 +161,8 @@ class Stages:
             key = key_of("draw", bound, *self._texts(survey))
             folder = self._scratch / f"draw-{key}"
             tasks = [
-                Draw(shard, self._steps, choice, size, folder, bound)
-                for shard, choice, size in zip(survey.shards, survey.choices, sizes)
+                Draw(shard, self._steps, scan, choice, size, folder, bound)
+                for shard, scan, choice, size in zip(survey.shards, survey.scans, survey.choices, sizes)
             ]
             drawn = self.run("sampling", tasks)
             if bound >= EVERY_KEY or sum(found["bytes"] for found in drawn) >= limit:
@@ -179,8 +179,8 @@ class Stages:
         names = [SPLITS[(KEPT, HELD_OUT).index(fate)] for fate in fates]
         threads = self._threads or self._executor.threads(len(survey.shards))
         tasks = [
-            Tokenize(shard, steps, choice, survey.size(i, names), folder, fates, model, sha256, threads)
-            for i, (shard, choice) in enumerate(zip(survey.shards, survey.choices))
+            Tokenize(shard, steps, scan, choice, survey.size(i, names), folder, fates, model, sha256, threads)
+            for i, (shard, scan, choice) in enumerate(zip(survey.shards, survey.scans, survey.choices))
         ]
         self.run(title, tasks)
         return tasks

@@ -307,6 +307,7 @@ def test_a_validation_set_has_a_plain_name(tmp_path: Path, source: SourceSpec, n
         (lambda lines: lines[:50], "it has 50 records, and had 160"),
         (lambda lines: [*lines, lines[0]], "it has more than the 160 records it had before"),
         (lambda lines: [line.replace("a", "aa") for line in lines], r"bytes, and had [\d,]+"),
+        (lambda lines: [line.replace("a", "o") for line in lines], r"jsonl:\d+: changed .*: its text is another"),
         (lambda lines: ["no json\n", *lines[1:]], r"jsonl:1: changed while it was prepared: not a JSON record"),
     ],
 )
