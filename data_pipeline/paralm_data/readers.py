@@ -56,16 +56,17 @@ def read(spec: SourceSpec, part: Part, number: int, max_bytes: int | None, wante
     return _READERS[spec.kind](spec, part, number, max_bytes, wanted)
 
 
-def wanted_of(skip: Skip, label: str) -> Iterator[bool]:
+def wanted_of(skip: Skip, label: str, again: str) -> Iterator[bool]:
     """Whether the text of the next record is asked for; every one where nothing is said. DataError when asked about
-    more records than ``skip`` has, which are those that were there when it was made.
+    more records than ``skip`` has, which are those that were there when it was made; ``again``: its advice.
     """
     if skip is None:
         yield from itertools.repeat(True)
         return
     for one in skip:
         yield not one
-    raise DataError(f"{label}: changed while it was prepared: it has more than the {len(skip)} records it had before")
+    more = f"it has more than the {len(skip)} records it had before"
+    raise DataError(f"{label}: changed while it was prepared: {more}; {again}")
 
 
 def _read_text(

@@ -75,4 +75,4 @@ class Reading:
             raise self._changed("its text is another", self.shard.place(other))
 
     def _changed(self, how: str, place: str = "") -> DataError:
-        return DataError(f"{place or self.label}: changed while it was prepared: {how}; the same command reads it anew")
+        return DataError(f"{place or self.label}: changed while it was prepared: {how}; {self.shard.again}")

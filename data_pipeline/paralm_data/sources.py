@@ -58,11 +58,17 @@ class Shard:
         more = f" and {len(self.parts) - 1} more" if len(self.parts) > 1 else ""
         return f"{first.path}{f' from byte {first.start}' if first.start and self.spec.kind == 'jsonl' else ''}{more}"
 
+    @property
+    def again(self) -> str:
+        """How what has changed is read anew, for messages. Nothing tells that a dataset which is no file here has."""
+        same = self.parts[0].path is None and not self.parts[0].modified
+        return f"{'remove .work in the folder it is prepared in and ' if same else ''}the same command reads it anew"
+
     def records(self, max_bytes: int | None = None, skip: Sequence[bool] | None = None) -> Iterator[Record]:
         """Its records in a fixed order, good and bad; ``max_bytes``: a longer one is bad. The text of the records that
         ``skip`` is true for is not read. DataError for a file that is damaged as a whole.
         """
-        wanted = readers.wanted_of(skip, self.label)
+        wanted = readers.wanted_of(skip, self.label, self.again)
         found = itertools.chain.from_iterable(
             readers.read(self.spec, part, number, max_bytes, wanted) for number, part in enumerate(self.parts)
         )

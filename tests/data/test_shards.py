@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from paralm_data import DataError, SourceSpec, documents, shards
+from paralm_data import DataError, SourceSpec, documents, readers, shards
 from paralm_data.readers import lines_before
 from paralm_data.sources import Shard
 
@@ -99,6 +99,18 @@ def test_the_text_that_is_not_asked_for_is_not_read(tmp_path: Path) -> None:
     ]
     with pytest.raises(DataError, match=r"a.jsonl: changed while it was prepared: it has more than the 2 records"):
         list(part.records(skip=[True, True]))
+
+
+def test_a_dataset_of_the_hub_that_has_changed_is_read_anew_when_nothing_is_kept_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    monkeypatch.setattr(readers, "_open_dataset", lambda spec, name: [{"text": "a"}, {"text": "b"}])
+    here, hub = SourceSpec("jsonl", paths=(str(tmp_path),)), SourceSpec("datasets", dataset="of/the-hub")
+    for spec, advice in ((here, "before; the same command"), (hub, "before; remove .work .* and the same command")):
+        (part,) = shards(spec)
+        with pytest.raises(DataError, match=advice):
+            list(part.records(skip=[True]))
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "text", "parquet"])
