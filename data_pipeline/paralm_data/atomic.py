@@ -17,7 +17,7 @@ def sync_folder(path: Path) -> None:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Replace ``path`` by ``content``, or leave it as it was."""
+    """Replace ``path`` by ``content``, or leave it as it was. An OSError names a file, also where the disk is full."""
     temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(8)}")
     try:
         with temporary.open("wb") as file:
@@ -25,6 +25,9 @@ def write_file(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)

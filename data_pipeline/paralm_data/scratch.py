@@ -71,9 +71,12 @@ class Files:
     def overwrite(self, ending: str, at: int, data: bytes) -> None:
         """Replace bytes of what was written."""
         file = self._open[ending]
-        file.seek(at)
-        file.write(data)
-        file.seek(0, os.SEEK_END)
+        try:
+            file.seek(at)
+            file.write(data)
+            file.seek(0, os.SEEK_END)
+        except OSError as error:  # a seek writes what was buffered
+            raise DataError(f"{self.path(ending)}: cannot be written ({reason(error)})") from error
 
     def finish(self, result: dict[str, Any]) -> dict[str, Any]:
         """Make everything durable, in place, and say so."""

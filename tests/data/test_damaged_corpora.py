@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import re
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +20,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 from paralm_data import DataError, SourceSpec, documents
+from paralm_data.atomic import write_file
+from paralm_data.scratch import Files
 
 from tests.data.damage import RECORDS, Case, register
 from tests.data.test_executors import SCRIPT, Counting, environment, run
@@ -243,6 +246,22 @@ def test_a_disk_that_is_full_is_one_line(big: Path, tmp_path: Path, most: int, w
     assert what in last
     assert last.endswith(": cannot be written (File too large)")
     assert not list((tmp_path / "out").rglob("*.tmp-*"))
+
+
+def test_a_disk_that_is_full_names_the_file_that_was_begun(tmp_path: Path) -> None:
+    """What is buffered meets the disk at a seek, or when the file is closed; the system names no file then."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with Files(tmp_path / "a.json") as files:
+            files.write(".rows", bytes(200))
+            with pytest.raises(DataError, match=r"a\.rows: cannot be written \(File too large\)"):
+                files.overwrite(".rows", 0, b"x")
+        with pytest.raises(OSError, match=r"File too large: '.*plan\.json'"):
+            write_file(tmp_path / "plan.json", bytes(200))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
