@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from paralm_data.errors import DataError, reason
+from paralm_data.scratch import NAME as SCRATCH
 from paralm_data.store_writer import TEMPORARY
 
 # What a file system without locks says; there, parts still appear whole, by rename.
@@ -38,8 +39,11 @@ def locked(out: Path, shared: bool = False) -> Iterator[None]:
         yield
 
 
-def remove_unfinished(out: Path) -> None:
-    """Remove what a preparation that was killed left half written; nobody else may be writing there."""
-    for folder in (out, out / "validation"):
-        for path in folder.glob(f".*{TEMPORARY}*"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+def remove_unfinished(out: Path, tasks: bool = True) -> None:
+    """Remove what a preparation that was killed left half written; nobody else may be writing there.
+
+    ``tasks``: also what its tasks left in the work in progress, of which nobody else may be doing one.
+    """
+    for folders in (".", "validation", *([f"{SCRATCH}/*"] if tasks else [])):
+        for path in out.glob(f"{folders}/.*{TEMPORARY}*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

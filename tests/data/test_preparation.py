@@ -271,6 +271,24 @@ def test_killed_at_any_moment_it_goes_on(tmp_path: Path, corpus: Path, prepared:
     assert tree(out) == tree(prepared.path)
 
 
+def test_what_tasks_that_were_killed_left_half_written_goes_when_it_goes_on(tmp_path: Path, source: SourceSpec) -> None:
+    out = tmp_path / "out"
+
+    def stop(progress: Progress) -> None:
+        if progress.stage == "tokenizing":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(source, SPEC, out, 0.2, threads=1, progress=stop)
+    (marker,) = out.glob(".work/choose-*/*.json")
+    half = marker.with_name(".00000000.fates.tmp-0123456789abcdef")
+    half.write_bytes(bytes(1000))
+    with pytest.raises(KeyboardInterrupt):
+        prepare(source, SPEC, out, 0.2, threads=1, progress=stop)
+    assert marker.exists()
+    assert not half.exists()
+
+
 def test_a_saved_dataset_that_was_replaced_is_read_anew(tmp_path: Path, texts: list[str]) -> None:
     import datasets
 

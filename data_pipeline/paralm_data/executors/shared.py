@@ -198,7 +198,7 @@ class SharedExecutor(Executor):
             if take(claim, self._check().path, self._watch):
                 if not done():
                     self._check(now=True)  # suspended since it took this, another may be writing there
-                    remove_unfinished(folder)
+                    remove_unfinished(folder, tasks=False)
                     work()
                 return
             time.sleep(claims.POLL_SECONDS)
