@@ -17,6 +17,8 @@ from .triton_conv_kernels import conv_backward_kernel, conv_kernel
 from .triton_launch import COMPUTE, Launch, on_device
 
 BLOCK_TIME, BLOCK_CHANNELS, WARPS = 32, 64, 4
+PROGRAMS = 2048
+"""Backward, a program has more than one block of time beyond so many, and one set of sums for all of them."""
 
 
 class ConvKernels:
@@ -67,14 +69,23 @@ class ConvKernels:
     def backward(self, grad: Tensor, wide: bool) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of x by y alone (``wide``: in the compute dtype, to be added to), of the weight, (channel,
         taps), and of the bias, the last two in the compute dtype."""
-        programs = self.batch * self.steps
+        across = triton.cdiv(self.channels, BLOCK_CHANNELS)
+        blocks = max(1, min(self.steps, self.batch * self.steps * across // PROGRAMS))
+        steps = triton.cdiv(self.steps, blocks)
+        programs = self.batch * steps
         to_x = torch.empty(self.x.shape, dtype=self.dtype if wide else self.x.dtype, device=self.x.device)
         taps = self.common["TAPS"]
         to_weight = torch.empty((programs, taps, self.channels), dtype=self.dtype, device=self.x.device)
         to_bias = torch.empty((programs, self.channels), dtype=self.dtype, device=self.x.device)
         with on_device(self.x.device):
-            conv_backward_kernel[self._grid](
-                grad_ptr=grad.contiguous(), to_x_ptr=to_x, to_weight_ptr=to_weight, to_bias_ptr=to_bias, **self.common
+            conv_backward_kernel[programs, across](
+                grad_ptr=grad.contiguous(),
+                to_x_ptr=to_x,
+                to_weight_ptr=to_weight,
+                to_bias_ptr=to_bias,
+                blocks=blocks,
+                BLOCK_TAPS=triton.next_power_of_2(taps),
+                **{**self.common, "steps": steps},
             )
         return to_x, to_weight.sum(0).t(), to_bias.sum(0)
 
@@ -86,7 +97,7 @@ def default_launches(dtypes: Sequence[str] = ("bf16", "fp32")) -> list[Launch]:
         compute = tl.float64 if given == "fp64" else tl.float32
         wide = "fp64" if given == "fp64" else "fp32"
         constants = {"TAPS": 4, "HAS_BIAS": True, "HAS_RESET": True, "COMPUTE": compute}
-        constants |= {"BLOCK_T": BLOCK_TIME, "BLOCK_C": BLOCK_CHANNELS}
+        constants |= {"BLOCK_T": BLOCK_TIME, "BLOCK_C": BLOCK_CHANNELS, "BLOCK_TAPS": 4}
         for kernel in (conv_kernel, conv_backward_kernel):
             signature = {}
             for name in kernel.arg_names:

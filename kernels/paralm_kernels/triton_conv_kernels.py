@@ -57,40 +57,45 @@ def conv_kernel(
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["time", "steps"])
+@triton.jit(do_not_specialize=["time", "steps", "blocks"])
 def conv_backward_kernel(
-    x_ptr, weight_ptr, state_ptr, ids_ptr, grad_ptr, to_x_ptr, to_weight_ptr, to_bias_ptr, time, steps, channels,
-    stride_batch, stride_time, TAPS: tl.constexpr, HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    x_ptr, weight_ptr, state_ptr, ids_ptr, grad_ptr, to_x_ptr, to_weight_ptr, to_bias_ptr, time, steps, blocks,
+    channels, stride_batch, stride_time, TAPS: tl.constexpr, HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_TAPS: tl.constexpr,
 ):  # fmt: skip
     """to_x (batch, time, channel), without what the new state's gradient adds; to_weight (program, TAPS, channel) and
-    to_bias (program, channel): sums over the program's steps."""
+    to_bias (program, channel): sums over the program's steps. steps: programs over time; blocks: of time, of each."""
     program = tl.program_id(0)
     batch = (program // steps).to(tl.int64)
-    t = program % steps * BLOCK_T + tl.arange(0, BLOCK_T)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     there = channel < channels
-    inside = (t < time)[:, None] & there[None, :]
-    own = t
-    if HAS_RESET:
-        own = tl.load(ids_ptr + batch * time + t, mask=t < time, other=0)
-    at = (batch * time + t[:, None]) * channels + channel[None, :]
-    grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(COMPUTE)
-    to_x = tl.zeros((BLOCK_T, BLOCK_C), COMPUTE)
-    sums = (program.to(tl.int64) * TAPS) * channels + channel
-    for back in tl.static_range(TAPS):
-        x = shifted(
-            x_ptr, state_ptr, ids_ptr, own, batch, t, back, channel, inside, channels, time, stride_batch, stride_time,
-            TAPS - 1, HAS_RESET, COMPUTE,
-        )  # fmt: skip
-        tl.store(to_weight_ptr + sums + (TAPS - 1 - back) * channels, tl.sum(grad * x, 0), mask=there)
-        later = t + back
-        ahead = (later < time)[:, None] & there[None, :]
+    place = tl.arange(0, BLOCK_TAPS)
+    to_weight, to_bias = tl.zeros((BLOCK_TAPS, BLOCK_C), COMPUTE), tl.zeros((BLOCK_C,), COMPUTE)
+    for block in range(0, blocks):
+        t = (program % steps * blocks + block) * BLOCK_T + tl.arange(0, BLOCK_T)
+        inside = (t < time)[:, None] & there[None, :]
+        own = t
         if HAS_RESET:
-            ids = tl.load(ids_ptr + batch * time + later, mask=later < time, other=-1)
-            ahead = ahead & (ids == own)[:, None]
-        passed = tl.load(grad_ptr + at + back * channels, mask=ahead, other=0.0).to(COMPUTE)
-        tap = tl.load(weight_ptr + channel * TAPS + (TAPS - 1 - back), mask=there, other=0.0)
-        to_x += passed * tap.to(COMPUTE)[None, :]
-    tl.store(to_x_ptr + at, to_x.to(to_x_ptr.dtype.element_ty), mask=inside)
-    tl.store(to_bias_ptr + program.to(tl.int64) * channels + channel, tl.sum(grad, 0), mask=there)
+            own = tl.load(ids_ptr + batch * time + t, mask=t < time, other=0)
+        at = (batch * time + t[:, None]) * channels + channel[None, :]
+        grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(COMPUTE)
+        to_x = tl.zeros((BLOCK_T, BLOCK_C), COMPUTE)
+        for back in tl.static_range(TAPS):
+            x = shifted(
+                x_ptr, state_ptr, ids_ptr, own, batch, t, back, channel, inside, channels, time, stride_batch,
+                stride_time, TAPS - 1, HAS_RESET, COMPUTE,
+            )  # fmt: skip
+            to_weight += tl.where((place == TAPS - 1 - back)[:, None], tl.sum(grad * x, 0)[None, :], 0.0)
+            later = t + back
+            ahead = (later < time)[:, None] & there[None, :]
+            if HAS_RESET:
+                ids = tl.load(ids_ptr + batch * time + later, mask=later < time, other=-1)
+                ahead = ahead & (ids == own)[:, None]
+            passed = tl.load(grad_ptr + at + back * channels, mask=ahead & inside, other=0.0).to(COMPUTE)
+            tap = tl.load(weight_ptr + channel * TAPS + (TAPS - 1 - back), mask=there, other=0.0)
+            to_x += passed * tap.to(COMPUTE)[None, :]
+        tl.store(to_x_ptr + at, to_x.to(to_x_ptr.dtype.element_ty), mask=inside)
+        to_bias += tl.sum(grad, 0)
+    sums = (program.to(tl.int64) * TAPS + place[:, None]) * channels + channel[None, :]
+    tl.store(to_weight_ptr + sums, to_weight, mask=(place < TAPS)[:, None] & there[None, :])
+    tl.store(to_bias_ptr + program.to(tl.int64) * channels + channel, to_bias, mask=there)

@@ -26,6 +26,7 @@ def small_blocks(monkeypatch):
     """Several programs over time and channels in short sequences."""
     monkeypatch.setattr(triton_conv, "BLOCK_TIME", 4)
     monkeypatch.setattr(triton_conv, "BLOCK_CHANNELS", 2)
+    monkeypatch.setattr(triton_conv, "PROGRAMS", 8)
 
 
 @pytest.mark.parametrize("resets", [False, True])
