@@ -100,7 +100,7 @@ def random_case(
     params = tuple(uniform() for _ in cell.params)
     state = tuple(normal(batch, channel) / 2 for _ in cell.state)
     for _ in range(3):
-        state = cell.step(state, tuple(normal(batch, channel) for _ in cell.inputs), params)
+        state = _stepped(cell, state, tuple(normal(batch, channel) for _ in cell.inputs), params)
     return Case(
         cell,
         inputs,
@@ -112,6 +112,12 @@ def random_case(
     )
 
 
+def _stepped(cell: Cell, state: Tensors, inputs: Tensors, params: Tensors) -> Tensors:
+    """The next state, (batch, channel) each: a step may return what broadcasts to it, such as a parameter."""
+    after = cell.step(state, inputs, params)
+    return tuple(h.expand_as(before) for h, before in zip(after, state, strict=True))
+
+
 def plain_loop(
     cell: Cell, inputs: Tensors, params: Tensors, state: Tensors, reset: Tensor | None
 ) -> tuple[Tensors, Tensors]:
@@ -120,7 +126,7 @@ def plain_loop(
     for t in range(inputs[0].shape[1]):
         if reset is not None:
             state = tuple(h.masked_fill(reset[:, t, None], 0.0) for h in state)
-        state = cell.step(state, tuple(x[:, t] for x in inputs), params)
+        state = _stepped(cell, state, tuple(x[:, t] for x in inputs), params)
         steps.append(state)
     return tuple(torch.stack(component, 1) for component in zip(*steps, strict=True)), state
 

@@ -91,3 +91,16 @@ def test_amplification_of_a_linear_cell_is_the_geometric_sum():
     case = random_case(Linear(), batch=1, time=5, channel=1, resets=0.0)
     expected = torch.tensor([1, 1.5, 1.75, 1.875, 1.9375], dtype=torch.float64)
     torch.testing.assert_close(amplification(case)[0, :, 0], expected)
+
+
+def test_a_step_may_return_a_parameter_as_it_is():
+    class Pinned(Cell):
+        name = "pinned"
+        state = ("h", "c")
+        inputs = ("x",)
+        params = ("p",)
+
+        def step(self, state, inputs, params):
+            return state[1] + inputs[0], params[0]
+
+    assert [result for result in check_cell(Pinned()) if not result.ok] == []
