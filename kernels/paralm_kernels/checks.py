@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -125,6 +126,19 @@ def _check_rest(
             shape(f"state[{name!r}]", value, rows, f"(batch, channel) as {first_name} {tuple(first.shape)}")
         located += [(f"state[{name!r}]", value) for name, value in zip(cell.state, state, strict=True)]
     same_device((first_name, first), located)
+
+
+def whole_numbers(where: str, **options: Any) -> None:
+    """Refuses an option that is given and no whole number of at least 1; `where` is put before its name."""
+    for name, value in options.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
+            raise ArgumentError(f"{where}{name} is {value!r}; expected at least 1 (a whole number)")
+
+
+def tolerance(where: str, tol: Any) -> None:
+    """Refuses a tolerance that is given and no number above 0."""
+    if tol is not None and (isinstance(tol, bool) or not isinstance(tol, Real) or not tol > 0):
+        raise ArgumentError(f"{where}tol is {tol!r}; expected a number above 0")
 
 
 def finite(cell: Cell, groups: Sequence[tuple[str, Sequence[str], Tensors, tuple[str, ...]]]) -> None:

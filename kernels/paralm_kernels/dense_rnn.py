@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import fused
 from .autocast import no_autocast
-from .checks import DTYPES, compute_dtype, same_device, shape
+from .checks import DTYPES, compute_dtype, same_device, shape, tolerance, whole_numbers
 from .dense_cells import KINDS, DenseKind, Tensors
 from .dense_newton import newton_run
 from .dense_torch import DensePlan, decode, dense_torch
@@ -142,11 +142,8 @@ def _check_options(method: str, tol: float | None, max_iter: int | None, tile: i
         raise ArgumentError(f"dense_rnn: method is {method!r}; expected one of {', '.join(METHODS)}")
     if on_failure not in ("raise", "sequential"):
         raise ArgumentError(f"dense_rnn: on_failure is {on_failure!r}; expected 'raise' or 'sequential'")
-    for name, value in (("max_iter", max_iter), ("tile", tile)):
-        if value is not None and value < 1:
-            raise ArgumentError(f"dense_rnn: {name} is {value}; expected at least 1")
-    if tol is not None and not tol > 0:
-        raise ArgumentError(f"dense_rnn: tol is {tol}; expected a number above 0")
+    whole_numbers("dense_rnn: ", max_iter=max_iter, tile=tile)
+    tolerance("dense_rnn: ", tol)
 
 
 def _kind(kind: str) -> DenseKind:

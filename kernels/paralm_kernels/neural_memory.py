@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .autocast import no_autocast
-from .checks import DTYPES, compute_dtype, same_device, shape
+from .checks import DTYPES, compute_dtype, same_device, shape, whole_numbers
 from .dry import on_gpu
 from .errors import ArgumentError
 from .neural_memory_backward import tile_grads
@@ -435,9 +435,7 @@ def _check(
         raise ArgumentError(f"{what}method is {method!r}; expected one of {', '.join(METHODS)}")
     if activation not in ACTIVATIONS:
         raise ArgumentError(f"{what}activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
-    for name, number in (("chunk_size", chunk_size), ("tile_size", tile_size)):
-        if number is not None and number < 1:
-            raise ArgumentError(f"{what}{name} is {number}; expected at least 1")
+    whole_numbers(what, chunk_size=chunk_size, tile_size=tile_size)
     if not weights:
         raise ArgumentError(f"{what}weights is empty; expected (heads, out, in) for each layer")
     present = [("q", q), ("k", k), ("v", v), ("rate", rate), ("log_momentum", log_momentum), ("log_keep", log_keep)]

@@ -98,11 +98,8 @@ def checked_call(
         raise ArgumentError(f"method is {method!r}; expected one of {', '.join(METHODS)}")
     if on_failure not in ("raise", "sequential"):
         raise ArgumentError(f"on_failure is {on_failure!r}; expected 'raise' or 'sequential'")
-    for name, value in (("max_iter", options.max_iter), ("tile", options.tile)):
-        if value is not None and value < 1:
-            raise ArgumentError(f"{name} is {value}; expected at least 1")
-    if options.tol is not None and not options.tol > 0:
-        raise ArgumentError(f"tol is {options.tol}; expected a number above 0")
+    checks.whole_numbers("", max_iter=options.max_iter, tile=options.tile)
+    checks.tolerance("", options.tol)
     derive(cell)
     given_inputs, given_params, given_state, dtype = checks.sequence_arguments(cell, inputs, params, state, reset)
     if check_finite:

@@ -122,6 +122,8 @@ def test_too_few_iterations_are_said_or_walked():
     [
         ({"max_iter": 0}, ["max_iter is 0", "at least 1"]),
         ({"tile": 0}, ["tile is 0", "at least 1"]),
+        ({"tile": 2.5}, ["tile is 2.5", "whole number"]),
+        ({"tol": "1e-3"}, ["tol is '1e-3'", "above 0"]),
         ({"tol": 0.0}, ["tol is 0.0", "above 0"]),
         ({"on_failure": "ignore"}, ["on_failure is 'ignore'", "'sequential'"]),
     ],

@@ -390,6 +390,7 @@ def test_rounded_products_cost_little(normed: bool) -> None:
     ("change", "message"),
     [
         ({"chunk_size": 0}, "chunk_size is 0; expected at least 1"),
+        ({"chunk_size": 2.5}, "chunk_size is 2.5; expected at least 1 (a whole number)"),
         ({"activation": "relu"}, "activation is 'relu'; expected one of gelu, silu"),
         ({"method": "triton"}, "method is 'triton'"),
         ({"k": torch.zeros(3, 19, 2, 4)}, "k is (3, 19, 2, 4), expected (3, 19, 2, 3) as q"),

@@ -323,6 +323,9 @@ WRONG = [
     ({"on_failure": "ignore"}, "on_failure is 'ignore'; expected 'raise' or 'sequential'"),
     ({"max_iter": 0}, "max_iter is 0; expected at least 1"),
     ({"tile": 0}, "tile is 0; expected at least 1"),
+    ({"tile": 2.5}, "tile is 2.5; expected at least 1 (a whole number)"),
+    ({"max_iter": "3"}, "max_iter is '3'; expected at least 1 (a whole number)"),
+    ({"tol": "1e-3"}, "tol is '1e-3'; expected a number above 0"),
     ({"tol": 0.0}, "tol is 0.0; expected a number above 0"),
     ({"tol": float("nan")}, "tol is nan; expected a number above 0"),
 ]
