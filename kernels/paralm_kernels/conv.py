@@ -85,8 +85,9 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, 
         expected = (batch, weight.shape[1] - 1, channel)
         shape("causal_conv: state", state, expected, f"(batch, taps - 1, channel) of x {tuple(x.shape)}")
     if reset is not None:
-        if reset.dtype != torch.bool:
-            raise ArgumentError(f"causal_conv: reset must be a bool tensor (batch, time), got {reset.dtype}")
+        if not isinstance(reset, Tensor) or reset.dtype != torch.bool:
+            kind = reset.dtype if isinstance(reset, Tensor) else type(reset).__name__
+            raise ArgumentError(f"causal_conv: reset must be a bool tensor (batch, time), got {kind}")
         shape("causal_conv: reset", reset, (batch, time), f"(batch, time) of x {tuple(x.shape)}")
         present.append(("reset", reset))
     same_device(("causal_conv: x", x), [(f"causal_conv: {name}", value) for name, value in present])

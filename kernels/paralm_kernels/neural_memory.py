@@ -436,6 +436,9 @@ def _check(
     if activation not in ACTIVATIONS:
         raise ArgumentError(f"{what}activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
     whole_numbers(what, chunk_size=chunk_size, tile_size=tile_size)
+    for name, layers in (("weights", weights), ("biases", biases)):
+        if isinstance(layers, Tensor):
+            raise ArgumentError(f"{what}{name} must be a tuple, a tensor for each layer, got one tensor")
     if not weights:
         raise ArgumentError(f"{what}weights is empty; expected (heads, out, in) for each layer")
     present = [("q", q), ("k", k), ("v", v), ("rate", rate), ("log_momentum", log_momentum), ("log_keep", log_keep)]

@@ -54,6 +54,7 @@ def diagonal_scan(
 
     Returns states (batch, time, channel) and final (batch, channel). Raises ArgumentError.
     """
+    _check_kinds("diagonal_scan", a, b, state, reset)
     if a.ndim != 3 or a.shape != b.shape or 0 in a.shape:
         raise ArgumentError(
             f"diagonal_scan: a is {tuple(a.shape)} and b is {tuple(b.shape)}; "
@@ -78,6 +79,7 @@ def matrix_scan(
     a: (S, S, batch, time, channel), row first, S from 1 to 4; b: (S, batch, time, channel); state: (S, batch, channel);
     the rest as in `diagonal_scan`. Returns states (S, batch, time, channel) and final (S, batch, channel).
     """
+    _check_kinds("matrix_scan", a, b, state, reset)
     size = b.shape[0] if b.ndim == 4 else 0
     if not 1 <= size <= LARGEST or a.shape != (size, *b.shape) or 0 in b.shape:
         raise ArgumentError(
@@ -146,6 +148,12 @@ class _LinearScan(torch.autograd.Function):
         grad_matrix = adjoint.unsqueeze(1) * previous.unsqueeze(0) if full else adjoint * previous
         first = AffineMap(transposed[..., 0, :], torch.zeros_like(initial))
         return grad_matrix, adjoint, first(adjoint[..., 0, :])
+
+
+def _check_kinds(what: str, a: Any, b: Any, state: Any, reset: Any) -> None:
+    for name, value in (("a", a), ("b", b), ("state", state), ("reset", reset)):
+        if not isinstance(value, Tensor) and (name in "ab" or value is not None):
+            raise ArgumentError(f"{what}: {name} must be a tensor, got {type(value).__name__}")
 
 
 def _check(what: str, a: Tensor, b: Tensor, state: Tensor | None, reset: Tensor | None, method: str) -> None:

@@ -133,6 +133,7 @@ def test_bfloat16_is_summed_in_float32():
         ({"bias": torch.rand(4)}, "bias is (4,), expected (3,) (channel,) of x (2, 5, 3)"),
         ({"state": torch.rand(2, 4, 3)}, "state is (2, 4, 3), expected (2, 3, 3) (batch, taps - 1, channel)"),
         ({"reset": torch.zeros(2, 5)}, "reset must be a bool tensor (batch, time), got torch.float32"),
+        ({"reset": [[False] * 5] * 2}, "reset must be a bool tensor (batch, time), got list"),
         ({"reset": torch.zeros(2, 4, dtype=torch.bool)}, "reset is (2, 4), expected (2, 5)"),
         ({"weight": torch.rand(3, 4).double()}, "float64 does not mix"),
         ({"bias": torch.rand(3, device="meta")}, "bias is on meta but causal_conv: x is on cpu"),

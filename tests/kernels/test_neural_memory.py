@@ -396,6 +396,7 @@ def test_rounded_products_cost_little(normed: bool) -> None:
         ({"k": torch.zeros(3, 19, 2, 4)}, "k is (3, 19, 2, 4), expected (3, 19, 2, 3) as q"),
         ({"rate": torch.zeros(3, 19)}, "rate is (3, 19), expected (3, 19, 2)"),
         ({"weights": []}, "weights is empty"),
+        ({"weights": torch.zeros(2, 4, 3)}, "weights must be a tuple, a tensor for each layer, got one tensor"),
         ({"weights": [torch.zeros(2, 4, 5)]}, "weights[0] is (2, 4, 5), expected (2, out, 3)"),
         ({"weights": [torch.zeros(2, 5, 3)]}, "the last of weights gives 5 channels but v has 4"),
         ({"biases": [torch.zeros(2, 4)]}, "biases has 1 layers but weights 2"),

@@ -158,6 +158,8 @@ def test_nothing_passes_a_reset():
 
 WRONG = [
     ({"a": torch.rand(2, 3)}, "a is (2, 3) and b is (2, 4, 3); expected the same (batch, time, channel)"),
+    ({"b": [[[0.5] * 3] * 4] * 2}, "b must be a tensor, got list"),
+    ({"state": [[0.5] * 3] * 2}, "state must be a tensor, got list"),
     ({"b": torch.rand(2, 5, 3)}, "a is (2, 4, 3) and b is (2, 5, 3)"),
     ({"a": torch.rand(2, 0, 3), "b": torch.rand(2, 0, 3)}, "none of them 0"),
     ({"state": torch.rand(2, 2)}, "state is (2, 2), expected (2, 3)"),
@@ -181,5 +183,7 @@ def test_mismatches_name_both_sides(changes, says):
 def test_a_matrix_of_another_size_is_named():
     with pytest.raises(ArgumentError, match=r"a is \(3, 3, 1, 2, 4\) and b is \(2, 1, 2, 4\)"):
         matrix_scan(torch.rand(3, 3, 1, 2, 4), torch.rand(2, 1, 2, 4))
+    with pytest.raises(ArgumentError, match="matrix_scan: a must be a tensor, got list"):
+        matrix_scan([[1.0]], torch.rand(1, 1, 2, 4))
     with pytest.raises(ArgumentError, match=r"state is \(2, 3\), expected \(2, 1, 4\)"):
         matrix_scan(torch.rand(2, 2, 1, 2, 4), torch.rand(2, 1, 2, 4), torch.rand(2, 3))
