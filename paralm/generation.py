@@ -202,7 +202,8 @@ class WholeCharacters:
 
 
 class UntilStop:
-    """Passes text on until the earliest of the ``stop`` strings, which may span pieces; ``stopped`` once it came."""
+    """Passes text on until the first of the ``stop`` strings that is complete (of several at once the longest), which
+    may span pieces; ``stopped`` once it came. How the text is cut into pieces changes nothing."""
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop, self._held = stop, ""
@@ -213,9 +214,9 @@ class UntilStop:
         if self.stopped:
             return ""
         held = self._held + piece
-        found = [held.find(s) for s in self._stop if s in held]
+        found = [(at + len(s), at) for s in self._stop if (at := held.find(s)) >= 0]  # where it ends, and begins
         self.stopped = bool(found)
-        certain = min(found) if found else len(held) - max((_overlap(held, s) for s in self._stop), default=0)
+        certain = min(found)[1] if found else len(held) - max((_overlap(held, s) for s in self._stop), default=0)
         self._held = "" if found else held[certain:]
         return held[:certain]
 
@@ -236,7 +237,7 @@ def whole_characters(ids: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
 
 
 def until_stop(pieces: Iterator[str], stop: Sequence[str]) -> Iterator[str]:
-    """Pass text on until the earliest of the ``stop`` strings, which may span pieces; end before it."""
+    """Pass text on until the first of the ``stop`` strings that is complete, which may span pieces; end before it."""
     passed = UntilStop(stop)
     for piece in pieces:
         if text := passed.push(piece):

@@ -199,6 +199,8 @@ def test_broken_bytes_come_as_from_decoding_at_once(data: bytes) -> None:
         ("abc", [], "abc"),
         ("stop", ["stop"], ""),
         ("abcabd", ["abd", "cab"], "ab"),
+        ("abcd", ["abcd", "bc"], "a"),  # complete first, whatever comes in one piece
+        ("abcd", ["bcd", "abcd"], ""),
     ],
 )
 def test_stop_strings_may_span_pieces(text: str, stop: list[str], expected: str, size: int) -> None:
