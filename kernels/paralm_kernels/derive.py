@@ -8,6 +8,7 @@ here runs while a recurrence is solved (torch.func inside torch.utils.checkpoint
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +20,7 @@ from torch.fx import GraphModule
 from torch.fx import Node as FxNode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .cell import Cell, validate
+from .cell import Cell, Tensors, validate
 from .errors import CellError
 from .graph import Builder, Graph, Node
 from .lowering import DECOMPOSED, lower
@@ -109,6 +110,7 @@ def _derive(cell: Cell) -> Derived:
     traced = _trace(cell, len(names))
     build = Builder()
     outputs = _lower_all(cell, build, traced, (*names, *cotangents))
+    _refuse_shapes(cell, _samples(len(names)))
     n = len(cell.state)
     step = dict(zip(map(next_name, cell.state), outputs[:n], strict=True))
     grads = dict(zip(map(cotangent_name, names), outputs[n:], strict=True))
@@ -126,7 +128,12 @@ def _derive(cell: Cell) -> Derived:
 
 def _bounded(cell: Cell) -> tuple[str, ...]:
     """The state components that the box bounds."""
-    box = cell.box(tuple(torch.zeros(_TRACE_SHAPE, dtype=_TRACE_DTYPE) for _ in cell.state))
+    try:
+        box = cell.box(tuple(torch.zeros(_TRACE_SHAPE, dtype=_TRACE_DTYPE) for _ in cell.state))
+    except Exception as error:
+        raise CellError(
+            f"cell {cell.name!r}: box raised {type(error).__name__}: {' '.join(str(error).split())}"
+        ) from error
     if box is None:
         return ()
     expected = f"None or a tuple of {len(cell.state)} bounds ({', '.join(cell.state)})"
@@ -140,15 +147,38 @@ def _bounded(cell: Cell) -> tuple[str, ...]:
     return tuple(name for name, bound in zip(cell.state, box, strict=True) if bound is not None)
 
 
+def _samples(count: int) -> list[Tensor]:
+    """Numbers to trace with, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.rand(_TRACE_SHAPE, generator=generator, dtype=_TRACE_DTYPE) for _ in range(count)]
+
+
+def _grouped(cell: Cell, tensors: Sequence[Tensor]) -> tuple[Tensors, Tensors, Tensors]:
+    """State, inputs and params of a step, of them in one row."""
+    n, m = len(cell.state), len(cell.state) + len(cell.inputs)
+    return tuple(tensors[:n]), tuple(tensors[n:m]), tuple(tensors[m:])
+
+
+def _refuse_shapes(cell: Cell, samples: Sequence[Tensor]) -> None:
+    """CellError where a step gives other values for the same numbers in larger tensors: what it took from a shape would
+    stand in the graphs as a constant, that of the trace. (One that changes from call to call the laws find.)"""
+    larger = [x.repeat(2, 2) for x in samples]
+    with torch.no_grad():
+        before, wide, after = (cell.step(*_grouped(cell, given)) for given in (samples, larger, samples))
+    for name, a, b, again in zip(cell.state, before, wide, after, strict=True):
+        if torch.equal(a.nan_to_num(), again.nan_to_num()) and not torch.allclose(a.repeat(2, 2), b, equal_nan=True):
+            raise CellError(
+                f"cell {cell.name!r}: step gives another {name} for the same numbers in tensors of another shape; it "
+                "must not look at shapes"
+            )
+
+
 def _trace(cell: Cell, count: int) -> GraphModule:
     """The fx graph of (next state, cotangents of state, inputs and params)."""
-    n_state, n_inputs = len(cell.state), len(cell.inputs)
-    generator = torch.Generator().manual_seed(0)
-    samples = [torch.rand(_TRACE_SHAPE, generator=generator, dtype=_TRACE_DTYPE) for _ in range(count + n_state)]
+    samples = _samples(count + len(cell.state))
 
     def step(*args: Tensor) -> tuple[Tensor, ...]:
-        state, inputs, params = args[:n_state], args[n_state : n_state + n_inputs], args[n_state + n_inputs :]
-        return _checked(cell, cell.step(state, inputs, params))
+        return _checked(cell, cell.step(*_grouped(cell, args)))
 
     def step_and_vjp(*args: Tensor) -> tuple[Tensor, ...]:
         pullback: Any = torch.func.vjp(step, *args[:count])

@@ -101,6 +101,7 @@ def test_listed_operations_give_the_values_and_gradients_of_autograd(name):
         (lambda h, x, a: h.mul_(a), "changes an argument in place"),
         (lambda h, x, a: h.sum(), "of shape (2, 3) into ()"),
         (lambda h, x, a: 1.0, "h is a float"),
+        (lambda h, x, a: torch.tanh(h * a) / x.shape[-1] ** 0.5, "for the same numbers in tensors of another shape"),
         (lambda h, x, a: h.nonexistent(), "it raised AttributeError"),
     ],
 )
@@ -139,6 +140,22 @@ def test_a_box_must_have_a_bound_for_each_component(bounds, says):
             return bounds
 
     with pytest.raises(CellError, match=re.escape(says)):
+        derive(Made())
+
+
+def test_a_box_that_raises_is_named_in_one_line():
+    class Made(Cell):
+        name = "made"
+        state = ("h",)
+        inputs = ("x",)
+
+        def step(self, state, inputs, params):
+            return (torch.tanh(state[0] + inputs[0]),)
+
+        def box(self, state):
+            return (self.bound,)
+
+    with pytest.raises(CellError, match=r"^cell 'made': box raised AttributeError: .Made. object has no attribute"):
         derive(Made())
 
 
