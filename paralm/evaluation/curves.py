@@ -13,7 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from paralm.errors import RunError
+from paralm.config_yaml import read
+from paralm.errors import RunError, UserError
 from paralm.evaluation import figures
 from paralm.training.metrics import read_metrics
 
@@ -37,8 +38,8 @@ class Curves:
     """The training steps of a run that were logged, one entry each, and its validations by set."""
 
     step: Floats
-    tokens: Floats  # trained on so far
-    seconds: Floats  # of training so far, over all attempts; validations and checkpoints not counted
+    tokens: Floats  # trained on so far, those before a fork included
+    seconds: Floats  # of this run's training so far, over all attempts; validations and checkpoints not counted
     loss: Floats  # nats per token
     grad_norm: Floats
     lr: Floats
@@ -73,16 +74,32 @@ def read_curves(run_dir: Path) -> Curves:
     if not train:
         raise RunError(f"{path}: no training step in it yet; train the run first")
     try:
-        return _curves(train, [row for row in rows if row.get("kind") == "validation"])
+        validations = [row for row in rows if row.get("kind") == "validation"]
+        return _curves(train, validations, _forked_at(run_dir, train[0]["step"]))
     except (KeyError, TypeError, ValueError) as error:
         key = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise RunError(f"{path}: a row is not as paralm writes it ({key}); restore or remove it") from None
 
 
-def _curves(train: list[dict[str, Any]], validations: list[dict[str, Any]]) -> Curves:
+def _forked_at(run_dir: Path, first: int) -> int:
+    """The step that a run went on from as ``training.fork_from``, whose time is not its own; 0 for one that began anew.
+    ``first``: the first step there is a row of, which is ``log_every`` steps later where RUN@STEP says no step."""
+    try:
+        training = read(run_dir / "config.yaml", "config.yaml")[0]["training"]
+        source, every = training.get("fork_from"), int(training.get("log_every", 1))
+    except (OSError, UserError, KeyError, TypeError, ValueError, AttributeError):
+        return 0  # no configuration that says so
+    if not source:
+        return 0
+    _, at, step = str(source).rpartition("@")
+    return min(int(step), first - 1) if at and step.isdecimal() else max(0, first - every)
+
+
+def _curves(train: list[dict[str, Any]], validations: list[dict[str, Any]], forked_at: int) -> Curves:
     step, tokens, speed = (_column(train, key) for key in ("step", "tokens", "tokens_per_s"))
+    before = tokens[0] * forked_at / step[0]
     with np.errstate(divide="ignore", invalid="ignore"):
-        seconds = np.nancumsum(np.diff(tokens, prepend=0.0) / speed)
+        seconds = np.nancumsum(np.diff(tokens, prepend=before) / speed)
     names = [key for key in train[-1].get("newton") or {} if key.endswith("iterations")]
     found: dict[str, Validation] = {}
     for name in dict.fromkeys(str(row["set"]) for row in validations):
