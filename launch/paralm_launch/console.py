@@ -32,8 +32,10 @@ def _print(text: str) -> None:
 
 
 def table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A table; numbers to the right. Not cut where the output is no terminal."""
+    """A table; numbers to the right. Not cut where the output is no terminal; on one that is too narrow for its words,
+    a row is a line for each of its cells."""
     from rich.console import Console
+    from rich.measure import Measurement
     from rich.table import Table
     from rich.text import Text
 
@@ -46,11 +48,27 @@ def table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[Any
         drawn.add_column(column, justify="right" if numbers else "left", overflow="fold")
     for row in cells:
         drawn.add_row(*(Text(cell if isinstance(cell, str) else f"{cell:,}") for cell in row))
-    console = Console() if sys.stdout.isatty() else Console(width=200)
+    terminal = sys.stdout.isatty()
+    console = Console() if terminal else Console(width=200)
+    if terminal and console.width < Measurement.get(console, console.options.update(width=1000), drawn).minimum:
+        _lines(title, columns, cells)
+        return
     with console.capture() as text:
         console.print(drawn)
     for line in text.get().splitlines():
         print(line.rstrip())
+
+
+def _lines(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A table as a line for each cell that holds something, an empty one between rows."""
+    if title:
+        print(title)
+    for number, row in enumerate(rows):
+        if number:
+            print()
+        for column, cell in zip(columns, row, strict=True):
+            if cell != "":
+                print(f"{column}: " * bool(column) + (cell if isinstance(cell, str) else f"{cell:,}"))
 
 
 def duration(seconds: float) -> str:

@@ -50,6 +50,18 @@ def test_text_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert "12,345" in out
 
 
+def test_a_table_too_wide_for_the_terminal_is_a_line_a_cell(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Folded, a word would stand letter below letter."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "20")
+    table(None, ("run", "parameters", "loss"), [("first", 1234, "1.5"), ("second", 5678, "")])
+    assert capsys.readouterr().out == "run: first\nparameters: 1,234\nloss: 1.5\n\nrun: second\nparameters: 5,678\n"
+    table(None, ("run", "loss"), [("a run of words", "1.5")])
+    assert "run: " not in capsys.readouterr().out
+
+
 def test_a_log_on_a_full_disk_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     class Log:
         error: OSError = OSError(errno.ENOSPC, "No space left on device")
