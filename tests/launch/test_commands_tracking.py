@@ -62,6 +62,10 @@ def test_a_step_is_shown(root: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "answers 1" in out
     assert "answers 0" in out
     part = call(capsys, "data", "show", root / "a", "--step", 2, "--rank", 1, "--world-size", 4)[1]
+    assert "the run ends" not in out
+    past = call(capsys, "data", "show", root / "a", "--step", 1000)[1]
+    assert past.splitlines()[0].startswith("the run ends at step ")
+    assert "(training.max_steps); no step 1,000 of it saw this:" in past
     assert "example 8:" in part
     assert part.split("──")[1] in out
 

@@ -77,7 +77,7 @@ def show(
     rank: Annotated[int, typer.Option(min=0, help="The rank whose rows to show.")] = 0,
     world_size: Annotated[int, typer.Option(min=1, help="The number of ranks; with 1, the whole global batch.")] = 1,
 ) -> None:
-    """Print the exact text that a training step of a run saw."""
+    """Print the exact text that a training step of a run saw; of a later step, what the run would see if it went on."""
     from paralm_data import MixtureLoader, SyntheticLoader, Tokenizer
 
     from paralm.data_sets import open_loader
@@ -86,6 +86,8 @@ def show(
 
     place = pipeline.open_run(run)
     training, data = place.config.training, place.config.data
+    if step > training.max_steps:
+        say(f"the run ends at step {training.max_steps:,} (training.max_steps); no step {step:,} of it saw this:")
     task = task_of(data)
     if task is not None:
         rows = (training.seq_len, training.global_batch_size, place.config.run.seed)
