@@ -208,9 +208,11 @@ def loss_figure(curves: Curves, levels: dict[str, float] | None = None) -> Figur
     if factor is not None:
         for name, level in (levels or {}).items():
             axes.axhline(level / factor, color=figures.GREY, linewidth=1, linestyle=":")
+            above = level == max((levels or {}).values())  # the name of a lower line below it: they may lie close
             axes.annotate(
-                name, (1, level / factor), xycoords=("axes fraction", "data"), xytext=(-4, 3),
-                textcoords="offset points", ha="right", color=figures.GREY, fontsize=9,
+                name, (1, level / factor), xycoords=("axes fraction", "data"), xytext=(-4, 3 if above else -3),
+                textcoords="offset points", ha="right", va="bottom" if above else "top", color=figures.GREY,
+                fontsize=9,
             )  # fmt: skip
             others.append(level / factor)
         right = axes.secondary_yaxis("right", functions=_scale(factor))

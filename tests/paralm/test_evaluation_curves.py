@@ -17,7 +17,7 @@ from paralm.errors import RunError
 from paralm.evaluation import figures
 from paralm.evaluation import markdown as md
 from paralm.evaluation.compare import compare
-from paralm.evaluation.curves import newton_figure, read_curves, smooth, thin, write_curves
+from paralm.evaluation.curves import loss_figure, newton_figure, read_curves, smooth, thin, write_curves
 
 
 def make_run(path: Path, steps: int = 30, **changes: Any) -> Path:
@@ -89,6 +89,14 @@ def test_numbers_that_are_not_finite_are_drawn_around(tmp_path: Path) -> None:
     assert sorted(files) == ["loss", "newton", "optimization", "throughput"]
     assert all(f.parent == path and f.read_bytes().startswith(b"\x89PNG") for f in files.values())
     assert not list(path.glob(".*"))  # no temporary file stays
+
+
+def test_names_of_close_levels_do_not_lie_on_one_another(tmp_path: Path) -> None:
+    figure = loss_figure(read_curves(make_run(tmp_path / "a")), {"gzip -9": 1.70, "xz -9e": 1.69})
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert len(boxes) == 2
+    assert not boxes[0].overlaps(boxes[1])
 
 
 def test_there_is_no_newton_figure_where_nothing_was_solved(tmp_path: Path) -> None:
