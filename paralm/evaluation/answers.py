@@ -76,11 +76,12 @@ def answer(
 
 
 def _judge(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(rows, time) bool: right; (rows,) float64: nats. Only positions with a label are looked at."""
+    """(rows, time) bool: right; (rows,) float64: nats. Only positions with a label are looked at. Where a logit is not
+    finite nothing is right: the likeliest of NaNs is id 0, which is the label as often as guessing is right."""
     row, time = torch.nonzero(labels != IGNORE, as_tuple=True)
     chosen, wanted = logits[row, time].double(), labels[row, time]
     right = torch.zeros_like(labels, dtype=torch.bool)
-    right[row, time] = chosen.argmax(dim=1) == wanted
+    right[row, time] = (chosen.argmax(dim=1) == wanted) & torch.isfinite(chosen).all(dim=1)
     nats = torch.zeros(len(labels), dtype=torch.float64, device=labels.device)
     return right, nats.index_add_(0, row, F.cross_entropy(chosen, wanted, reduction="none"))
 

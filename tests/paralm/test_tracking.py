@@ -147,6 +147,20 @@ def test_few_logits_exist_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(widths) <= 100
 
 
+def test_what_is_not_finite_is_no_answer() -> None:
+    """The likeliest of NaNs is id 0: parity's answer in half of the examples, which reads as a model that guesses."""
+
+    class Lost(Oracle):
+        def forward(self, tokens: Tensor, state: Tensor | None = None, reset: Tensor | None = None) -> Output:
+            output = super().forward(tokens, state, reset)
+            return output._replace(logits=output.logits * torch.nan)
+
+    examples = make_task({"task": "parity"}).examples(0, "test", np.arange(32), size="16")
+    found = answer(Lost(), examples, vocab_size=3, rows=32, chunk=16, device=CPU)
+    assert not found.right.any()
+    assert np.isnan(found.loss).all()
+
+
 # -- through the ordinary loop -------------------------------------------------------------------------------
 
 
