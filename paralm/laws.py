@@ -92,6 +92,22 @@ class _Subject:
         with torch.no_grad():
             for parameter in self.mixer.parameters():  # zeros and ones would hide what they multiply
                 parameter.add_(self.normal(*parameter.shape), alpha=0.1)
+        self._check_form()
+
+    @torch.no_grad()
+    def _check_form(self) -> None:
+        """Refuse what is no (y, state): the laws would stumble over it without a word of what is wrong."""
+        x = torch.full((self.batch, 2, self.d_model), 0.5, dtype=torch.float64)
+        result = self.mixer(x)
+        if not isinstance(result, tuple) or len(result) != 2:
+            got = f"a tuple of {len(result)}" if isinstance(result, tuple) else type(result).__name__
+            raise LawBroken(f"forward must return (y, state), got {got}")
+        y, state = result
+        if not isinstance(y, Tensor) or y.shape != x.shape:
+            form = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+            raise LawBroken(f"forward returns a y of {form}, expected {tuple(x.shape)}, (batch, time, d_model), as x")
+        if not isinstance(state, dict | tuple):
+            raise LawBroken(f"forward returns a state that is a {type(state).__name__}; make it a dict or a tuple")
 
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.draws, dtype=torch.float64)

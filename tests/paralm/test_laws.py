@@ -195,6 +195,26 @@ def test_what_no_checkpoint_would_hold_is_refused(
         build_model(ModelConfig(d_model=4, n_layers=1, mixer={"name": kind.__name__}), 10, 0)
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda y, state: y, "forward must return (y, state), got Tensor"),
+        (lambda y, state: (y.transpose(0, 1), state), "a y of (2, 3, 4), expected (3, 2, 4), (batch, time, d_model)"),
+        (lambda y, state: (y, state["sum"]), "a state that is a Tensor; make it a dict or a tuple"),
+    ],
+)
+def test_what_is_no_output_and_state_is_named_by_every_law(
+    broken: Callable[[type[Mixer]], dict[str, str]], change: Callable[[Tensor, Any], Any], says: str
+) -> None:
+    class Misshapen(Mean):
+        def forward(self, x: Tensor, state: Any = None, reset: Tensor | None = None) -> Any:
+            return change(*super().forward(x, state, reset))
+
+    found = broken(Misshapen)
+    assert set(found) == set(LAWS)
+    assert all(says in detail for detail in found.values())
+
+
 def test_every_law_is_caught_breaking_by_some_mixer(broken: Callable[[type[Mixer]], dict[str, str]]) -> None:
     kinds = (ForgetsTheState, ResetsEveryRow, LooksAhead, ChangesTheStateInPlace, Grows, WrongGradient)
     assert set().union(*(broken(kind) for kind in kinds)) == set(LAWS)
