@@ -137,7 +137,7 @@ def whole_numbers(where: str, **options: Any) -> None:
 
 def tolerance(where: str, tol: Any) -> None:
     """Refuses a tolerance that is given and no number above 0."""
-    if tol is not None and (isinstance(tol, bool) or not isinstance(tol, Real) or not tol > 0):
+    if tol is not None and (isinstance(tol, bool) or not isinstance(tol, Real) or not float(tol) > 0):
         raise ArgumentError(f"{where}tol is {tol!r}; expected a number above 0")
 
 
