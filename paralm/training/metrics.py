@@ -86,6 +86,7 @@ class MetricsWriter:
         cut_metrics(metrics, step, validates)
         self._path = metrics
         self._file = metrics.open("a", encoding="utf-8")
+        self._whole = 0  # bytes of the file before the row in hand
         self._tensorboard = tensorboard
         self._board: Any = None
         self._open_board(step + 1 if tensorboard.exists() else None)
@@ -99,17 +100,19 @@ class MetricsWriter:
         """Append one row; every number in it becomes a scalar ``kind/key`` (nested: ``kind/key/sub``).
 
         Raises OSError, which names the file or TensorBoard's folder, when the storage refuses; the file then ends with
-        its last whole row.
+        its last whole row, or does when it next takes one.
         """
-        before = self._path.stat().st_size
+        if self._file.closed:  # the storage refused to be mended, too
+            self._mend()
+        self._whole = self._path.stat().st_size
         try:
             self._file.write(json.dumps(_plain(row)) + "\n")
             self._file.flush()
         except OSError as error:
             with contextlib.suppress(OSError):
                 self._file.close()  # it would write what it still holds
-            os.truncate(self._path, before)
-            self._file = self._path.open("a", encoding="utf-8")
+            with contextlib.suppress(OSError):
+                self._mend()
             raise OSError(error.errno, error.strerror, str(self._path)) from None
         name = f"{row['kind']}/{row['set']}" if "set" in row else str(row["kind"])
         try:
@@ -119,6 +122,11 @@ class MetricsWriter:
         except OSError as error:
             self._board = None  # its thread has ended, and what it still holds is lost: the next row opens another
             raise OSError(error.errno, error.strerror, str(self._tensorboard)) from None
+
+    def _mend(self) -> None:
+        """Cut off what there is of a row that was refused, and open the file again."""
+        os.truncate(self._path, self._whole)
+        self._file = self._path.open("a", encoding="utf-8")
 
     def _scalars(self, prefix: str, values: dict[str, Any], step: int) -> None:
         for key, value in values.items():

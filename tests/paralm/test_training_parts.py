@@ -93,7 +93,15 @@ def test_metrics_are_cut_at_the_checkpoint_and_a_torn_line_is_dropped(tmp_path: 
     assert rows[0]["loss"] == 1 / 3  # floats survive to the last bit
 
 
-def test_a_row_that_the_storage_refuses_is_left_out_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stale", [False, True])
+def test_a_row_that_the_storage_refuses_is_left_out_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stale: bool
+) -> None:
+    """``stale``: nor can what there is of it be cut off at once."""
+
+    def truncate(*arguments: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
     writer = MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tb", 0)
     writer.write({"kind": "train", "step": 1, "loss": 1.0})
     real = writer._file
@@ -109,9 +117,16 @@ def test_a_row_that_the_storage_refuses_is_left_out_whole(tmp_path: Path) -> Non
         def close(self) -> None:
             real.close()
 
+        @property
+        def closed(self) -> bool:
+            return real.closed
+
     writer._file = Full()  # type: ignore[assignment]
-    with pytest.raises(OSError, match="No space left"):
-        writer.write({"kind": "train", "step": 2, "loss": 2.0})
+    with monkeypatch.context() as patched:
+        if stale:
+            patched.setattr(os, "truncate", truncate)
+        with pytest.raises(OSError, match="No space left"):
+            writer.write({"kind": "train", "step": 2, "loss": 2.0})
     writer.write({"kind": "train", "step": 3, "loss": 3.0})
     writer.close()
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 3]
