@@ -64,7 +64,8 @@ class Control:
             signal.signal(number, handler)
         self._done.set()
         self._watcher.join(timeout=2 * _POLL_SECONDS)
-        self._file.close()
+        with contextlib.suppress(OSError):  # storage may refuse as late as here what was dumped into it
+            self._file.close()
         with contextlib.suppress(OSError):
             if self._rank_file.read_text(encoding="utf-8") == self._about:  # not one that a later attempt has made
                 self._rank_file.unlink()
@@ -99,8 +100,8 @@ class Control:
             now = self._modified()
             if now > seen:
                 seen = now
-                self._file.write("--- stacks, as requested\n")
-                self._file.flush()
+                with contextlib.suppress(OSError):  # a full disk takes none; requests to stop are read all the same
+                    os.write(self._file.fileno(), b"--- stacks, as requested\n")
                 faulthandler.dump_traceback(file=self._file, all_threads=True)
 
 

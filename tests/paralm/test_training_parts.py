@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import faulthandler
 import itertools
 import json
 import os
@@ -280,6 +281,23 @@ def test_stacks_are_dumped_on_request_by_file_by_signal_and_on_a_hang(tmp_path: 
         control.alive()
         wait_for(seen + 1)
         assert "Timeout" in dump.read_text()
+
+
+def test_stacks_that_a_full_disk_refuses_end_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("paralm.training.control._POLL_SECONDS", 0.01)
+    monkeypatch.setattr("paralm.training.control.stop_file", tmp_path / "stop")
+    (tmp_path / "stacks").mkdir()
+    (tmp_path / "stacks" / "rank_00000.txt").symlink_to("/dev/full")
+    with Control(tmp_path / "stacks", tmp_path / "ranks", 0, hang_timeout=60) as control:
+        dumped, deadline = threading.Event(), time.monotonic() + 20
+        monkeypatch.setattr(faulthandler, "dump_traceback", lambda **options: dumped.set())
+        while not dumped.wait(0.02):  # the first request may come before the thread looks
+            assert time.monotonic() < deadline
+            request_stacks(tmp_path / "stacks")
+        (tmp_path / "stop").write_text(str(int(signal.SIGTERM)))
+        while control.stop_signal is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 @pytest.mark.parametrize(
