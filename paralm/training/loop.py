@@ -89,6 +89,7 @@ def _run(session: Session, control: Control, profiler: Profiler, on_progress: Pr
         with session.over_time():
             result = session.stepper.run(batch, session.step, lr, lambda: _stop_request(session, control), timed=logged)
         session.step += 1
+        session.tokens += recorder.tokens_per_step
         session.loader.step = session.step
         if session.learner is not None:
             session.learner.after(session.step)
@@ -117,7 +118,7 @@ def _run(session: Session, control: Control, profiler: Profiler, on_progress: Pr
     return TrainResult(
         session.folder.path,
         session.step,
-        session.step * training.global_batch_size * training.seq_len,
+        session.tokens,
         loss,
         session.parameters,
         time.monotonic() - session.started,
@@ -190,7 +191,7 @@ class Recorder:
             {
                 "kind": "train",
                 "step": session.step,
-                "tokens": session.step * self.tokens_per_step,
+                "tokens": session.tokens,
                 "loss": result.loss,
                 "aux_loss": result.aux,
                 "grad_norm": result.grad_norm,

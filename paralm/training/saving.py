@@ -35,11 +35,11 @@ def own_tensors(session: Session) -> dict[str, torch.Tensor]:
 
 def manifest(session: Session) -> dict[str, Any]:
     """What the manifest says of the run at this step, besides files and fragments."""
-    fragments, training = session.fragments, session.config.training
+    fragments = session.fragments
     keys = sorted({key for flat in fragments.flats for key in fragments.tensor_state(flat)})
     return {
         "step": session.step,
-        "tokens": session.step * training.global_batch_size * training.seq_len,
+        "tokens": session.tokens,
         "world_size": session.world_size,
         "zero_stage": session.config.parallel.zero_stage,
         "threads": torch.get_num_threads(),

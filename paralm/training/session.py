@@ -72,6 +72,7 @@ class Session:
         self.grid = Grid(self.rank, self.world_size, config.parallel.time)
         self.device = device()
         self.step = 0
+        self.tokens = 0  # trained on; of a forked run, with those of the run before it
         self.bad_steps = 0
         self.bad_in_row = 0
         self.spikes = 0
@@ -171,7 +172,7 @@ class Session:
         self.forked = False
         if self.checkpoint is not None:
             self.forked = self.checkpoint.directory.parent != self.folder.checkpoints
-            self.step = self.checkpoint.step
+            self.step, self.tokens = self.checkpoint.step, self.checkpoint.manifest["tokens"]
             if self.forked and self.step >= self.config.training.max_steps:
                 raise ConfigError(
                     f"training.max_steps is {self.config.training.max_steps}, but training.fork_from starts at step "

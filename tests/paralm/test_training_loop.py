@@ -232,16 +232,19 @@ def test_init_from_takes_weights_only_and_fork_from_everything(make: Any) -> Non
 
 
 def test_a_run_goes_on_without_the_run_it_began_from(make: Any) -> None:
+    """With other rows a step: a fork counts on from the tokens there were."""
     parent = make("parent", training={"max_steps": 2})
     train(parent, say=quiet)
+    wide = {"max_steps": 4, "global_batch_size": 8}
     for key in ("init_from", "fork_from"):
         with pytest.raises(StoppedError):
-            train(make(key, training={"max_steps": 4, key: str(parent.run_dir), "stop_after_seconds": 1e-9}), say=quiet)
+            train(make(key, training={**wide, key: str(parent.run_dir), "stop_after_seconds": 1e-9}), say=quiet)
     parent.run_dir.rename(parent.run_dir.with_name("gone"))
-    for key in ("init_from", "fork_from"):
-        config = make(key, training={"max_steps": 4, key: str(parent.run_dir)})
+    for key, tokens in (("init_from", 4 * 8 * 32), ("fork_from", 2 * 4 * 32 + 2 * 8 * 32)):
+        config = make(key, training={**wide, key: str(parent.run_dir)})
         check_start(config)
-        assert train(config, say=quiet).step == 4
+        result = train(config, say=quiet)
+        assert (result.step, result.tokens, rows(config)[-1]["tokens"]) == (4, tokens, tokens)
         with pytest.raises(RunError, match="parent: no such run folder"):
             train(make("new", training={"max_steps": 4, key: str(parent.run_dir)}), say=quiet)
 
