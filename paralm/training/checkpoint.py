@@ -17,7 +17,7 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -331,14 +331,17 @@ def remove(directory: Path) -> None:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def apply_retention(checkpoints: Path, keep_last: int, keep_every: int, step: int) -> list[int]:
+def apply_retention(
+    checkpoints: Path, keep_last: int, keep_every: int, step: int, passed_over: Collection[int] = ()
+) -> list[int]:
     """Of the checkpoints up to ``step``, remove all but the newest ``keep_last`` and multiples of ``keep_every``.
 
-    Later ones are what an earlier course of the run left, damaged perhaps; they never count against the good ones.
-    Returns the removed steps.
+    Later ones, and those in ``passed_over``, are what an earlier course of the run left, damaged perhaps; they never
+    count against the good ones, and go when the run has come as far. Returns the removed steps.
     """
     there = [s for s in steps(checkpoints) if s <= step]
-    kept = set(there[-keep_last:]) | {s for s in there if keep_every and s % keep_every == 0}
+    good = [s for s in there if s not in passed_over]
+    kept = set(good[-keep_last:]) | {s for s in good if keep_every and s % keep_every == 0}
     removed = [s for s in there if s not in kept]
     for step in removed:
         remove(checkpoints / step_name(step))

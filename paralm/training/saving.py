@@ -93,10 +93,13 @@ class Saver:
         self.write: CheckpointWrite | None = None
         self._said = False
         self.buffer: HostBuffer | None = None
+        self.passed_over: set[int] = set()  # on rank 0: steps of checkpoints beyond the one that is gone on from
 
     def prepare(self) -> None:
-        """Allocate the buffer of asynchronous saves, when the session is set up."""
+        """Look at what is there, and allocate the buffer of asynchronous saves, when the session is set up."""
         session = self.session
+        if session.rank == 0:
+            self.passed_over = {step for step in ckpt.steps(session.folder.checkpoints) if step > session.step}
         if session.config.checkpoint.asynchronous:
             self.buffer = HostBuffer(pin=session.device.type == "cuda")
             sizes = []
@@ -134,7 +137,7 @@ class Saver:
         return self._settle() if wait else True
 
     def _plan(self) -> Plan:
-        session, keep = self.session, self.session.config.checkpoint
+        session = self.session
         folder, step, attempt = session.folder, session.step, session.attempt
         return Plan(
             checkpoints=folder.checkpoints,
@@ -147,8 +150,15 @@ class Saver:
             superseded=lambda: folder.superseded(attempt),
             meta=manifest(session) if session.rank == 0 else {},
             before_manifest=lambda: _sync(folder.metrics),
-            retention=lambda: ckpt.apply_retention(folder.checkpoints, keep.keep_last, keep.keep_every, step),
+            retention=lambda: self._retain(step),
         )
+
+    def _retain(self, step: int) -> None:
+        """What is kept, now that ``step`` is written; in the writing thread."""
+        self.passed_over.discard(step)
+        keep = self.session.config.checkpoint
+        folder = self.session.folder.checkpoints
+        ckpt.apply_retention(folder, keep.keep_last, keep.keep_every, step, self.passed_over)
 
     def _settle(self) -> bool:
         """Wait for the write on its way, if there is one, and agree on its outcome; a collective."""

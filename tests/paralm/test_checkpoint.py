@@ -220,3 +220,15 @@ def test_training_goes_on_from_the_newest_whole_one_and_says_what_is_damaged(
         files_of_5 = there[5].manifest["files"]
         reference = reference or files_of_5
         assert files_of_5 == reference  # bit for bit what the undamaged run came to
+
+
+def test_a_damaged_checkpoint_that_was_passed_over_takes_no_good_ones_place(
+    trained: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    made, run = trained
+    shutil.copytree(run.parent, tmp_path / "runs")
+    checkpoints = tmp_path / "runs" / "tiny" / "checkpoints"
+    damaged(checkpoints / ckpt.step_name(4) / ckpt.rank_file(0), random.Random(2))
+    root = {**made["run"], "root": str(tmp_path / "runs")}
+    train(Config.model_validate({**made, "run": root, "checkpoint": {"every": 3}}), say=lambda line: None)
+    assert ckpt.steps(checkpoints) == [3, 5]
