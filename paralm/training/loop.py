@@ -24,6 +24,7 @@ from paralm.errors import DivergedError, RunError, StoppedError
 from paralm.evaluation.answers import validate_answers
 from paralm.evaluation.perplexity import validate
 from paralm.models import flops_per_token
+from paralm.training.checkpoint import steps
 from paralm.training.control import Control
 from paralm.training.lockstep import Lockstep
 from paralm.training.metrics import memory_bytes, peak_flops
@@ -97,6 +98,7 @@ def _run(session: Session, control: Control, profiler: Profiler, on_progress: Pr
         _count_bad(session, result)
         if logged or result.bad or result.spike:
             recorder.step(result, lr, fetched, time.perf_counter() - start)
+        _leave_if_diverged(session, result)
         validates = last or bool(training.validate_every and session.step % training.validate_every == 0)
         if result.stop_signal and not last:  # save first: whoever sent the signal may not wait for more
             note("save", session.step)
@@ -143,19 +145,26 @@ def _stop_message(session: Session, number: int, written: bool) -> str:
 
 
 def _count_bad(session: Session, result: StepResult) -> None:
-    """Count skipped updates; after several bad ones in a row leave with the last good checkpoint in place."""
+    """Count skipped updates."""
     session.spikes += result.spike
-    if not result.bad:
-        session.bad_in_row = 0
+    session.bad_steps += result.bad
+    session.bad_in_row = session.bad_in_row + 1 if result.bad else 0
+
+
+def _leave_if_diverged(session: Session, result: StepResult) -> None:
+    """After several bad steps in a row leave, with the last good checkpoint in place."""
+    if session.bad_in_row < session.config.training.max_bad_steps:
         return
-    session.bad_steps += 1
-    session.bad_in_row += 1
-    if session.bad_in_row >= session.config.training.max_bad_steps:
-        raise DivergedError(
-            f"{session.bad_in_row} steps in a row had a non-finite loss or gradient (loss {result.loss} at "
-            f"step {session.step}); the last checkpoint stands. Lower optimizer.lr, or raise "
-            "training.max_bad_steps"
+    where = "there is no checkpoint yet. Lower optimizer.lr"
+    if steps(session.folder.checkpoints):  # from then on the rate is the run's
+        where = (
+            "the last checkpoint stands. Lower optimizer.lr in a run of another name, with training.fork_from="
+            f"{session.folder.path}"
         )
+    raise DivergedError(
+        f"{session.bad_in_row} steps in a row had a non-finite loss or gradient (loss {result.loss} at "
+        f"step {session.step}); {where}, or raise training.max_bad_steps"
+    )
 
 
 def _leave_if_superseded(session: Session) -> None:

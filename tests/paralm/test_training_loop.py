@@ -188,6 +188,9 @@ def test_many_bad_steps_in_a_row_stop_with_the_last_good_checkpoint(make: Any, m
     with pytest.raises(DivergedError, match="3 steps in a row") as caught:
         train(config, say=quiet)
     assert "\n" not in str(caught.value)
+    assert f"training.fork_from={config.run_dir}" in str(caught.value)  # this run's own rate cannot change any more
+    last = rows(config)[-1]
+    assert (last["step"], last["bad_steps"], last["loss"]) == (8, 3, "nan")
     assert ckpt.newest_whole(config.run_dir / "checkpoints", quiet).step == 6  # type: ignore[union-attr]
 
 
