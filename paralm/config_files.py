@@ -37,6 +37,7 @@ _FROZEN_TRAINING = (
     "max_steps",
 )
 _FROZEN = ("run.seed", "data", "model", "optimizer", *(f"training.{key}" for key in _FROZEN_TRAINING))
+_OF_ALL_RANKS = ("run.seed", "run.deterministic", "model", "optimizer", "training", "checkpoint", "parallel", "eval")
 _FREE = ("data.verify", "data.executor", "data.workers", "data.shard_bytes", "data.max_bad_records")
 _HOME_PATHS = (("run", "root"), ("data", "dir"), ("data", "tokenizer", "model"), ("data", "source", "paths"))
 
@@ -180,10 +181,16 @@ def frozen_differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
     the shape of training. Where a run lives, how it is parallelised, saved, logged and evaluated may change.
     """
 
-    def under(key: str, prefixes: tuple[str, ...]) -> bool:
-        return any(key == p or key.startswith(p + ".") for p in prefixes)
+    return [d for d in diff(old, new) if _under(d[0], _FROZEN) and not _under(d[0], _FREE)]
 
-    return [d for d in diff(old, new) if under(d[0], _FROZEN) and not under(d[0], _FREE)]
+
+def rank_differences(one: Config, other: Config) -> list[tuple[str, Any, Any]]:
+    """The differences with which two ranks would not train one model together. Paths may be each node's own."""
+    return [d for d in diff(one, other) if _under(d[0], _OF_ALL_RANKS) and d[0] != "parallel.nvme_path"]
+
+
+def _under(key: str, prefixes: tuple[str, ...]) -> bool:
+    return any(key == p or key.startswith(p + ".") for p in prefixes)
 
 
 # -- reading -------------------------------------------------------------------------------------------------

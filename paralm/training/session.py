@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from paralm_data import DataError, Loader, MixtureLoader, SyntheticLoader, Tokenizer, TokenStore
 
 from paralm.config import Config
-from paralm.config_files import dump_yaml, frozen_differences
+from paralm.config_files import dump_yaml, frozen_differences, rank_differences
 from paralm.data_sets import check_prepared, open_loader, validation_paths
 from paralm.errors import CheckpointError, ConfigError, RunError, UserError
 from paralm.export import Exported, is_export
@@ -96,6 +97,7 @@ class Session:
             session._find_checkpoint()
             session._set_threads()
             session._together(session._open_data)
+            session._check_alike(*broadcast((config, session.loader.state_dict())))
             session._together(session._open_metrics)
             note("start")
             session._build()
@@ -121,6 +123,21 @@ class Session:
             raise problem
         if found:
             raise RunError(found[0])
+
+    def _check_alike(self, config: Config, read: dict[str, Any]) -> None:
+        """Refuse ranks that were told otherwise than rank 0, or read otherwise: nothing would tell from the losses."""
+
+        def compare() -> None:
+            different, mine = rank_differences(config, self.config), self.loader.state_dict()
+            different += [(f"its data's {key}", read.get(key), mine[key]) for key in mine if read.get(key) != mine[key]]
+            if different:
+                key, theirs, own = different[0]
+                raise RunError(
+                    f"rank {self.rank} on {socket.gethostname()}: {key} is {own!r}, of rank 0 {theirs!r}; every node "
+                    "needs the same command and the same data"
+                )
+
+        self._together(compare)
 
     def _open_metrics(self) -> None:
         if self.rank == 0:

@@ -22,6 +22,7 @@ from paralm.training.loop import train
 from paralm.training.metrics import MetricsWriter, read_metrics
 from paralm.training.optimizers import OPTIMIZERS
 from paralm.training.session import Session
+from paralm.training.together import broadcast
 from tests.conftest import quiet
 
 
@@ -212,6 +213,27 @@ def test_keys_that_must_not_change_are_refused_with_both_values(make: Any) -> No
     with pytest.raises(RunError, match=r"model\.d_model.*32.*64"):
         train(make("a", training={"max_steps": 2}, model={"d_model": 64}), say=quiet)
     assert sorted(p for p in config.run_dir.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("told", "read", "message"),
+    [
+        ({"optimizer": {"lr": 0.5}}, {}, "rank 0 on .*: optimizer.lr is 0.003, of rank 0 0.5"),
+        ({"checkpoint": {"every": 7}, "run": {"root": "/there"}, "data": {"dir": "/there"}}, {}, "checkpoint.every is"),
+        ({"run": {"root": "/there"}, "parallel": {"nvme_path": "/disk"}}, {"store": "other"}, "data's store is"),
+    ],
+)
+def test_a_rank_that_was_told_or_reads_something_else_is_refused(
+    make: Any, monkeypatch: pytest.MonkeyPatch, told: dict[str, Any], read: dict[str, Any], message: str
+) -> None:
+    def of_rank_0(value: Any) -> Any:
+        if isinstance(value, tuple) and isinstance(value[0], Config):
+            return make("a", **told), {**value[1], **read}
+        return broadcast(value)
+
+    monkeypatch.setattr("paralm.training.session.broadcast", of_rank_0)
+    with pytest.raises(RunError, match=message):
+        train(make("a"), say=quiet)
 
 
 def test_init_from_takes_weights_only_and_fork_from_everything(make: Any) -> None:
