@@ -22,7 +22,7 @@ from paralm_data.atomic import write_file
 
 from paralm.training import checkpoint as ckpt
 
-_CHUNK = 256 << 20  # bytes; a power of two, to which pinned memory is rounded up
+_CHUNK = 1 << 30  # bytes, of many matrices; like all pieces a power of two, to which pinned memory is rounded up
 _ALIGNED = 64
 _GRACE = 10.0  # seconds without progress of the others after which a session that ends gives up
 
@@ -37,7 +37,7 @@ class HostBuffer:
     def __init__(self, pin: bool) -> None:
         self._pin = pin
         self._chunks: list[torch.Tensor] = []
-        self._at, self._used = 0, 0  # the chunk in use, and how many of its bytes are taken
+        self._used: list[int] = []  # bytes of each chunk that are taken
 
     @property
     def nbytes(self) -> int:
@@ -49,13 +49,13 @@ class HostBuffer:
         left = sum(-(-size // _ALIGNED) * _ALIGNED for size in sizes)
         self.clear()
         for size in sizes:
-            self._place(size, min(_CHUNK, left))
+            self._place(size, min(_CHUNK, 1 << max(1, left).bit_length() - 1))
             left -= -(-size // _ALIGNED) * _ALIGNED
         self.clear()
 
     def clear(self) -> None:
         """Forget what is in it; the memory stays."""
-        self._at, self._used = 0, 0
+        self._used = [0] * len(self._chunks)
 
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor's values, in the buffer. From a device: valid once the device is synchronised."""
@@ -65,14 +65,17 @@ class HostBuffer:
         return target.copy_(source, non_blocking=self._pin)
 
     def _place(self, size: int, least: int) -> torch.Tensor:
+        """In the first chunk that has room, so that little stays free behind large tensors."""
         taken = -(-size // _ALIGNED) * _ALIGNED
-        while self._at < len(self._chunks) and self._used + taken > self._chunks[self._at].numel():
-            self._at, self._used = self._at + 1, 0
-        if self._at == len(self._chunks):
-            chunk = torch.empty(max(taken, least, 1 << 16), dtype=torch.uint8, pin_memory=self._pin)
-            self._chunks.append(chunk.zero_())
-        begin, self._used = self._used, self._used + taken
-        return self._chunks[self._at][begin : begin + size]
+        room = (at for at, chunk in enumerate(self._chunks) if self._used[at] + taken <= chunk.numel())
+        at = next(room, len(self._chunks))
+        if at == len(self._chunks):
+            whole = max(1 << max(1, taken - 1).bit_length(), least, 1 << 16)
+            self._chunks.append(torch.empty(whole, dtype=torch.uint8, pin_memory=self._pin).zero_())
+            self._used.append(0)
+        begin = self._used[at]
+        self._used[at] += taken
+        return self._chunks[at][begin : begin + size]
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,20 @@ def test_the_buffer_keeps_its_memory_and_its_copies_are_copies() -> None:
     assert buffer.nbytes > size
 
 
+def test_the_buffer_is_little_larger_than_what_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 7 billion parameters on 8 ranks at stage 2: whole matrices, with both moments of AdamW."""
+    empty = torch.empty
+    monkeypatch.setattr(
+        "paralm.training.checkpoint_writer.torch.empty", lambda size, dtype, pin_memory: empty(size, device="meta")
+    )
+    block = [4096 * 4096] * 4 + [4096 * 11008] * 3 + [4096]
+    sizes = [4 * numel for numel in block * 4 for _ in range(3)]
+    buffer = HostBuffer(pin=True)
+    buffer.reserve(sizes)
+    pinned = sum(1 << (chunk.numel() - 1).bit_length() for chunk in buffer._chunks)
+    assert sum(sizes) <= pinned <= 1.08 * sum(sizes)
+
+
 # -- several ranks -------------------------------------------------------------------------------------------
 
 
