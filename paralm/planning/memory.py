@@ -138,7 +138,7 @@ def _fuse(optimizer: Partitioned) -> int:
 
 
 def memory(config: Config, traced: Trace, sizes: Sizes, costs: OptimizerCosts, ranks: int, on: On = "gpu") -> Memory:
-    """The moments of a step on one of ``ranks`` ranks, and the host's part where something is offloaded."""
+    """The moments of a step on one of ``ranks`` ranks, and the host's part where something is there."""
     rank = _Rank(config, sizes, costs, ranks, on)
     if any(traced.relays) and rank.stage:
         reduce_after_backward(rank.told, rank.n)
@@ -198,13 +198,16 @@ class _Rank:
     @property
     def host(self) -> int:
         """Masters, states and gradients, and what DeepSpeed keeps beside them: at stages 1 and 2 new weights on their
-        way to the device, at stage 3 gradients that arrive; weights."""
+        way to the device, at stage 3 gradients that arrive; weights. And a checkpoint that is written meanwhile:
+        masters and two states, as :class:`paralm.training.saving.Saver` makes room for."""
         size, groups = 0, [sum(group) for group in self.sizes.groups]
         if self.offloads and self.stage == 3:
             size = self.costs.state + 4 * self.part + self._pinned(4, groups) + self._pinned(4, [self.n])
         elif self.offloads:
             size = self.costs.state + 2 * self._pinned(4, groups) + self._pinned(self.width, groups)
-        return size + (self._pinned(self.width, [self.n]) if self.config.parallel.offload_parameters != "none" else 0)
+        if self.config.parallel.offload_parameters != "none":
+            size += self._pinned(self.width, [self.n])
+        return size + (3 * 4 * self.part if self.config.checkpoint.asynchronous else 0)
 
     def _pinned(self, width: int, tensors: Sequence[int]) -> int:
         """Bytes of a rank's parts of tensors of so many elements: torch pins a power of two for each."""

@@ -338,6 +338,12 @@ def test_remedies_are_tried_in_order() -> None:
     assert offloaded[1].memory.host > 80e9
 
 
+def test_a_checkpoint_that_waits_in_the_hosts_memory_is_counted_there() -> None:
+    config = configuration(checkpoint={"asynchronous": True}, model={"n_layers": 1})
+    found = planner(config).plan()
+    assert found.memory.host == 12 * -(-found.sizes.total // 8)  # masters and two moments, of a rank
+
+
 def test_more_gpus_take_less_time() -> None:
     eight, more = (planner(configuration(training={"global_batch_size": 512}), gpus).plan() for gpus in (8, 64))
     assert eight.micro_batches == 8 * more.micro_batches
