@@ -75,29 +75,30 @@ def read_curves(run_dir: Path) -> Curves:
         raise RunError(f"{path}: no training step in it yet; train the run first")
     try:
         validations = [row for row in rows if row.get("kind") == "validation"]
-        return _curves(train, validations, _forked_at(run_dir, train[0]["step"]))
+        return _curves(train, validations, _tokens_before(run_dir, train[0]))
     except (KeyError, TypeError, ValueError) as error:
         key = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise RunError(f"{path}: a row is not as paralm writes it ({key}); restore or remove it") from None
 
 
-def _forked_at(run_dir: Path, first: int) -> int:
-    """The step that a run went on from as ``training.fork_from``, whose time is not its own; 0 for one that began anew.
-    ``first``: the first step there is a row of, which is ``log_every`` steps later where RUN@STEP says no step."""
+def _tokens_before(run_dir: Path, first: dict[str, Any]) -> int:
+    """Of the run that a run went on from as ``training.fork_from``, whose time is not its own; 0 for one that began
+    anew. ``first``: the first row there is, ``log_every`` steps after the fork where RUN@STEP says no step."""
     try:
         training = read(run_dir / "config.yaml", "config.yaml")[0]["training"]
         source, every = training.get("fork_from"), int(training.get("log_every", 1))
+        each = training["global_batch_size"] * training["seq_len"] if source else 0
     except (OSError, UserError, KeyError, TypeError, ValueError, AttributeError):
         return 0  # no configuration that says so
     if not source:
         return 0
     _, at, step = str(source).rpartition("@")
-    return min(int(step), first - 1) if at and step.isdecimal() else max(0, first - every)
+    own = max(1, first["step"] - int(step)) if at and step.isdecimal() else min(every, first["step"])
+    return max(0, int(first["tokens"]) - own * each)
 
 
-def _curves(train: list[dict[str, Any]], validations: list[dict[str, Any]], forked_at: int) -> Curves:
+def _curves(train: list[dict[str, Any]], validations: list[dict[str, Any]], before: int) -> Curves:
     step, tokens, speed = (_column(train, key) for key in ("step", "tokens", "tokens_per_s"))
-    before = tokens[0] * forked_at / step[0]
     with np.errstate(divide="ignore", invalid="ignore"):
         seconds = np.nancumsum(np.diff(tokens, prepend=before) / speed)
     names = [key for key in train[-1].get("newton") or {} if key.endswith("iterations")]

@@ -68,12 +68,14 @@ def test_time_adds_up_over_rows_that_were_not_logged(tmp_path: Path) -> None:
 @pytest.mark.parametrize("source", ["runs/x@20", "runs/x"])
 def test_time_of_a_forked_run_is_its_own(tmp_path: Path, source: str) -> None:
     path = make_run(tmp_path / "a")
-    (path / "config.yaml").write_text(f"training: {{fork_from: {source}, log_every: 5}}\n", encoding="utf-8")
+    training = f"fork_from: {source}, log_every: 5, global_batch_size: 5, seq_len: 20"
+    (path / "config.yaml").write_text(f"training: {{{training}}}\n", encoding="utf-8")
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    kept = [json.dumps(r) for r in lines if r["kind"] == "train" and r["step"] % 5 == 0 and r["step"] > 20]
+    own = [r for r in lines if r["kind"] == "train" and r["step"] % 5 == 0 and r["step"] > 20]
+    kept = [json.dumps(r | {"tokens": r["tokens"] + 4000}) for r in own]  # steps before the fork had more rows
     (path / "metrics.jsonl").write_text("\n".join(kept) + "\n", encoding="utf-8")
     curves = read_curves(path)
-    assert curves.tokens[-1] == 3000
+    assert curves.tokens[-1] == 7000
     assert curves.seconds.tolist() == pytest.approx([2.5, 5.0])
 
 
