@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from paralm_kernels import Cell, cells
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from . import interpreter
+
+    interpreter.use()
 
 
 class MinimalGated(Cell):

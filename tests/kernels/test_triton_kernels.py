@@ -7,7 +7,6 @@ element within 8·2⁻²⁴·κ, gradients at weights up to 1 within 2⁻¹⁸ o
 
 from __future__ import annotations
 
-import inspect
 import os
 from dataclasses import replace
 
@@ -42,19 +41,6 @@ from paralm_kernels.derive import derive
 from .conftest import USER_CELLS
 from .part_maps import assert_part_map
 from .shard_threads import solve_on_shards
-
-_patch_language = interpreter._patch_lang
-
-
-def _patch_once(fn):
-    """The interpreter patches the language anew for every call of a function; within a launch once is enough."""
-    languages = [value for value in fn.__globals__.values() if inspect.ismodule(value) and value in (tl, tl.core)]
-    if all(not tl.core.is_builtin(language.load) for language in languages):
-        return interpreter._LangPatchScope()
-    return _patch_language(fn)
-
-
-interpreter._patch_lang = _patch_once
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, where a kernel overflows and selects
 METHODS = ("triton-walk", "triton-tile", "triton-segments")
