@@ -29,9 +29,10 @@ class LostRanksError(RunError):
 
 
 def device() -> torch.device:
-    """This rank's device."""
+    """This rank's device: of the GPUs it sees the one of its ``LOCAL_RANK``, or the only one."""
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        alone = torch.cuda.device_count() == 1  # as under srun --gpus-per-task=1, or that others too would take
+        return torch.device("cuda", 0 if alone else int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
 
 
@@ -58,6 +59,8 @@ def start_distributed(timeout: float) -> None:
         if where.index >= torch.cuda.device_count():
             raise RunError(f"LOCAL_RANK is {where.index}, but this node has {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(where)
+        for name in {"LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"} & os.environ.keys():
+            os.environ[name] = str(where.index)  # from which DeepSpeed takes its device
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     watch.note("start")
@@ -73,7 +76,7 @@ def start_distributed(timeout: float) -> None:
         if os.environ.get("MASTER_ADDR") in ("127.0.0.1", "localhost"):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         store = _store(rank, world, timeout)
-        meet(store, rank, world, timeout)
+        meet(store, rank, world, timeout, _gpu(where))
         try:
             dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=group_timeout(timeout))
         except (ValueError, RuntimeError) as error:
@@ -129,26 +132,42 @@ def open_store(address: str, port: int, limit: timedelta) -> dist.TCPStore:
     )
 
 
-def meet(store: dist.Store, rank: int, world: int, timeout: float) -> None:
-    """Wait until every rank has signed; raises LostRanksError, naming those that have not after ``timeout`` seconds."""
+def _gpu(where: torch.device) -> str:
+    """The name of a GPU that no other has, whoever sees it as what; of a CPU ``""``."""
+    return str(torch.cuda.get_device_properties(where).uuid) if where.type == "cuda" else ""
+
+
+def meet(store: dist.Store, rank: int, world: int, timeout: float, gpu: str = "") -> None:
+    """Wait until every rank has signed; raises LostRanksError, naming those that have not after ``timeout`` seconds.
+
+    ``gpu``: the name of this rank's. Raises RunError where ranks have the same.
+    """
     deadline = time.monotonic() + timeout
     absent = list(range(world))
     pause = 0.01
     try:
-        store.set(f"here/{rank}", socket.gethostname())
+        store.set(f"here/{rank}", f"{socket.gethostname()} {gpu}")
         while absent := [other for other in absent if not store.check([f"here/{other}"])]:
             if time.monotonic() > deadline:
                 break
             time.sleep(pause)
             pause = min(0.5, 1.5 * pause)
-        hosts = sorted({store.get(f"here/{other}").decode() for other in range(world) if other not in absent})
+        here = {other: store.get(f"here/{other}").decode() for other in range(world) if other not in absent}
     except RuntimeError as error:
         raise LostRanksError(_cannot_join(rank, world, error)) from None
     if absent:
+        hosts = sorted({signed.partition(" ")[0] for signed in here.values()})
         raise LostRanksError(
             f"{watch.ranks_text(absent)} of {world} did not come to the rendezvous within {timeout:g} s; "
             f"the others are on {', '.join(hosts)}"
         )
+    owners: dict[str, list[int]] = {}
+    for other, signed in here.items():
+        owners.setdefault(signed.partition(" ")[2], []).append(other)
+    for name, ranks in owners.items():
+        if name and len(ranks) > 1:
+            host = here[ranks[0]].partition(" ")[0]
+            raise RunError(f"{watch.ranks_text(ranks)} have one GPU ({name} of {host}); each needs one of its own")
 
 
 def leave() -> None:

@@ -12,8 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
+from paralm.errors import RunError
 from paralm.training import rendezvous
 from paralm.training.rendezvous import LostRanksError, meet
 from paralm.training.watch import EXIT_LOST, Note, Watch, lost_message, missing_ranks, ranks_text, read_note
@@ -69,6 +71,40 @@ def test_a_rank_that_never_comes_to_the_rendezvous_is_named() -> None:
     for rank in range(1, 4):
         store.set(f"here/{rank}", "node-7")
     meet(store, 0, 4, 0.2)
+
+
+def test_ranks_that_share_a_gpu_are_named() -> None:
+    """Of a rank that sees one GPU only, nothing else tells whether that is another's."""
+    store = dist.HashStore()
+    for rank, signed in enumerate(("node-7 GPU-a", "node-7 GPU-b", "node-8 GPU-c")):
+        store.set(f"here/{rank}", signed)
+    meet(store, 3, 4, 0.2, "GPU-d")
+    with pytest.raises(RunError, match=r"^ranks 1, 3 have one GPU \(GPU-b of node-7\); each needs one of its own$"):
+        meet(store, 3, 4, 0.2, "GPU-b")
+    with pytest.raises(LostRanksError, match=r"^rank 4 of 5 did not come .* the others are on [^ ,]+(, [^ ,]+)*$"):
+        meet(store, 3, 5, 0.01, "GPU-b")
+
+
+@pytest.mark.parametrize(("seen", "place", "taken"), [(1, 3, 0), (1, 0, 0), (8, 3, 3), (2, 3, None)])
+def test_of_several_gpus_a_rank_takes_its_own_and_of_one_that_one(
+    monkeypatch: pytest.MonkeyPatch, seen: int, place: int, taken: int | None
+) -> None:
+    """As under srun --gpus-per-task=1. DeepSpeed takes its device from LOCAL_RANK, and compares it with Open MPI's."""
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda where: chosen.append(where.index))
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):
+        monkeypatch.setenv(name, str(place))
+    if taken is None:
+        with pytest.raises(RunError, match=f"^LOCAL_RANK is {place}, but this node has {seen} GPUs$"):
+            rendezvous.start_distributed(1.0)
+        return
+    rendezvous.start_distributed(1.0)
+    assert chosen == [taken]
+    assert os.environ["LOCAL_RANK"] == os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] == str(taken)
+    assert rendezvous.device().index == taken
 
 
 @pytest.fixture
