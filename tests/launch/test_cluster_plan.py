@@ -15,6 +15,7 @@ from paralm_launch.cluster import plan, records, slurm
 from paralm_launch.cluster.records import Job
 from paralm_launch.cluster.slurm import Status
 
+from paralm import resources
 from paralm.config import Config
 from paralm.config_cluster import seconds_of
 from tests.conftest import settings
@@ -403,6 +404,31 @@ def test_lines_of_setup_may_use_variables_that_are_not_set(tmp_path: Path, scrip
     planned = plan.plan_ray(config, [stage]) if script == "ray" else plan.plan_slurm(config, [stage])[0]
     done = subprocess.run(["bash"], input=planned.script, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (7, "")
+
+
+@pytest.mark.parametrize(("nodes", "address"), [(1, "127.0.1.1"), (2, "0.0.0.0")])
+def test_ray_is_told_an_address_that_other_nodes_reach(sbatch: Path, tmp_path: Path, nodes: int, address: str) -> None:
+    """Debian's installer writes a machine's name into /etc/hosts as 127.0.1.1. 0.0.0.0 stands for an outer address."""
+    programs = {
+        "getent": "echo '127.0.1.1       STREAM node1'",
+        "hostname": '[ "$*" = -I ] && echo "fd00::2 0.0.0.0 172.17.0.1 " || echo node1',
+        "srun": 'while [ "$1" != bash ]; do shift; done; SLURM_PROCID=0 exec "$@"',
+        "ray": f'echo "$@" >{sbatch}/ray',
+        "sleep": "exec /bin/sleep 0.01",
+        "paralm": f'echo "$@" >{sbatch}/paralm',
+    }
+    for name, text in programs.items():
+        (sbatch.parent / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (sbatch.parent / "bin" / name).chmod(0o755)
+    given = {"JOB_ID": "7", "NODEID": "0", "NNODES": str(nodes), "JOB_NODELIST": "node[1-2]", "TMPDIR": str(tmp_path)}
+    subprocess.run(
+        ["bash", resources.find("slurm/train_ray.sbatch"), "x.yaml"],
+        env={**os.environ, **{f"SLURM_{name}": value for name, value in given.items()}},
+        check=True,
+        timeout=60,
+    )
+    assert f" launcher.address={address}:" in (sbatch / "paralm").read_text()
+    assert f" --node-ip-address={address} " in (sbatch / "ray").read_text()
 
 
 def test_a_ray_job_is_one_script(paralm: Paralm) -> None:
