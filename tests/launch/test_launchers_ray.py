@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
+from paralm_launch.launchers.ray import start as start_ray
 from paralm_launch.launchers.ray_room import Need, Shortage
 
-from paralm.config import LauncherConfig
+from paralm.config import Config, LauncherConfig
 from paralm.errors import StoppedError
 from paralm.training.rendezvous import LostRanksError
 from tests.conftest import ran_alone
@@ -122,6 +125,30 @@ def test_a_cluster_without_what_the_ranks_need_is_left_after_a_while(home: Path,
     assert f"error: {lacks}, for 6 s (launcher.nodes_timeout); add nodes, or set launcher.ranks" in output
     assert "Traceback" not in output
     assert not (tmp_path / "tiny" / "launches").exists()
+
+
+def test_workers_get_what_was_exported_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by 'cluster.setup'. Ray writes the environments of workers into its logs, so secrets go another way."""
+    given = {"NCCL_SOCKET_IFNAME": "ib0", "GLOO_SOCKET_IFNAME": "eth1", "HF_HOME": "/hf", "OMP_NUM_THREADS": "3"}
+    secret = {"HF_TOKEN": "hf_1", "PARALM_API_KEY": "k2"}
+    for name, value in {**given, **secret, "CUDA_VISIBLE_DEVICES": "1", "RANK": "0", "SSH_TTY": "t"}.items():
+        monkeypatch.setenv(name, value)
+    asked: dict[str, Any] = {}
+    fake = SimpleNamespace(is_initialized=lambda: False, init=lambda **more: asked.update(more))
+    start_ray(fake, Config(), 2)
+    seen = asked["runtime_env"]["env_vars"]
+    assert given.items() <= seen.items()
+    assert not {*secret, "CUDA_VISIBLE_DEVICES", "RANK", "SSH_TTY"} & seen.keys()
+    assert not any(value in repr(asked) for value in secret.values())
+    for name in secret:
+        monkeypatch.setenv(name, "")
+    asked["runtime_env"]["worker_process_setup_hook"]()
+    assert secret.items() <= os.environ.items()
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"runtime_env": {"env_vars": {"HF_HOME": "/hf"}}}))
+    start_ray(fake, Config(), 2)
+    assert given.keys() - asked["runtime_env"]["env_vars"].keys() == {"HF_HOME"}, "of 'ray job submit --runtime-env'"
+    start_ray(fake, Config.model_validate({"launcher": {"address": "ray://head:10001"}}), 2)
+    assert "worker_process_setup_hook" not in asked["runtime_env"], "which Ray's client refuses"
 
 
 def nodes(*cpus: float, dead: int = 0) -> list[dict[str, Any]]:

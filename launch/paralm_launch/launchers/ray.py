@@ -7,8 +7,10 @@ the driver, continues from the newest checkpoint like any other.
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from paralm_launch.launchers.ray_room import Need
 
 _PASSED_ON = ("PYTHONPATH", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "DS_ACCELERATOR")
+_PASSED_ON_BY_PREFIX = ("NCCL_", "TORCH_NCCL_", "GLOO_", "UCX_", "FI_", "HF_", "PARALM_")
+_SECRET = re.compile("TOKEN|KEY|SECRET|PASSW")  # in a variable's name
 
 
 def import_ray(config: Config) -> Any:
@@ -65,17 +69,30 @@ def _train_worker(task: dict[str, str]) -> None:
         raise RuntimeError("this rank ended, and says why in the run folder")  # which is what starts it again
 
 
+def _passed_on() -> tuple[dict[str, str], dict[str, str]]:
+    """What Ray's workers get of this environment: variables that Ray may write into its logs, and secrets. Those that
+    a Ray job was submitted with reach them anyhow, and Ray refuses to be given them again.
+    """
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env") or {}
+    found = {
+        key: value
+        for key, value in worker_environment().items()
+        if (key in _PASSED_ON or key.startswith(_PASSED_ON_BY_PREFIX)) and key not in job.get("env_vars", {})
+    }
+    secrets = {key: value for key, value in found.items() if _SECRET.search(key)}
+    return {key: value for key, value in found.items() if key not in secrets}, secrets
+
+
 def start(ray: Any, config: Config, ranks: int) -> bool:
     """Connect to ``launcher.address``, or start a cluster on this machine; returns whether it is ours to end."""
     settings = config.launcher
     if ray.is_initialized():
         return False
-    environment = {key: value for key, value in worker_environment().items() if key in _PASSED_ON}
-    common = {
-        "log_to_driver": False,
-        "configure_logging": False,
-        "runtime_env": {"env_vars": environment},
-    }
+    environment, secrets = _passed_on()
+    given: dict[str, Any] = {"env_vars": environment}
+    if secrets and not (settings.address or "").startswith("ray://"):  # Ray's client can pass on no function
+        given["worker_process_setup_hook"] = lambda: os.environ.update(secrets)
+    common = {"log_to_driver": False, "configure_logging": False, "runtime_env": given}
     if settings.address is not None:
         try:
             ray.init(address=settings.address, **common)
