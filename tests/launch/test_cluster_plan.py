@@ -97,6 +97,9 @@ def test_the_commands_it_names_can_be_pasted(paralm: Paralm, sbatch: Path) -> No
     code, out, err = paralm("submit", "slurm", "run.yaml", "run.root=my runs")
     assert code == 0, err
     assert "\n  paralm cancel 'my runs/tiny'    save and end\n" in out
+    (sbatch / "squeue").write_text("101|N/A|PENDING|0:00|10:00||Resources\n")
+    assert "(paralm cancel 'my runs/tiny')" in paralm("submit", "slurm", "run.yaml", "run.root=my runs")[2]
+    assert "see paralm status 'my runs/tiny'\n" in paralm("logs", "tiny", "--root", "my runs")[2]
 
 
 def test_the_job_has_the_configuration_as_it_was(paralm: Paralm, sbatch: Path) -> None:
@@ -451,9 +454,9 @@ def test_a_ray_job_is_one_script(paralm: Paralm) -> None:
     [
         ([Status("SUCCEEDED")], 1, ""),
         ([Status("FAILED", reason="exit code 75"), None, Status("SUCCEEDED")], 3, ""),
-        ([Status("FAILED", reason="exit code 2")], 1, "is FAILED, exit code 2"),
+        ([Status("FAILED", reason="exit code 2")], 1, "is FAILED, exit code 2; see paralm logs 'my runs/tiny'\n"),
         ([Status("STOPPED")], 1, "was stopped; the same command continues"),
-        ([None] * 9, 3, "its cluster is gone; 3 jobs have saved nothing new"),
+        ([None] * 9, 3, "its cluster is gone; 3 jobs have saved nothing new; see paralm logs 'my runs/tiny'\n"),
     ],
 )
 def test_a_job_that_is_kept_is_submitted_again_where_that_can_help(
@@ -466,7 +469,7 @@ def test_a_job_that_is_kept_is_submitted_again_where_that_can_help(
 
     def submit(address: str, job: str, entrypoint: str, grace: float, run: str) -> str:
         submitted.append(job)
-        record = f"runs/tiny/jobs/{len(submitted):06d}-train"
+        record = f"my runs/tiny/jobs/{len(submitted):06d}-train"
         end = ends[len(submitted) - 1]
         if end is not None:
             code = end.reason.rpartition(" ")[2] or "0"
@@ -476,7 +479,7 @@ def test_a_job_that_is_kept_is_submitted_again_where_that_can_help(
 
     monkeypatch.setattr(ray_jobs, "submit", submit)
     monkeypatch.setattr(ray_jobs, "status", lambda address, job: ends[submitted.index(job)])
-    given = ("--address", "http://127.0.0.1:9", "--keep", "launcher.max_failures=1")
+    given = ("--address", "http://127.0.0.1:9", "--keep", "launcher.max_failures=1", "run.root=my runs")
     code, out, err = paralm("submit", "ray", "run.yaml", *given)
     assert (code, len(submitted)) == (2 if words else 0, jobs)
     assert words in err

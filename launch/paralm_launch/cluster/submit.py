@@ -26,9 +26,8 @@ def refuse_second(planned: Sequence[Planned]) -> None:
     for job, found in watch.look(records.jobs_of(run)):
         same = job.name in names or (job.name in _WRITERS and names & _WRITERS)
         if same and any(watch.is_active(job, status) for status in found):
-            raise RunError(
-                f"{run}: job {job.id} ({job.name}) is {found[0].state}; cancel it ('paralm cancel {run}') or wait"
-            )
+            hint = f"paralm cancel {shlex.quote(str(run))}"
+            raise RunError(f"{run}: job {job.id} ({job.name}) is {found[0].state}; cancel it ({hint}) or wait")
 
 
 def to_slurm(planned: Sequence[Planned]) -> list[Job]:
@@ -133,6 +132,7 @@ def keep_on_ray(
     """Submit, show what the job says, and submit it again when it was preempted or its cluster was lost, until it is
     done. ``patience``: seconds to wait for a cluster that does not answer. Raises RunError when it ends otherwise.
     """
+    logs = f"paralm logs {shlex.quote(str(config.run_dir))}"
     before = max(checkpoint.steps(config.run_dir / "checkpoints"), default=0)
     step, fruitless, idle = -1, 0, 0  # the first may save nothing for free; idle: those that did save nothing
     while True:
@@ -145,13 +145,13 @@ def keep_on_ray(
             raise RunError(f"job {job.id} was stopped; the same command continues")
         # 75: it saved and left. 4: ranks were lost. Without a word: its cluster, or the process itself, was killed.
         if found is not None and found.reason not in ("exit code 75", "exit code 4") and _said_why(job):
-            raise RunError(f"job {job.id} is {found.state}, {found.reason}; see 'paralm logs {job.run}'")
+            raise RunError(f"job {job.id} is {found.state}, {found.reason}; see {logs}")
         why = found.reason if found is not None else "its cluster is gone"
         reached = max(checkpoint.steps(job.run / "checkpoints"), default=0)
         idle = 0 if reached > max(step, before) else idle + 1
         step, fruitless = reached, 0 if reached > step else fruitless + 1
         if fruitless > config.launcher.max_failures:
-            raise RunError(f"job {job.id}: {why}; {idle} jobs have saved nothing new; see 'paralm logs {job.run}'")
+            raise RunError(f"job {job.id}: {why}; {idle} jobs have saved nothing new; see {logs}")
         say(f"job {job.id}: {why}; submitted again")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -92,7 +93,8 @@ def follow_ray(job: Job, say: Callable[[str], None], patience: float) -> Status 
 def show(job: Job, say: Callable[[str], None], lines: int) -> None:
     """Say the last ``lines`` lines of each of the job's files."""
     if not any(path.exists() for path in job.logs()):
-        raise RunError(f"{job.run}: job {job.id} ({job.name}) has said nothing yet; 'paralm status {job.run}'")
+        hint = f"paralm status {shlex.quote(str(job.run))}"
+        raise RunError(f"{job.run}: job {job.id} ({job.name}) has said nothing yet; see {hint}")
     _Tail(job, lines).show(say)
 
 
