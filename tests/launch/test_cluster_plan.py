@@ -285,6 +285,26 @@ def test_a_job_submitted_from_within_a_job_gets_nothing_of_it(
     assert seen == ["SLURM_CONF=/etc/s"]
 
 
+@pytest.mark.parametrize(
+    ("known", "job", "more"),
+    [("7\n7", "7_3", " --part array"), ("12", "12", ""), ("", "7_3", " --part array")],
+    ids=["a task", "submitted within a task", "SLURM does not answer"],
+)
+def test_a_script_submitted_by_hand_within_an_array_is_no_task_of_it(
+    sbatch: Path, tmp_path: Path, known: str, job: str, more: str
+) -> None:
+    """sbatch leaves it the variables of the task within which it is called."""
+    (sbatch / "squeue").write_text(known)
+    (sbatch.parent / "bin" / "paralm").write_text(f'#!/bin/bash\necho "$@" >{sbatch}/paralm\n')
+    (sbatch.parent / "bin" / "paralm").chmod(0o755)
+    given = {"JOB_ID": "12", "ARRAY_JOB_ID": "7", "ARRAY_TASK_ID": "3", "ARRAY_TASK_COUNT": "8", "JOB_NODELIST": "n1"}
+    script = resources.find("slurm/eval.sbatch").read_text().replace("events=/dev/null", f"events={tmp_path}/events")
+    environment = {**os.environ, **{f"SLURM_{name}": value for name, value in given.items()}}
+    subprocess.run(["bash", "-s", "capacity", "runs/x"], input=script, text=True, env=environment, check=True)
+    assert (sbatch / "paralm").read_text() == f"eval capacity runs/x{more}\n"
+    assert {line.split()[1] for line in (tmp_path / "events").read_text().splitlines()} == {f"job={job}"}
+
+
 def test_a_run_with_a_job_under_way_is_not_submitted_again(paralm: Paralm, sbatch: Path) -> None:
     assert paralm("submit", "slurm", "run.yaml")[0] == 0
     (sbatch / "squeue").write_text("101|N/A|PENDING|0:00|10:00||Resources\n")
