@@ -429,6 +429,32 @@ def test_lines_of_setup_may_use_variables_that_are_not_set(tmp_path: Path, scrip
     assert (done.returncode, done.stderr) == (7, "")
 
 
+@pytest.mark.parametrize(
+    ("agents", "code"), [((75, 137), 75), ((139, 75), 75), ((75, 75), 75), ((4, 137), 137), ((4, 2), 4), ((0, 0), 0)]
+)
+def test_a_job_that_saved_is_queued_again_although_an_agent_was_killed_while_it_left(
+    sbatch: Path, tmp_path: Path, agents: tuple[int, int], code: int
+) -> None:
+    programs = {
+        "srun": 'while [ "$1" != bash ]; do shift; done; most=0\n'
+        'for node in 0 1; do SLURM_NODEID=$node "$@"; code=$?; [ $code -le $most ] || most=$code; done; exit $most',
+        "paralm": f'agents=({agents[0]} {agents[1]}); exit "${{agents[$SLURM_NODEID]}}"',
+        "scontrol": f'echo "$*" >{sbatch}/scontrol',
+    }
+    for name, text in programs.items():
+        (sbatch.parent / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (sbatch.parent / "bin" / name).chmod(0o755)
+    given = {"JOB_ID": "7", "NNODES": "2", "JOB_NODELIST": "node[1-2]", "TMPDIR": str(tmp_path)}
+    done = subprocess.run(
+        ["bash", resources.find("slurm/train.sbatch"), "x.yaml"],
+        env={**os.environ, **{f"SLURM_{name}": value for name, value in given.items()}},
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == code
+    assert (sbatch / "scontrol").exists() == (code == 75)
+
+
 @pytest.mark.parametrize(("nodes", "address"), [(1, "127.0.1.1"), (2, "0.0.0.0")])
 def test_ray_is_told_an_address_that_other_nodes_reach(sbatch: Path, tmp_path: Path, nodes: int, address: str) -> None:
     """Debian's installer writes a machine's name into /etc/hosts as 127.0.1.1. 0.0.0.0 stands for an outer address."""
