@@ -313,14 +313,36 @@ class Profiler:
     def _export(self) -> None:
         if self.profile is None or self.steps is None:
             return
-        self.profile.stop()
-        folder = self.session.folder.profile
-        folder.mkdir(parents=True, exist_ok=True)
-        first, last = self.steps
-        path = folder / f"rank_{self.session.rank:05d}_steps_{first}_{last}.json"
-        self.profile.export_chrome_trace(str(path))
+        profile, (first, last) = self.profile, self.steps
         self.profile, self.steps = None, None
-        self.session.say(f"profile written to {path}")
+        profile.stop()
+        folder = self.session.folder.profile
+        path = folder / f"rank_{self.session.rank:05d}_steps_{first}_{last}.json"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)  # of an attempt before
+            profile.export_chrome_trace(str(path))
+            whole = _ends_whole(path)
+            if not whole:  # torch has told nobody, and may have written beside it only
+                for remains in folder.glob(f"{path.name}*"):
+                    remains.unlink()
+        except OSError as error:  # training can do without
+            self.session.warn(f"{path}: the profile could not be written: {error.strerror or error}")
+            return
+        if whole:
+            self.session.say(f"profile written to {path}")
+        else:
+            self.session.warn(f"{path}: the profile could not be written whole; is the disk full?")
 
     def __exit__(self, *error: object) -> None:
         self._export()
+
+
+def _ends_whole(trace: Path) -> bool:
+    """Whether a trace has the name and the brace that torch writes last. Raises OSError."""
+    if not trace.exists():
+        return False
+    with trace.open("rb") as file:
+        file.seek(max(0, trace.stat().st_size - 8192))  # the name is the trace's path
+        end = file.read().rstrip()
+    return b'"traceName"' in end and end.endswith(b"}")

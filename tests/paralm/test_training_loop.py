@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import math
+import os
+import resource
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,9 +21,10 @@ from paralm.models import LanguageModel
 from paralm.training import checkpoint as ckpt
 from paralm.training import loop
 from paralm.training.load import load_model
-from paralm.training.loop import train
+from paralm.training.loop import Profiler, train
 from paralm.training.metrics import MetricsWriter, read_metrics
 from paralm.training.optimizers import OPTIMIZERS
+from paralm.training.run_folder import RunFolder
 from paralm.training.session import Session
 from paralm.training.together import broadcast
 from tests.conftest import quiet
@@ -335,6 +339,41 @@ def test_a_profile_of_given_steps_is_written(make: Any) -> None:
     train(config, say=quiet)
     (trace,) = (config.run_dir / "profile").iterdir()
     assert trace.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("limit", [16384, -8], ids=["full disk", "full at the last bytes"])
+def test_a_profile_that_is_not_whole_is_not_called_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    export = torch.profiler.profile.export_chrome_trace
+
+    def full_disk(profile: Any, path: str) -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit if limit > 0 else soft, hard))  # torch says nothing of it
+        try:
+            export(profile, path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        if limit < 0:
+            os.truncate(path, os.stat(path).st_size + limit)
+
+    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", full_disk)
+    said: list[str] = []
+    session: Any = SimpleNamespace(
+        config=Config.model_validate({"training": {"profile_steps": [1, 1]}}),
+        folder=RunFolder(tmp_path),
+        rank=0,
+        say=lambda line: said.append(f"said: {line}"),
+        warn=lambda line: said.append(f"warned: {line}"),
+    )
+    with Profiler(session) as profiler:
+        profiler.before(0)
+        for _ in range(30):
+            torch.ones(2) + 1
+    (line,) = said
+    assert line.startswith("warned: ")
+    assert "steps_1_1.json: the profile could not be written whole" in line
+    assert not list((tmp_path / "profile").iterdir())
 
 
 def test_load_model_gives_the_checkpoint_of_the_step_asked_for(make: Any) -> None:
