@@ -28,6 +28,7 @@ from paralm.config_optimizer import MuonConfig as MuonConfig
 from paralm.config_optimizer import OptimizerConfig as OptimizerConfig
 from paralm.config_optimizer import ScheduleConfig as ScheduleConfig
 from paralm.config_optimizer import SpikeConfig as SpikeConfig
+from paralm.config_optimizer import schedule_steps
 
 
 class RunConfig(Section):
@@ -400,4 +401,11 @@ class Config(Section):
             raise ValueError("training.carry_state needs data.order: lanes (windows are not consecutive)")
         if self.training.carry_state and self.training.initial_state != "zero":
             raise ValueError("training.carry_state and training.initial_state both say what rows start from; give one")
+        schedule, steps = self.optimizer.schedule, self.training.max_steps
+        warmup, decay = schedule_steps(schedule.warmup, steps), schedule_steps(schedule.decay, steps)
+        if schedule.kind == "wsd" and warmup + decay > steps + 1:  # one is rounding's: both are at the peak there
+            raise ValueError(
+                f"optimizer.schedule: a warm-up of {warmup} and a decay of {decay} steps overlap in training.max_steps "
+                f"{steps}"
+            )
         return self

@@ -16,6 +16,11 @@ class ScheduleConfig(Section):
     min_ratio: float = Field(default=0.0, ge=0, le=1, description="final learning rate over the peak")
 
 
+def schedule_steps(value: float, max_steps: int) -> int:
+    """A value below 1 is a fraction of the run, anything else a number of steps."""
+    return round(value * max_steps) if value < 1 else round(value)
+
+
 class MuonConfig(Section):
     """Of the matrices under ``optimizer.name: muon``; everything else is AdamW's."""
 

@@ -9,16 +9,12 @@ from __future__ import annotations
 import math
 
 from paralm.config import ScheduleConfig
-
-
-def _steps(value: float, max_steps: int) -> int:
-    """A value below 1 is a fraction of the run, anything else a number of steps."""
-    return round(value * max_steps) if value < 1 else round(value)
+from paralm.config_optimizer import schedule_steps
 
 
 def lr_factor(schedule: ScheduleConfig, step: int, max_steps: int) -> float:
     """The learning rate of ``step`` (0-based: the step about to be taken) over its peak."""
-    warmup = _steps(schedule.warmup, max_steps)
+    warmup = schedule_steps(schedule.warmup, max_steps)
     if step < warmup:
         return (step + 1) / warmup
     if schedule.kind == "constant":
@@ -27,6 +23,6 @@ def lr_factor(schedule: ScheduleConfig, step: int, max_steps: int) -> float:
     if schedule.kind == "cosine":
         progress = min(1.0, (step - warmup) / max(1, max_steps - warmup))
         return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress))
-    decay = _steps(schedule.decay, max_steps)
+    decay = schedule_steps(schedule.decay, max_steps)
     progress = min(1.0, max(0.0, (step - (max_steps - decay)) / max(1, decay)))
     return 1 - (1 - low) * progress

@@ -94,6 +94,11 @@ DAMAGED = [
         ("run.yaml:3", "model.mixer.n_heads", "64"),
     ),
     Damaged(
+        "decay before the warm-up's end",
+        "training: {max_steps: 100}\noptimizer:\n  schedule: {kind: wsd, warmup: 50, decay: 0.8}\n",
+        ("run.yaml:3", "optimizer.schedule", "50", "80 steps", "max_steps 100"),
+    ),
+    Damaged(
         "vocabulary below the tokenizer's", "model:\n  vocab_size: 512\n", ("run.yaml:2", "model.vocab_size", "4096")
     ),
     # a task instead of text

@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,6 +45,15 @@ def test_wsd_holds_and_then_decays_linearly() -> None:
     assert factors[4:81] == [1.0] * 77
     assert factors[90] == pytest.approx(0.5)
     assert factors[100] == 0.0
+
+
+@pytest.mark.parametrize("steps", [2, 3, 15, 100])
+def test_wsd_of_halves_is_possible_however_they_are_rounded_and_never_jumps(steps: int) -> None:
+    schedule: dict[str, Any] = {"kind": "wsd", "warmup": 0.5, "decay": 0.5}
+    config = Config.model_validate({"training": {"max_steps": steps}, "optimizer": {"schedule": schedule}})
+    factors = [lr_factor(config.optimizer.schedule, step, steps) for step in range(steps + 1)]
+    assert max(factors) == 1
+    assert max(abs(a - b) for a, b in itertools.pairwise(factors)) <= 1.001 / round(steps / 2)
 
 
 def test_clamp_holds_after_every_update_and_only_in_its_group() -> None:
