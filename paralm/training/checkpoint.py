@@ -147,14 +147,24 @@ def writing_folder(checkpoints: Path, step: int, attempt: int, count: int) -> Pa
     return checkpoints / f".{step_name(step)}.writing-{attempt:06d}-{count:06d}"
 
 
-def install(folder: Path, checkpoints: Path, step: int) -> None:
-    """Give a whole checkpoint its name, then let ``latest`` name it. Raises OSError."""
+def install(folder: Path, checkpoints: Path, step: int) -> str | None:
+    """Give a whole checkpoint its name, then let ``latest`` name it; returns what :func:`name_latest` does. Raises
+    OSError where there is no checkpoint of that name then."""
     final = checkpoints / step_name(step)
     if final.exists():
         remove(final)  # of an earlier course of this run, found damaged when it was resumed
     folder.replace(final)
     sync_folder(checkpoints)
-    write_atomically(checkpoints / LATEST, final.name + "\n")
+    return name_latest(checkpoints, step)
+
+
+def name_latest(checkpoints: Path, step: int) -> str | None:
+    """Let ``latest`` name a checkpoint; returns why the storage refuses, or None."""
+    try:
+        write_atomically(checkpoints / LATEST, step_name(step) + "\n")
+    except OSError as error:
+        return f"{checkpoints / LATEST}: {error.strerror or error}"
+    return None
 
 
 def file_damage(path: Path, size: int, sha256: str) -> str | None:

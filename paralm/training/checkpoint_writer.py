@@ -117,6 +117,7 @@ class CheckpointWrite:
         """
         self.plan = plan
         self.problem: str | None = None
+        self.remark: str | None = None  # why ``latest`` does not name the checkpoint, which is whole
         self.superseded = False
         self.seconds = 0.0
         self.written = threading.Event()  # this rank's file, or its failure
@@ -199,8 +200,10 @@ class CheckpointWrite:
         if plan.superseded():  # as late as can be: a later attempt has the run now
             self.superseded = True
             return "a later attempt at this run has begun"
-        ckpt.install(plan.folder, plan.checkpoints, plan.step)
+        refused = ckpt.install(plan.folder, plan.checkpoints, plan.step)
         plan.retention()
+        if refused:  # by a disk that was full until now, perhaps
+            self.remark = ckpt.name_latest(plan.checkpoints, plan.step)
         return None
 
     def _record(self, rank: int) -> ckpt.RankFile | str:

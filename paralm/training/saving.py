@@ -205,10 +205,14 @@ class Saver:
 
     def _say_failure(self) -> None:
         write = self.write
-        if write is None or write.problem is None or write.superseded or self._said:
+        if write is None or (write.problem or write.remark) is None or write.superseded or self._said:
             return
         self._said = True
-        self._warn(f"checkpoint of step {write.plan.step} not written, the previous one stays: {write.problem}")
+        what = f"checkpoint of step {write.plan.step}"
+        if write.problem is None:
+            self._warn(f"{what} written, but '{ckpt.LATEST}' does not name it: {write.remark}")
+        else:
+            self._warn(f"{what} not written, the previous one stays: {write.problem}")
 
     def _warn(self, message: str) -> None:
         if self.session.rank == 0:

@@ -8,6 +8,7 @@ import resource
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 import pytest
@@ -157,6 +158,38 @@ def test_ranks_finish_a_checkpoint_without_a_collective(tmp_path: Path) -> None:
     assert files == ["manifest.json", *(ckpt.rank_file(rank) for rank in range(4))]
     found = ckpt.open_step(tmp_path, 3).verify()
     assert torch.equal(found.tensor("w"), torch.arange(40.0).view(4, 10))
+
+
+@pytest.mark.parametrize("until", ["retention", "ever"])
+def test_latest_that_cannot_be_written_makes_no_checkpoint_less_and_ends_no_retention(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, until: str
+) -> None:
+    (first,) = begin(tmp_path, 1, step=1)
+    assert first.join(30)
+    original = ckpt.write_atomically
+
+    def full_disk(path: Path, text: str) -> None:
+        if path.name == ckpt.LATEST and (until == "ever" or (tmp_path / ckpt.step_name(1)).exists()):
+            raise OSError(28, "No space left on device")
+        original(path, text)
+
+    monkeypatch.setattr(ckpt, "write_atomically", full_disk)
+    (write,) = begin(tmp_path, 1, step=2, retention=lambda: ckpt.apply_retention(tmp_path, 1, 0, 2))
+    assert write.join(30)
+    assert write.problem is None
+    assert ckpt.steps(tmp_path) == [2]
+    said: list[str] = []
+    session: Any = SimpleNamespace(rank=0, warn=said.append)
+    saver = Saver(session)
+    saver.write = write
+    saver.report()
+    if until == "retention":
+        assert not said
+        assert (tmp_path / ckpt.LATEST).read_text() == ckpt.step_name(2) + "\n"
+    else:
+        (line,) = said
+        assert line.startswith("checkpoint of step 2 written, but 'latest'")
+        assert "No space left" in line
 
 
 def test_until_all_have_written_there_is_no_checkpoint(tmp_path: Path) -> None:
