@@ -87,18 +87,18 @@ class Control:
             with contextlib.suppress(OSError, ValueError):  # not there, or not yet whole
                 self.stop_signal = int(stop_file.read_text(encoding="utf-8"))
 
-    def _modified(self) -> float:
+    def _modified(self) -> float | None:
         try:
             return self._request.stat().st_mtime
         except OSError:
-            return 0.0
+            return None
 
     def _watch(self) -> None:
         seen = self._modified()
         while not self._done.wait(_POLL_SECONDS):
             self._read_stop_file()
             now = self._modified()
-            if now > seen:
+            if now is not None and now != seen:  # later or, where the clock was set back, earlier
                 seen = now
                 with contextlib.suppress(OSError):  # a full disk takes none; requests to stop are read all the same
                     os.write(self._file.fileno(), b"--- stacks, as requested\n")

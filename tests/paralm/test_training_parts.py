@@ -293,6 +293,25 @@ def test_stacks_are_dumped_on_request_by_file_by_signal_and_on_a_hang(tmp_path: 
         assert "Timeout" in dump.read_text()
 
 
+def test_stacks_are_dumped_on_a_request_although_the_clock_was_set_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("paralm.training.control._POLL_SECONDS", 0.01)
+    request = tmp_path / "stacks" / "request"
+    request_stacks(tmp_path / "stacks")
+    os.utime(request, (2e9, 2e9))
+    dumped = threading.Event()
+    monkeypatch.setattr(faulthandler, "dump_traceback", lambda **options: dumped.set())
+    with Control(tmp_path / "stacks", tmp_path / "ranks", 0, hang_timeout=60):
+        time.sleep(0.05)
+        assert not dumped.is_set()  # it is of an attempt before
+        for ago in range(1000):  # the first may come before the thread looks
+            os.utime(request, (2e9 - ago, 2e9 - ago))
+            if dumped.wait(0.02):
+                break
+    assert dumped.is_set()
+
+
 def test_stacks_that_a_full_disk_refuses_end_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("paralm.training.control._POLL_SECONDS", 0.01)
     monkeypatch.setattr("paralm.training.control.stop_file", tmp_path / "stop")
