@@ -27,9 +27,10 @@ from .dry import observer
 _FORMS = 64
 """Kernels of one function, of which torch by itself makes 8 and then no more in a process: a form of a call is which
 arguments are None, their dtypes, which sizes are 1 and which are equal. Two models and an evaluation need twenty."""
-_MORE: dict[str, Any] = (
+MORE_FORMS: dict[str, Any] = (
     {"recompile_limit": _FORMS} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
 )
+"""For ``torch.compile``, where it takes it."""
 
 
 def pointwise(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -38,7 +39,7 @@ def pointwise(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.cache
     def as_compiled() -> Callable[..., Any]:
         # Sizes are arguments of the kernel, not a kernel each: tiles at the end of a sequence have their own.
-        return torch.compile(function, dynamic=True, **_MORE)
+        return torch.compile(function, dynamic=True, **MORE_FORMS)
 
     @functools.wraps(function)
     def run(compiled: bool, *arguments: Any) -> Any:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from paralm_kernels.pointwise import MORE_FORMS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -78,7 +79,7 @@ class Block(nn.Module):
     def compile_feed_forward(self) -> None:
         """Run the second half, in training, as torch compiles it: norm, gate and sum as few kernels. One graph a shape,
         so that what is computed depends on nothing that ran before."""
-        self._compiled = torch.compile(self.feed_forward, dynamic=False, fullgraph=True)
+        self._compiled = torch.compile(self.feed_forward, dynamic=False, fullgraph=True, **MORE_FORMS)
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
