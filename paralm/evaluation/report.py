@@ -77,7 +77,7 @@ def write_report(run_dir: str | Path) -> Path:
         _head(config, curves, results),
         *_measured(path, config, results),
         *_suite(path),
-        *_course(path, curves, drawn),
+        *_course(path, config, curves, drawn),
         *_text(results),
         *_made_from(config, curves, results),
         *_environment(path),
@@ -202,7 +202,7 @@ def _how_scored(record: Record, reset_every: int | None) -> str:
 # -- course --------------------------------------------------------------------------------------------------
 
 
-def _course(run_dir: Path, curves: Curves, drawn: dict[str, Path]) -> list[str]:
+def _course(run_dir: Path, config: Config, curves: Curves, drawn: dict[str, Path]) -> list[str]:
     parts = ["## How it got there"]
     titles = {
         "loss": "Loss over tokens",
@@ -213,7 +213,8 @@ def _course(run_dir: Path, curves: Curves, drawn: dict[str, Path]) -> list[str]:
     parts += [f"![{titles[name]}]({file.relative_to(run_dir).as_posix()})" for name, file in drawn.items()]
     facts = [f"{short(float(np.median(curves.tokens_per_s)))} tokens per second (median)"]
     if np.isfinite(curves.mfu).any():
-        facts.append(f"model FLOP utilisation {float(np.nanmedian(curves.mfu)):.1%} (median)")
+        used = f"model FLOP utilisation {float(np.nanmedian(curves.mfu)):.1%} (median)"
+        facts.append(f"{used} of the peak in {config.training.precision}")
     skipped = int(curves.skipped.sum())
     facts.append(f"{skipped:,} skipped steps" if skipped else "no step skipped")
     for name, found in curves.validation.items():

@@ -68,7 +68,7 @@ class RunPlan:
 
     @property
     def mfu(self) -> float:
-        """The model's FLOPs over what the devices could do in the time."""
+        """The model's FLOPs over what the devices could do in the time, in the precision that is trained in."""
         peak = self.device.bf16 if self.config.training.precision == "bf16" else self.device.fp32
         return self.flops_per_token * self.tokens_per_step / (self.time.step * self.gpus * peak)
 

@@ -180,7 +180,7 @@ class Recorder:
         config = session.config.training
         self.tokens_per_step = config.global_batch_size * config.seq_len
         self.flops_per_step = flops_per_token(session.blueprint, config.seq_len) * self.tokens_per_step
-        peak = peak_flops(session.device)
+        peak = peak_flops(session.device, config.precision)
         self.peak = peak * session.world_size if peak else None
         self.first = session.step
         self.began = time.monotonic()

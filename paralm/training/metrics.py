@@ -19,25 +19,26 @@ import torch
 from paralm.errors import RunError
 from paralm.training.checkpoint import write_atomically
 
-# Dense bf16 peaks, FLOP/s (vendors' data sheets).
+# Dense peaks of bf16 and of fp32 products, FLOP/s (vendors' data sheets). In fp32 torch uses no TF32 unless told.
 _PEAK_FLOPS = {
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "H800": 989e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "MI300X": 1307e12,
-    "MI250X": 383e12,
+    "H100 PCIe": (756e12, 51.2e12),
+    "H100": (989.4e12, 66.9e12),
+    "H200": (989.4e12, 66.9e12),
+    "H800": (989.4e12, 66.9e12),
+    "A100": (312e12, 19.5e12),
+    "A800": (312e12, 19.5e12),
+    "MI300X": (1307.4e12, 163.4e12),
+    "MI250X": (383e12, 95.7e12),
 }
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """Peak dense bf16 FLOP/s of a device we know, otherwise None (a CPU's is not known)."""
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Peak dense FLOP/s, in ``training.precision``, of a device we know, otherwise None (a CPU's is not known)."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((value for key, value in _PEAK_FLOPS.items() if all(part in name for part in key.split())), None)
+    found = next((value for key, value in _PEAK_FLOPS.items() if all(part in name for part in key.split())), None)
+    return found[precision == "fp32"] if found else None
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -35,6 +35,7 @@ def test_a_preset_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
     found = rows(out)
     for key in ("weights", "gradients", "optimizer", "activations", "loss head", "MFU", "cost", "checkpoint", "step"):
         assert key in found, key
+    assert found["MFU"].endswith("% of the peak in bf16")
     assert found["communication a step"].startswith("allreduce 27.8 GB, allgather_base 13.9 GB")
     assert "139G tokens (20 a parameter)" in found
     assert "assumed: products at 80% of 989 TFLOP/s" in out

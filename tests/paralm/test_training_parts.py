@@ -20,10 +20,11 @@ import torch
 
 from paralm.config import Config, OptimizerConfig, ScheduleConfig
 from paralm.errors import ConfigError, RunError
+from paralm.planning.cost import DEVICES
 from paralm.training import rng
 from paralm.training.control import Control, request_stacks
 from paralm.training.engine import deepspeed_config, grad_accum_steps
-from paralm.training.metrics import MetricsWriter, cut_metrics, read_metrics
+from paralm.training.metrics import MetricsWriter, cut_metrics, peak_flops, read_metrics
 from paralm.training.optimizers import build_optimizer
 from paralm.training.run_folder import RunFolder
 from paralm.training.schedule import lr_factor
@@ -54,6 +55,16 @@ def test_wsd_of_halves_is_possible_however_they_are_rounded_and_never_jumps(step
     factors = [lr_factor(config.optimizer.schedule, step, steps) for step in range(steps + 1)]
     assert max(factors) == 1
     assert max(abs(a - b) for a, b in itertools.pairwise(factors)) <= 1.001 / round(steps / 2)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_the_peak_of_a_run_is_the_plans_in_the_runs_precision(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+    names = {"h100": "NVIDIA H100 80GB HBM3", "a100": "NVIDIA A100-SXM4-80GB", "mi300x": "AMD Instinct MI300X"}
+    for name, device in DEVICES.items():
+        full = names.get(name, f"NVIDIA {name.upper()}")
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, full=full: full)
+        assert peak_flops(torch.device("cuda"), precision) == getattr(device, precision), full
+    assert peak_flops(torch.device("cpu"), precision) is None
 
 
 def test_clamp_holds_after_every_update_and_only_in_its_group() -> None:

@@ -173,7 +173,7 @@ def _show_time(found: RunPlan, budget: float, origin: str, price: float | None) 
         ("step", f"{time.step:.3g} s: compute {time.compute:.3g}, communication that nothing hides {time.exposed:.2g} "
                  f"of {time.communication:.2g}, update {time.update:.2g}"),
         ("tokens", f"{quantity(tokens)} a step, {quantity(rate)} a second, {quantity(rate / found.gpus)} a GPU"),
-        ("MFU", f"{found.mfu:.1%}"),
+        ("MFU", f"{found.mfu:.1%} of the peak in {found.config.training.precision}"),
         (f"{quantity(budget)} tokens ({origin})", f"{days}{duration(seconds)}, "
                                                   f"{quantity(hours)} GPU hours"),
         ("checkpoint", f"{_amount(found.checkpoint)}, {duration(found.checkpoint_seconds)} to write"),
