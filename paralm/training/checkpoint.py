@@ -3,6 +3,7 @@
     checkpoints/latest                         the name of the newest folder
     checkpoints/step_00001000/rank_00000.safetensors
     checkpoints/step_00001000/manifest.json    written last, by rename: without it the folder is no checkpoint
+    checkpoints/step_00001000/passed_over      the run went on from an earlier one (:func:`pass_over`)
     checkpoints/.step_00001000.writing-…       one that is being written, or was when an attempt ended: ignored
 
 A tensor's key is ``kind|parameter|offset``: ``master`` (fp32 weights) or the name of an optimizer state, and
@@ -16,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
@@ -32,6 +34,7 @@ from paralm.training.tensor_file import TensorFile, TensorFileWriter, TensorSpec
 FORMAT = 1
 MANIFEST = "manifest.json"
 LATEST = "latest"
+PASSED_OVER = "passed_over"
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -309,9 +312,11 @@ def newest_whole(
     """The newest undamaged checkpoint, or None when there is none at all.
 
     A damaged one is passed over with a warning that says how it is damaged. If every one is damaged,
-    CheckpointError: starting afresh over a run's remains is the user's decision.
+    CheckpointError: starting afresh over a run's remains is the user's decision. What :func:`pass_over` has marked
+    comes after all others.
     """
     there = steps(checkpoints)
+    there.sort(key=lambda step: not os.path.exists(checkpoints / step_name(step) / PASSED_OVER))
     newest: str | None = None
     for step in reversed(there):
         try:
@@ -332,6 +337,15 @@ def newest_whole(
             f"restore it, or move {checkpoints} away to start afresh"
         )
     return None
+
+
+def pass_over(checkpoints: Path, step: int) -> None:
+    """Mark what lies beyond ``step``, from which the run goes on: could it be read again one day, the run would leap
+    to it, and its metrics, which are cut at ``step``, would lack what lies between."""
+    for later in steps(checkpoints):
+        if later > step:
+            with contextlib.suppress(OSError):  # storage that refuses to be read may refuse this, too
+                (checkpoints / step_name(later) / PASSED_OVER).touch()
 
 
 def remove(directory: Path) -> None:

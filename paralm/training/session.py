@@ -180,6 +180,8 @@ class Session:
         def choose(find_damage: FindDamage) -> ckpt.Checkpoint | None:
             found = ckpt.newest_whole(self.folder.checkpoints, self.warn, find_damage)
             ckpt.remove_unfinished(self.folder.checkpoints)
+            if found is not None:
+                ckpt.pass_over(self.folder.checkpoints, found.step)
             if found is None and self.config.training.fork_from:
                 path, step = parse_run(self.config.training.fork_from, self.config.run.root)
                 found = open_checkpoint(path, step, self.warn, find_damage)

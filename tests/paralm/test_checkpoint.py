@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from paralm.config import Config
-from paralm.errors import CheckpointError
+from paralm.errors import CheckpointError, StoppedError
 from paralm.training import checkpoint as ckpt
 from paralm.training.loop import train
+from paralm.training.metrics import read_metrics
 from tests.conftest import settings
 
 SHAPES = {"a.weight": (7, 5), "b": (11,), "scalar": ()}
@@ -232,3 +233,28 @@ def test_a_damaged_checkpoint_that_was_passed_over_takes_no_good_ones_place(
     root = {**made["run"], "root": str(tmp_path / "runs")}
     train(Config.model_validate({**made, "run": root, "checkpoint": {"every": 3}}), say=lambda line: None)
     assert ckpt.steps(checkpoints) == [3, 5]
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_checkpoint_that_was_passed_over_and_can_be_read_again_leaves_no_step_out_of_the_metrics(
+    trained: tuple[dict[str, Any], Path], tmp_path: Path, saved: bool
+) -> None:
+    made, run = trained
+    shutil.copytree(run.parent, tmp_path / "runs")
+    made = {**made, "run": {**made["run"], "root": str(tmp_path / "runs")}}
+    folder = tmp_path / "runs" / "tiny"
+    file = folder / "checkpoints" / ckpt.step_name(4) / ckpt.rank_file(0)
+    file.rename(tmp_path / "away")  # a stale handle, for a moment
+
+    def cut_short(row: dict[str, Any]) -> None:
+        if not saved:
+            raise EOFError
+
+    at_once = {**made, "training": {**made["training"], "stop_after_seconds": 1e-9}}
+    with pytest.raises(StoppedError if saved else EOFError):
+        train(Config.model_validate(at_once), cut_short, lambda line: None)
+    (tmp_path / "away").rename(file)
+    train(Config.model_validate(made), say=lambda line: None)
+    assert [row["step"] for row in read_metrics(folder / "metrics.jsonl") if row["kind"] == "train"] == [1, 2, 3, 4, 5]
+    assert ckpt.steps(folder / "checkpoints") == [4, 5]
+    assert not (file.parent / ckpt.PASSED_OVER).exists()  # it is the new one
