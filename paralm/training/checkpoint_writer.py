@@ -7,6 +7,7 @@ applies retention. Whatever goes wrong on whichever rank, and whenever a rank di
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -186,7 +187,8 @@ class CheckpointWrite:
         """Rank 0: the records, the manifest, the name, ``latest``, retention. Returns why not, or None."""
         plan = self.plan
         if not plan.superseded():  # a later attempt's folder is not ours to tidy up
-            ckpt.remove_unfinished(plan.checkpoints, but=plan.folder)
+            with contextlib.suppress(OSError):  # an old folder that cannot be looked at is no reason to write none
+                ckpt.remove_unfinished(plan.checkpoints, but=plan.folder)
         files: list[ckpt.RankFile] = []
         for rank in range(plan.world_size):
             record = self._record(rank)
@@ -201,7 +203,8 @@ class CheckpointWrite:
             self.superseded = True
             return "a later attempt at this run has begun"
         refused = ckpt.install(plan.folder, plan.checkpoints, plan.step)
-        plan.retention()
+        with contextlib.suppress(OSError):  # nor is it one to call a whole checkpoint not written
+            plan.retention()
         if refused:  # by a disk that was full until now, perhaps
             self.remark = ckpt.name_latest(plan.checkpoints, plan.step)
         return None

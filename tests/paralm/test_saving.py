@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import resource
@@ -190,6 +191,28 @@ def test_latest_that_cannot_be_written_makes_no_checkpoint_less_and_ends_no_rete
         (line,) = said
         assert line.startswith("checkpoint of step 2 written, but 'latest'")
         assert "No space left" in line
+
+
+@pytest.mark.parametrize("stale", ["step_00000001/manifest.json", "step_00000001"])
+def test_an_old_checkpoint_that_cannot_be_looked_at_makes_no_new_one_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stale: str
+) -> None:
+    """As where another node has removed it a moment ago."""
+    (first,) = begin(tmp_path, 1, step=1)
+    assert first.join(30)
+    original = Path.stat
+
+    def on_nfs(path: Path, **options: Any) -> os.stat_result:
+        if path == tmp_path / stale:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return original(path, **options)
+
+    monkeypatch.setattr(Path, "stat", on_nfs)
+    (write,) = begin(tmp_path, 1, step=2)
+    assert write.join(30)
+    assert write.problem is None
+    assert (tmp_path / ckpt.LATEST).read_text() == ckpt.step_name(2) + "\n"
+    ckpt.Checkpoint(tmp_path / ckpt.step_name(2)).verify()
 
 
 def test_until_all_have_written_there_is_no_checkpoint(tmp_path: Path) -> None:
