@@ -8,7 +8,8 @@
     out/held_out/                           the held-out documents of all sources, one source after the other
 
 A source may be a folder that was prepared before (or one store in it); it is used where it is, and must have been made
-with the same tokenizer. As with one source, what is there and was made from the same specs is kept.
+with the same tokenizer and held-out fraction. As with one source, what is there and was made from the same specs is
+kept.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def prepare_mixture(
     """Make the tokenizer and the stores below ``out``, as far as they are not there.
 
     Arguments as of :func:`paralm_data.prepare`, for each source by name. Raises DataError as that does, for sources of
-    different tokenizers, and if no source has a held-out part.
+    different tokenizers or held-out fractions, and if no source has a held-out part.
     """
     execution = execution or Execution()
     skipped = True
@@ -110,7 +111,9 @@ def prepare_mixture(
 
 def _work_left(plan: _Plan) -> bool:
     """Whether anything is missing. DataError, before a byte is written, for a folder or a text that will not do."""
-    have = has_tokenizer(plan.out, _tokenizer_spec(plan, _given(plan, plan.there())))
+    there = plan.there()
+    _check_fractions(plan, there)
+    have = has_tokenizer(plan.out, _tokenizer_spec(plan, _given(plan, there)))
     model = plan.out / MODEL_NAME if have else plan.tokenizer.model
     texts, further = plan.texts(), plan.validation
     if model is None:  # then every text is read
@@ -150,6 +153,37 @@ def _make(plan: _Plan, executor: Executor) -> bool:
     skipped = not _union(plan, model, executor) and skipped
     executor.clear(plan.out / SCRATCH)  # also what processes that shared an earlier part of it have left
     return skipped
+
+
+def _check_fractions(plan: _Plan, there: Mapping[str, TokenStore]) -> None:
+    """DataError if one source trains on documents that another, of a larger fraction, holds out."""
+    trained = dict.fromkeys(plan.texts(), plan.held_out_fraction)
+    held_out, parts = dict(trained), _held_out_parts(plan)
+    for name, store in there.items():
+        made = store.manifest.source
+        if made.get("split") == "train" and "held_out_fraction" in made:
+            trained[name] = made["held_out_fraction"]
+            if name in parts:
+                held_out[name] = trained[name]
+    if not held_out:
+        return
+    least, most = min(trained, key=lambda name: trained[name]), max(held_out, key=lambda name: held_out[name])
+    if trained[least] < held_out[most]:
+        raise DataError(
+            f"data.mixture.sources: {least} has held_out_fraction {trained[least]}, and {most} has {held_out[most]}: "
+            "a document of both would be trained on and scored as held out; prepare them with one "
+            "data.held_out_fraction"
+        )
+
+
+def _held_out_parts(plan: _Plan) -> dict[str, Path]:
+    """The held-out stores that are there, by source."""
+    folders = {name: plan.folder(name) for name in plan.sources}
+    return {
+        name: folder / "held_out"
+        for name, folder in folders.items()
+        if _train(folder) != folder and (folder / "held_out").is_dir()
+    }
 
 
 def _train(folder: Path) -> Path:
@@ -215,12 +249,7 @@ def _drawn(plan: _Plan, executor: Executor) -> list[Draw]:
 
 def _union(plan: _Plan, model: Tokenizer, executor: Executor) -> bool:
     """Put all sources' held-out documents in one store; whether that was still to do."""
-    folders = {name: plan.folder(name) for name in plan.sources}
-    parts = {
-        name: TokenStore.open(folder / "held_out", verify="size")
-        for name, folder in folders.items()
-        if _train(folder) != folder and (folder / "held_out").is_dir()
-    }
+    parts = {name: TokenStore.open(path, verify="size") for name, path in _held_out_parts(plan).items()}
     if not parts:
         raise DataError("data.mixture: no source has a held-out part; give one as text, or as a folder that has one")
     path = plan.out / "held_out"

@@ -167,6 +167,23 @@ def test_what_is_refused(two: dict[str, SourceSpec], prepared: Prepared, tmp_pat
         make(fewer, tmp_path / "made", model)
 
 
+@pytest.mark.parametrize("fraction", [0.1, 0.4])
+def test_no_source_trains_on_what_another_holds_out(
+    two: dict[str, SourceSpec], given: TokenizerSpec, tmp_path: Path, fraction: float
+) -> None:
+    """Both have the same documents: those between the two fractions would be trained on and scored."""
+    before = prepare(two["one"], given, tmp_path / "before", fraction)
+    least, most = sorted(["before", "new"], key={"before": fraction, "new": 0.2}.__getitem__)
+    words = f"{least} has held_out_fraction {min(fraction, 0.2)}, and {most} has {max(fraction, 0.2)}"
+    with pytest.raises(DataError, match=words):
+        make({"before": before.path, "new": two["one"]}, tmp_path / "data", given)
+    assert not (tmp_path / "data").exists()
+    if fraction < 0.2:
+        make({"before": before.path}, tmp_path / "alone", given)  # its own fraction is that of all
+    else:  # of one store nothing is scored, and it trains on less than the other
+        make({"before": before.path / "train", "new": two["one"]}, tmp_path / "bare", given)
+
+
 def test_what_a_killed_one_left_is_removed(two: dict[str, SourceSpec], given: TokenizerSpec, tmp_path: Path) -> None:
     whole = snapshot(make(two, tmp_path / "data", given).path)
     (tmp_path / "data" / "held_out").rename(tmp_path / "data" / ".held_out.tmp-1")
