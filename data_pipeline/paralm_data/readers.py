@@ -260,15 +260,26 @@ def place(spec: SourceSpec, part: Part, record: Record) -> str:
 
 @lru_cache(maxsize=64)
 def lines_before(part: Part) -> int:
-    """Lines of a file that begin before the part does."""
+    """Lines of a file that begin before the part does. A later part of the file that was asked about last is counted
+    from that one on, so asking in order reads a file once.
+    """
+    global _counted
     assert part.path is not None
-    left, lines, ends_line = part.start, 0, True
+    file = (part.path, part.size, part.modified)
+    last, at, newlines = _counted
+    if last != file or at >= part.start:
+        at = newlines = 0
     with open_input(part.path) as stream:
-        while left > 0 and (data := stream.read(min(CHUNK, left))):
-            left -= len(data)
-            lines += data.count(b"\n")
-            ends_line = data.endswith(b"\n")
-    return lines + (not ends_line)
+        stream.seek(at)
+        # Every line but the first begins after a newline, none of them after the part's last byte before it.
+        while at < part.start - 1 and (data := stream.read(min(CHUNK, part.start - 1 - at))):
+            at += len(data)
+            newlines += data.count(b"\n")
+    _counted = (file, at, newlines)
+    return newlines + (part.start > 0)
+
+
+_counted: tuple[tuple[Path, int, int] | None, int, int] = (None, 0, 0)  # a file, bytes of it, newlines in those
 
 
 def _not_utf8(data: bytes, error: UnicodeDecodeError) -> str:

@@ -8,6 +8,7 @@ equal keys in different runs and shards, the partitions (:mod:`paralm_data.dupli
 
 from __future__ import annotations
 
+import itertools
 import json
 from array import array
 from collections import Counter
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from paralm_data import minhash
 from paralm_data.errors import DataError
 from paralm_data.progress import Delta
+from paralm_data.readers import Record
 from paralm_data.rules import broken_rule
 from paralm_data.scratch import Files
 from paralm_data.sources import Shard
@@ -66,14 +68,14 @@ class Scan:
         with Files(self.marker) as files:
             rows, keys = _Rows(files), _Keys(files)
             rules: Counter[str] = Counter()
-            bad: list[tuple[str, str]] = []
+            bad: list[Record] = []
             told = work = 0.0
             documents = size = 0
             for record in self.shard.records(self.steps.max_document_bytes):
                 if record.problem is not None:
-                    bad.append((self.shard.place(record), record.problem))
+                    bad.append(record)
                     if len(bad) > self.limit:
-                        raise too_many(bad[-1], len(bad), self.limit)
+                        raise too_many((self.shard.place(record), record.problem), len(bad), self.limit)
                     rows.add(BAD, 0, 0)
                     continue
                 text = self._steps(record.text)
@@ -199,8 +201,12 @@ def first_of_each(keys: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.uint64]]
     return keys[~again], keys["record"][again]
 
 
-def bad_records(marker: Path) -> Iterator[tuple[str, str]]:
-    """(place, problem) of each bad record that a scan met."""
-    path = marker.with_suffix(".bad")
+def bad_records(scan: Scan) -> Iterator[tuple[str, str]]:
+    """(place, problem) of each bad record that a scan met. The places are looked for here: to count the lines before a
+    part of a file, the scans' workers would each read all that is before it.
+    """
+    path = scan.marker.with_suffix(".bad")
     if path.exists():
-        yield from json.loads(path.read_bytes())
+        for record in itertools.starmap(Record, json.loads(path.read_bytes())):
+            assert record.problem is not None
+            yield scan.shard.place(record), record.problem

@@ -23,7 +23,7 @@ from paralm_data.atomic import sync_folder
 from paralm_data.errors import DataError, reason
 
 NAME = ".work"  # in the prepared folder, gone when that is whole
-VERSION = 2  # of the files that tasks leave
+VERSION = 3  # of the files that tasks leave
 BLOCK = 1 << 20  # bytes read or written at once
 
 

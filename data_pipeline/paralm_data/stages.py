@@ -48,12 +48,13 @@ SPLITS = ("train", "held_out")
 
 @dataclass(frozen=True)
 class Survey:
-    """A source, every record of which has its fate: per shard, in order, the marker of its fates and what it holds."""
+    """A source, every record of which has its fate: per shard, in order, the marker of its fates and what it holds, and
+    the scan."""
 
     shards: list[Shard]
     choices: list[Path]
     chosen: list[dict[str, Any]]
-    scans: list[Path]
+    scans: list[Scan]
     counts: Counts
 
     def bad(self) -> Iterator[tuple[str, str]]:
@@ -125,13 +126,13 @@ class Stages:
         ]  # fmt: skip
         chosen = self.run("choosing", choices, quiet=True)
         counts = _counts(scanned, chosen)
-        return Survey(parts, [c.marker for c in choices], chosen, [s.marker for s in scans], counts)
+        return Survey(parts, [c.marker for c in choices], chosen, scans, counts)
 
     def _scan(self, title: str, scans: list[Scan]) -> list[dict[str, Any]]:
         scanned = self.run(title, scans)
         bad = sum(found["bad"] for found in scanned)
         if bad > self._limit:
-            every = itertools.chain.from_iterable(bad_records(scan.marker) for scan in scans)
+            every = itertools.chain.from_iterable(map(bad_records, scans))
             raise too_many(next(itertools.islice(every, self._limit, None)), bad, self._limit)
         return scanned
 
@@ -161,7 +162,7 @@ class Stages:
             key = key_of("draw", bound, *self._texts(survey))
             folder = self._scratch / f"draw-{key}"
             tasks = [
-                Draw(shard, self._steps, scan, choice, size, folder, bound)
+                Draw(shard, self._steps, scan.marker, choice, size, folder, bound)
                 for shard, scan, choice, size in zip(survey.shards, survey.scans, survey.choices, sizes)
             ]
             drawn = self.run("sampling", tasks)
@@ -179,7 +180,7 @@ class Stages:
         names = [SPLITS[(KEPT, HELD_OUT).index(fate)] for fate in fates]
         threads = self._threads or self._executor.threads(len(survey.shards))
         tasks = [
-            Tokenize(shard, steps, scan, choice, survey.size(i, names), folder, fates, model, sha256, threads)
+            Tokenize(shard, steps, scan.marker, choice, survey.size(i, names), folder, fates, model, sha256, threads)
             for i, (shard, scan, choice) in enumerate(zip(survey.shards, survey.scans, survey.choices))
         ]
         self.run(title, tasks)

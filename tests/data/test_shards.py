@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from paralm_data import DataError, SourceSpec, documents, readers, shards
 from paralm_data.readers import lines_before
+from paralm_data.scanning import Scan, bad_records
 from paralm_data.sources import Shard
+from paralm_data.steps import StepsSpec
 
 relaxed = settings(
     deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
@@ -44,6 +47,34 @@ def test_ranges_of_bytes_hold_each_line_once(
     for _ in range(2):
         assert told(shards(spec, shard_bytes), max_bytes) == whole
     lines_before.cache_clear()  # the file is another one next time
+    readers._counted = (None, 0, 0)
+
+
+def test_all_places_of_bad_records_take_one_reading_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, read = tmp_path / "a.jsonl", 0
+    path.write_bytes(b"no json\n\n" * 100)
+    scans = [
+        Scan(shard, StepsSpec(), True, 100, tmp_path / "scan")
+        for shard in shards(SourceSpec("jsonl", paths=(str(path),)), 30)
+    ]
+    with monkeypatch.context() as scanning:
+        scanning.setattr(readers, "lines_before", lambda part: pytest.fail("a worker reads what is before its part"))
+        for scan in scans:
+            list(scan.run())
+
+    class Counted(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            nonlocal read
+            found = super().read(size)
+            read += len(found)
+            return found
+
+    monkeypatch.setattr(readers, "open_input", lambda path: Counted(path.read_bytes()))
+    places = [place for scan in scans for place, _ in bad_records(scan)]
+    assert places == [f"{path}:{line}" for line in range(1, 200, 2)]
+    assert 0 < read < path.stat().st_size
 
 
 @pytest.mark.parametrize("shard_bytes", [10, 1000, 20_000, 1 << 20])
