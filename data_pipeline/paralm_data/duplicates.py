@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from paralm_data.progress import Delta
 from paralm_data.scanning import BAD, DUPLICATE, EMPTY, HELD_OUT, KEPT, KEY, NEAR_DUPLICATE, ROW, RULE, first_of_each
-from paralm_data.scratch import Files, blocks, map_array, read_array
+from paralm_data.scratch import Files, blocks, map_array
 
 PARTITION = 1 << 18  # keys decided at once: about 12 MB
 _SHARD = 32  # bits of a record's number in its shard, with the bit that says which kind of key
@@ -168,5 +168,6 @@ class Choose:
 
 
 def fates_of(marker: Path) -> NDArray[np.uint8]:
-    """What :class:`Choose` decided of each record of a shard."""
-    return read_array(marker.with_suffix(".fates"), np.uint8)
+    """What :class:`Choose` decided of each record of a shard, mapped; none where there is no file."""
+    path = marker.with_suffix(".fates")
+    return map_array(path, np.uint8, None if path.exists() else 0)

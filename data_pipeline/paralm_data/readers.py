@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, Protocol
 
 from paralm_data import stdlib
 from paralm_data.errors import DataError, reason
@@ -47,7 +47,15 @@ class Record(NamedTuple):
     origin: str | None = None
 
 
-Skip = Sequence[bool] | None
+class Flags(Protocol):
+    """A truth value of each record of a shard, in order."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[bool]: ...
+
+
+Skip = Flags | None
 _Reader = Callable[[SourceSpec, Part, int, "int | None", Iterator[bool]], Iterator[Record]]
 
 

@@ -7,15 +7,31 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from paralm_data.duplicates import fates_of
 from paralm_data.errors import DataError
 from paralm_data.readers import Record
 from paralm_data.scanning import ROW
-from paralm_data.scratch import map_array
+from paralm_data.scratch import BLOCK, map_array
 from paralm_data.sources import Shard
 from paralm_data.split import digest
 from paralm_data.steps import StepsSpec
+
+
+@dataclass(frozen=True)
+class _Others:
+    """Of each record, in order, whether its fate is none of those ``wanted``; without a list of all of them."""
+
+    fates: NDArray[np.uint8]
+    wanted: Collection[int]
+
+    def __len__(self) -> int:
+        return len(self.fates)
+
+    def __iter__(self) -> Iterator[bool]:
+        for at in range(0, len(self.fates), BLOCK):
+            yield from np.isin(self.fates[at : at + BLOCK], list(self.wanted), invert=True).tolist()
 
 
 @dataclass(frozen=True)
@@ -53,11 +69,10 @@ class Reading:
         fates = fates_of(self.choice)
         positions = map_array(self.scan.with_suffix(".rows"), ROW, len(fates))["position"]
         other: Record | None = None  # the first whose text is another
-        skip = ~np.isin(fates, list(wanted))
         count = size = 0
-        for record in self.shard.records(self.steps.max_document_bytes, skip.tolist()):
+        for record in self.shard.records(self.steps.max_document_bytes, _Others(fates, wanted)):
             count += 1
-            if skip[count - 1]:
+            if fates[count - 1] not in wanted:
                 continue
             if record.problem is not None:
                 raise self._changed(record.problem, self.shard.place(record))

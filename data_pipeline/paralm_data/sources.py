@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -64,7 +64,7 @@ class Shard:
         same = self.parts[0].path is None and not self.parts[0].modified
         return f"{'remove .work in the folder it is prepared in and ' if same else ''}the same command reads it anew"
 
-    def records(self, max_bytes: int | None = None, skip: Sequence[bool] | None = None) -> Iterator[Record]:
+    def records(self, max_bytes: int | None = None, skip: readers.Skip = None) -> Iterator[Record]:
         """Its records in a fixed order, good and bad; ``max_bytes``: a longer one is bad. The text of the records that
         ``skip`` is true for is not read. DataError for a file that is damaged as a whole.
         """

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,8 +15,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from paralm_data import DataError, SourceSpec, documents, readers, shards
-from paralm_data.readers import lines_before
-from paralm_data.scanning import Scan, bad_records
+from paralm_data.readers import Record, lines_before
+from paralm_data.reading import Reading
+from paralm_data.scanning import KEPT, ROW, Scan, bad_records
 from paralm_data.sources import Shard
 from paralm_data.steps import StepsSpec
 
@@ -75,6 +78,31 @@ def test_all_places_of_bad_records_take_one_reading_of_the_file(
     places = [place for scan in scans for place, _ in bad_records(scan)]
     assert places == [f"{path}:{line}" for line in range(1, 200, 2)]
     assert 0 < read < path.stat().st_size
+
+
+def test_reading_again_takes_no_memory_for_each_record(tmp_path: Path) -> None:
+    """As of a dataset, which is one shard however many records it has."""
+    count = 10_000_000
+    for name, size in (("a.fates", count), ("a.rows", count * ROW.itemsize)):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(size)
+
+    class One(Shard):
+        def records(self, max_bytes: int | None = None, skip: readers.Skip = None) -> Iterator[Record]:
+            assert skip is not None
+            assert len(skip) == count
+            assert not next(iter(skip))
+            yield Record(0, 0, "text")
+
+    marker = tmp_path / "a.json"
+    reading = Reading(One(SourceSpec()), StepsSpec(), marker, marker, 4, tmp_path)
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match="it has 1 records, and had 10,000,000"):
+            list(reading.texts({KEPT}))
+        assert tracemalloc.get_traced_memory()[1] < 2 * count
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("shard_bytes", [10, 1000, 20_000, 1 << 20])
