@@ -349,8 +349,10 @@ class TrainingSamples:
         needle, question = wording.needle(value[None])[0], wording.question(value[None])[0]
         room = length - len(wording.instruction) - len(needle) - len(question)
         lines = [self._noise[stream.below(len(self._noise))]]
-        while sum(map(len, lines)) < room:
+        drawn = len(lines[0])
+        while drawn < room:
             lines.append(self._noise[stream.below(len(self._noise))])
+            drawn += len(lines[-1])
         filler = Filler.of(lines)
         before = filler.line_end(stream.below(room + 1), room)
         hay, start = filler.tokens(0, room), len(wording.instruction) + before

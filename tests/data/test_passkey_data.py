@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -92,6 +93,21 @@ def test_a_training_document_is_what_it_says(tokenizer: Tokenizer, loss: str) ->
     again = samples.sample(5, samples.length(5 * 7919))
     assert again.tokens.tolist() == samples.sample(5, samples.length(5 * 7919)).tokens.tolist()
     assert again.key != samples.sample(6, samples.length(5 * 7919)).key
+
+
+def test_the_lines_of_a_long_document_are_measured_once(tokenizer: Tokenizer) -> None:
+    measured = 0
+
+    class Line(np.ndarray[Any, Any]):
+        def __len__(self) -> int:
+            nonlocal measured
+            measured += 1
+            return super().__len__()
+
+    samples = TrainingSamples(tokenizer, 4001, 4001)
+    samples._noise = [line.view(Line) for line in samples._noise]
+    samples.sample(5, 4001)
+    assert 100 < measured < 4001  # a line has more than two tokens
 
 
 def test_sizes_that_do_not_fit_are_refused_in_one_line(tokenizer: Tokenizer) -> None:
