@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from paralm_data import minhash, rules
 from paralm_data.atomic import write_file
@@ -205,25 +206,36 @@ class Stages:
             shuffled = random_permutation(len(tasks), self._steps.shuffle_seed, 0, "shards")
             order = shuffled(np.arange(len(tasks))).tolist()
         meter = Meter(f"writing {name}", self._report, float(len(tasks)))
+        tokens_dtype = f"<{np.dtype(dtype_of(model)).str[1:]}"
         for index in order:
             marker = tasks[index].marker
-            count, digest = (read_marker(marker) or {})[name]
-            told = hashlib.sha256()
-            for block in blocks(marker.with_suffix(f".{name}.tokens"), f"<{np.dtype(dtype_of(model)).str[1:]}"):
-                told.update(block.data)
+            written = (read_marker(marker) or {})[name]
+            tokens, *ends = [
+                _as_written(marker.with_suffix(f".{name}.{what}"), dtype, *written[what])
+                for what, dtype in (("tokens", tokens_dtype), ("lengths", "<u8"), ("bytes", "<u8"))
+            ]
+            for block in tokens:
                 writer.append(block)
                 meter.add(0, 0, len(block))
-            if told.hexdigest() != digest:
-                raise DataError(
-                    f"{marker.with_suffix(f'.{name}.tokens')}: damaged: not the {count} tokens that were written; "
-                    f"remove {marker.parent} and the same command makes them again"
-                )
-            ends = [blocks(marker.with_suffix(f".{name}.{what}"), "<u8") for what in ("lengths", "bytes")]
             for lengths, n_bytes in zip(*ends, strict=True):
                 writer.append_documents(lengths, n_bytes)
                 meter.add(len(lengths), int(n_bytes.sum()))
             meter.add(0, 0, 0, 1.0)
         meter.done()
+
+
+def _as_written(path: Path, dtype: str, count: int, digest: str) -> Iterator[NDArray[Any]]:
+    """A file of numbers, a block at a time. DataError after the last one unless they are those that were written."""
+    told = hashlib.sha256()
+    for block in blocks(path, dtype):
+        told.update(block.data)
+        yield block
+    if told.hexdigest() != digest:
+        what = path.suffix[1:] if path.suffix == ".tokens" else "entries"
+        raise DataError(
+            f"{path}: damaged: not the {count} {what} that were written; remove {path.parent} and the same command "
+            "makes them again"
+        )
 
 
 def _counts(scanned: list[dict[str, Any]], chosen: list[dict[str, Any]]) -> Counts:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from paralm_data.errors import DataError
 from paralm_data.progress import Delta
@@ -44,33 +45,48 @@ class Tokenize(Reading):
     threads: int = 1
 
     def run(self) -> Generator[Delta, None, dict[str, Any]]:
-        """Result: of each store's tokens the number and the SHA-256."""
+        """Result: of each store's files (``tokens``, ``lengths``, ``bytes``) the number of entries and the SHA-256."""
         model = _tokenizer(self.model, self.sha256)
         batch = _Batch()
         with Files(self.marker) as files:
-            told: dict[str, list[Any]] = {name: [0, hashlib.sha256()] for name in self.stores.values()}
+            told = {name: {what: _Told() for what in ("tokens", "lengths", "bytes")} for name in self.stores.values()}
             for fate, text, n_bytes in self.texts(self.stores):
                 batch.add(self.stores[fate], text, n_bytes)
                 if batch.size >= BATCH_BYTES:
                     yield self._write(batch, model, files, told)
                     batch = _Batch()
             yield self._write(batch, model, files, told)
-            return files.finish({name: [count, digest.hexdigest()] for name, (count, digest) in told.items()})
+            return files.finish(
+                {
+                    name: {what: [file.count, file.digest.hexdigest()] for what, file in parts.items()}
+                    for name, parts in told.items()
+                }
+            )
 
-    def _write(self, batch: _Batch, model: Tokenizer, files: Files, told: dict[str, list[Any]]) -> Delta:
+    def _write(self, batch: _Batch, model: Tokenizer, files: Files, told: dict[str, dict[str, _Told]]) -> Delta:
         ids = model.encode_arrays(batch.texts, self.threads)
         tokens_in_all = 0
         for name in dict.fromkeys(batch.names):
             mine = [i for i, own in enumerate(batch.names) if own == name]
             tokens, lengths = pack([ids[i] for i in mine], model, self.shard.label)
-            data = tokens.data
-            files.write(f".{name}.tokens", data)
-            files.write(f".{name}.lengths", lengths.astype("<u8").tobytes())
-            files.write(f".{name}.bytes", np.array([batch.bytes[i] for i in mine], "<u8").tobytes())
-            told[name][0] += len(tokens)
-            told[name][1].update(data)
+            sizes = np.array([batch.bytes[i] for i in mine], "<u8")
+            for what, entries in (("tokens", tokens), ("lengths", lengths.astype("<u8")), ("bytes", sizes)):
+                files.write(f".{name}.{what}", entries)
+                told[name][what].add(entries)
             tokens_in_all += len(tokens)
         return Delta(len(batch.texts), batch.size, tokens_in_all, batch.size)
+
+
+@dataclass
+class _Told:
+    """What was written to a file."""
+
+    count: int = 0
+    digest: Any = field(default_factory=hashlib.sha256)
+
+    def add(self, entries: NDArray[Any]) -> None:
+        self.count += len(entries)
+        self.digest.update(entries.data)
 
 
 @dataclass

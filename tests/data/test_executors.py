@@ -356,12 +356,16 @@ def test_damaged_work_in_progress_is_found(big: Path, expected: dict[str, str], 
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         run(big, out, AtTheEnd(), 1)
-    victim = max(out.glob(".work/tokenize-*/*.train.tokens"), key=lambda path: path.stat().st_size)
-    data = bytearray(victim.read_bytes())
-    data[len(data) // 2] ^= 1
-    victim.write_bytes(data)
-    with pytest.raises(DataError, match=r"\.train\.tokens: damaged: not the \d+ tokens that were written; remove"):
-        run(big, out, "local", 1)
+    for ending, what in (("bytes", "entries"), ("lengths", "entries"), ("tokens", "tokens")):
+        victim = max(out.glob(f".work/tokenize-*/*.train.{ending}"), key=lambda path: path.stat().st_size)
+        whole = victim.read_bytes()
+        data = bytearray(whole)
+        data[len(data) // 2] ^= 1
+        victim.write_bytes(data)
+        with pytest.raises(DataError, match=rf"\.{ending}: damaged: not the \d+ {what} that were written; remove"):
+            run(big, out, "local", 1)
+        if ending != "tokens":
+            victim.write_bytes(whole)
     for path in victim.parent.iterdir():
         path.unlink()
     assert tree(run(big, out, "local", 1).path) == expected
