@@ -3,8 +3,8 @@
 Documents are ordered as in the source. A document is dropped if an earlier one has one of its keys: the digest of its
 text (an exact duplicate), or a band of its MinHash signature (a near-duplicate). That is a function of the source
 alone, and no two documents that are kept share a key. The keys' range is cut into partitions of
-about PARTITION keys, and each is decided by itself (:class:`Partition`); then each shard gathers what was decided of
-its own (:class:`Choose`).
+about PARTITION keys, and each is decided by itself (:class:`Partition`); what all of them decided of GROUP shards is
+gathered in one file (:class:`Gather`), in which each shard finds its own (:class:`Choose`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from paralm_data.progress import Delta
 from paralm_data.scanning import BAD, DUPLICATE, EMPTY, HELD_OUT, KEPT, KEY, NEAR_DUPLICATE, ROW, RULE, first_of_each
 from paralm_data.scratch import Files, blocks, map_array
 
-PARTITION = 1 << 18  # keys decided at once: about 12 MB
+PARTITION = 1 << 20  # keys decided at once: about 50 MB
+GROUP = 64  # shards
 _SHARD = 32  # bits of a record's number in its shard, with the bit that says which kind of key
 
 
@@ -93,18 +94,60 @@ def _later(keys: NDArray[Any]) -> NDArray[np.uint64]:
 
 
 @dataclass(frozen=True)
+class Gather:
+    """A task: ``.later`` of the shards ``first`` to ``end`` - 1, out of those of all ``count`` partitions, which lie in
+    ``partitions``. If each shard looked in all of them, files would be opened shards times partitions times.
+    """
+
+    partitions: Path
+    count: int
+    first: int
+    end: int
+    folder: Path
+
+    @property
+    def label(self) -> str:
+        return f"duplicates, shards from {self.first + 1} on"
+
+    @property
+    def marker(self) -> Path:
+        return self.folder / f"{self.first:08d}.json"
+
+    @property
+    def weight(self) -> float:
+        return 1.0
+
+    def run(self) -> Generator[Delta, None, dict[str, Any]]:
+        """Result: how many."""
+        found = []
+        for number in range(self.count):
+            later = map_array(self.partitions / f"{number:06d}.later", "<u8")
+            found.append(np.array(_of_shards(later, self.first, self.end)))
+            yield Delta()
+        later = np.unique(np.concatenate(found))
+        with Files(self.marker) as files:
+            files.write(".later", later)
+            return files.finish({"later": len(later)})
+
+
+def _of_shards(later: NDArray[np.uint64], first: int, end: int) -> NDArray[np.uint64]:
+    """What a ``.later`` file has of the shards ``first`` to ``end`` - 1."""
+    a, b = np.searchsorted(later, np.array([first << _SHARD, end << _SHARD], np.uint64))
+    return later[a:b]
+
+
+@dataclass(frozen=True)
 class Choose:
     """A task: the fate of every record of a shard, in ``.fates``, a byte each.
 
-    ``scan``: the marker of the shard's scan. ``partitions``: their folder, with ``count`` of them; none: nothing is
-    dropped. ``held_out``: the fraction, None for a set that is kept whole.
+    ``scan``: the marker of the shard's scan. ``later``: a file with its records that are not the first of their keys;
+    none: nothing is dropped. ``held_out``: the fraction, None for a set that is kept whole.
     """
 
     scan: Path
     shard: int
     name: str
-    partitions: Path | None
-    count: int
+    later: Path | None
     held_out: float | None
     folder: Path
 
@@ -129,9 +172,9 @@ class Choose:
         with Files(self.marker) as files:
             for rows in blocks(self.scan.with_suffix(".rows"), ROW, 1 << 18):
                 fates = rows["fate"].copy()
-                for kind, instead_of in ((DUPLICATE, (KEPT, NEAR_DUPLICATE)), (NEAR_DUPLICATE, (KEPT,))):
-                    records = dropped[kind]
-                    here = records[(records >= at) & (records < at + len(rows))] - at
+                for kind, records in dropped.items():
+                    instead_of = (KEPT, NEAR_DUPLICATE) if kind == DUPLICATE else (KEPT,)
+                    here = records[slice(*np.searchsorted(records, (at, at + len(rows))))] - at
                     fates[here[np.isin(fates[here], instead_of)]] = kind
                 kept = fates == KEPT
                 positions = rows["position"].astype(np.float64) / 2.0**64  # exactly what split.position gives
@@ -155,15 +198,12 @@ class Choose:
             )  # fmt: skip
 
     def _dropped(self) -> dict[int, NDArray[np.int64]]:
-        """Fate → records of this shard that have it; an exact duplicate of some has the bands of others, too."""
-        found: list[NDArray[Any]] = []
-        first = self.shard << _SHARD
-        for number in range(self.count if self.partitions is not None else 0):
-            assert self.partitions is not None
-            later = map_array(self.partitions / f"{number:06d}.later", "<u8")
-            a, b = np.searchsorted(later, np.array([first, first + (1 << _SHARD)], np.uint64))
-            found.append(np.array(later[a:b]) - np.uint64(first))
-        own = np.concatenate(found).astype(np.int64) if found else np.empty(0, np.int64)
+        """Fate → records of this shard that have it, ascending; an exact duplicate of some has the bands of others,
+        too."""
+        if self.later is None:
+            return {}
+        own = _of_shards(map_array(self.later, "<u8"), self.shard, self.shard + 1).astype(np.int64)
+        own &= (1 << _SHARD) - 1
         return {DUPLICATE: own[own & 1 == 0] >> 1, NEAR_DUPLICATE: own[own & 1 == 1] >> 1}
 
 

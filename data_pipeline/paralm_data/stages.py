@@ -4,6 +4,7 @@
 
     scan       a shard: records, rules, digests, signatures          scanning.py
     partition  a range of keys: which documents are later ones       duplicates.py
+    gather     some shards: what all ranges say of them              duplicates.py
     choose     a shard: the fate of each record                      duplicates.py
     draw       a shard: pieces for the tokenizer's sample            sampling.py
     tokenize   a shard: its tokens                                   tokenizing.py
@@ -28,7 +29,7 @@ from numpy.typing import NDArray
 
 from paralm_data import minhash, rules
 from paralm_data.atomic import write_file
-from paralm_data.duplicates import PARTITION, Choose, Partition
+from paralm_data.duplicates import GROUP, PARTITION, Choose, Gather, Partition
 from paralm_data.errors import DataError
 from paralm_data.executors import Executor, Task
 from paralm_data.permutation import random_permutation
@@ -116,15 +117,12 @@ class Stages:
         scanned = self._scan(f"reading {name}".rstrip(), scans)
         plan_key = key_of(stage, [shard.key for shard in parts])
         keys = sum(found["runs"][-1] for found in scanned)
-        partitions = self._partitions(plan_key, scans, scanned, keys)
+        later = self._later(plan_key, scans, scanned, keys)
         folder = self._scratch / f"choose-{key_of(plan_key, held_out)}"
         choices = [
-            Choose(
-                scan.marker, i, shard.label, partitions[0].folder if partitions else None, len(partitions), held_out,
-                folder,
-            )
+            Choose(scan.marker, i, shard.label, later[i], held_out, folder)
             for i, (shard, scan) in enumerate(zip(parts, scans))
-        ]  # fmt: skip
+        ]
         chosen = self.run("choosing", choices, quiet=True)
         counts = _counts(scanned, chosen)
         return Survey(parts, [c.marker for c in choices], chosen, scans, counts)
@@ -137,11 +135,12 @@ class Stages:
             raise too_many(next(itertools.islice(every, self._limit, None)), bad, self._limit)
         return scanned
 
-    def _partitions(
+    def _later(
         self, plan_key: str, scans: list[Scan], scanned: list[dict[str, Any]], keys: int
-    ) -> list[Partition]:
+    ) -> Sequence[Path | None]:
+        """Of each shard, where its records that are not the first of their keys are found."""
         if not keys:
-            return []
+            return [None] * len(scans)
         plan = self._scratch / f"plan-{plan_key}.json"
         runs = [[str(scan.marker), found["runs"]] for scan, found in zip(scans, scanned)]
         content = json.dumps(runs).encode()
@@ -151,7 +150,12 @@ class Stages:
         folder = self._scratch / f"partition-{key_of(plan_key, count)}"
         tasks = [Partition(plan, i, count, folder) for i in range(count)]
         self.run("finding duplicates", tasks, quiet=count == 1)
-        return tasks
+        if count == 1:
+            return [tasks[0].marker.with_suffix(".later")] * len(scans)
+        gathered = self._scratch / f"gather-{key_of(plan_key, count, GROUP)}"
+        groups = [Gather(folder, count, i, min(i + GROUP, len(scans)), gathered) for i in range(0, len(scans), GROUP)]
+        self.run("gathering duplicates", groups, quiet=True)
+        return [groups[i // GROUP].marker.with_suffix(".later") for i in range(len(scans))]
 
     def draw(self, survey: Survey, limit: int) -> list[Draw]:
         """Draw pieces of the train text for a uniform sample of ``limit`` bytes, or all there is; returns the tasks

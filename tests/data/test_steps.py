@@ -24,10 +24,13 @@ from paralm_data import (
     prepare,
     rules,
 )
+from paralm_data.duplicates import fates_of
 from paralm_data.executors.local import LocalExecutor
 from paralm_data.preparation import Execution, Prepared
 from paralm_data.sampling import sample_of
-from paralm_data.split import Distinct, is_held_out
+from paralm_data.scanning import DUPLICATE, HELD_OUT, KEPT
+from paralm_data.scratch import map_array
+from paralm_data.split import Distinct, digest, is_held_out
 from paralm_data.stages import Stages
 from paralm_data.steps import LanguageRule, LengthRule, MinHashRule, StepsSpec
 from paralm_data.tokenizer_training import Sample
@@ -325,6 +328,30 @@ def test_no_two_documents_that_are_kept_share_a_key_and_every_other_has_an_earli
         seen |= keys
     assert 10 < len(wanted) < len(texts) - 30
     assert kept(result) == set(wanted)
+
+
+def test_a_shard_does_not_look_for_its_duplicates_in_every_partition(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+
+    def counted(path: Path, *arguments: Any) -> Any:
+        opened.append(path.suffix)
+        return map_array(path, *arguments)
+
+    monkeypatch.setattr("paralm_data.stages.PARTITION", 8)
+    monkeypatch.setattr("paralm_data.stages.GROUP", 10)
+    monkeypatch.setattr("paralm_data.duplicates.map_array", counted)
+    texts = [f"text {number * number % 41} of some length" for number in range(100)]
+    stages = Stages(tmp_path / "work", LocalExecutor(1), None, StepsSpec(), 250, 0, 1)
+    survey = stages.survey(jsonl(tmp_path / "a.jsonl", texts), held_out=0.3)
+    fates = [HELD_OUT if is_held_out(digest(text), 0.3) else KEPT for text in texts]
+    wanted = [DUPLICATE if text in texts[:i] else fate for i, (text, fate) in enumerate(zip(texts, fates))]
+    assert [int(fate) for marker in survey.choices for fate in fates_of(marker)] == wanted
+    partitions = len(list(tmp_path.glob("work/partition-*/*.later")))
+    assert len(survey.shards) == 14
+    assert partitions > 5
+    assert opened.count(".later") == 2 * partitions + 14
 
 
 def test_a_signature_does_not_depend_on_the_process() -> None:
