@@ -92,11 +92,12 @@ def run_process(
     environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
     if options.device == "cpu":
         environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(options.threads)}
-    patience = min(seconds, STARTING + len(lengths) * (10 * options.limit + COMPILING))
+    patience = STARTING + len(lengths) * (10 * options.limit + COMPILING)
     try:
         done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, errors="replace", timeout=patience, check=False
-        )
+            command, env=environment, capture_output=True, text=True, errors="replace", timeout=min(seconds, patience),
+            check=False,
+        )  # fmt: skip
         text, problem = done.stdout, {}
         if done.returncode in (-signal.SIGALRM, -signal.SIGPROF):
             problem = {"over": options.limit}
@@ -107,7 +108,7 @@ def run_process(
     except subprocess.TimeoutExpired as error:
         out = error.stdout or b""
         text = out.decode(errors="replace") if isinstance(out, bytes) else out
-        problem = {"error": f"nothing measured after {patience:.0f} s"}
+        problem = {"error": timing.NOT_MEASURED if seconds < patience else f"nothing measured after {patience:.0f} s"}
     rows: list[Row] = [json.loads(line[4:]) for line in text.splitlines() if line.startswith("ROW ")]
     if problem and len(rows) < len(lengths):
         rows.append({"length": lengths[len(rows)], **problem})
@@ -247,7 +248,9 @@ def main(arguments: list[str] | None = None) -> int:
             file.flush()
     known = subjects()
     if same:  # what was not measured anew stays
-        done = {**{key_of(row): row for row in before["rows"]}, **done}
+        kept = {key_of(row): row for row in before["rows"]}
+        over = {key for key in kept if done.get(key, {}).get("error") == timing.NOT_MEASURED}
+        done = {**kept, **{key: row for key, row in done.items() if key not in over}}
     order = list(known)
     rows = [row for row in done.values() if row["subject"] in known]
     rows.sort(key=lambda row: (order.index(row["subject"]), row["batch"], row["length"]))

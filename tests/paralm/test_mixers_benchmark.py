@@ -63,6 +63,18 @@ def test_one_subject_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert json.loads(output.read_text()) == content
 
 
+def test_what_minutes_leave_out_stays_as_it_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what was never measured says so."""
+    measured = {"samples": [1.0], "seconds": {"median": 1.0}, "memory_bytes": 1}
+    monkeypatch.setattr(benchmark, "run_process", lambda *_: [{"length": 8, **measured}])
+    output, only = tmp_path / "mixers.json", ["--only", "paralm elman", "--lengths"]
+    before = run(output, *only, "8")
+    assert benchmark.main([*TINY, f"--output={output}", *only, "8", "16", "--minutes=1e-9"]) == 0
+    rows = {row["length"]: row for row in json.loads(output.read_text())["rows"]}
+    assert rows[8] == before["rows"][0]
+    assert "the minutes were over" in rows[16]["error"]
+
+
 def test_past_the_limit_a_case_ends_and_longer_ones_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     options, tried = benchmark.parse([*TINY, "--limit=0.0005"]), []
     run_process = benchmark.run_process
