@@ -99,7 +99,7 @@ def norm_backward_kernel(
         if GATE == 1:
             put_rows(to_gate_ptr, grad * n * w[None, :] * slope, row, channel, inside, SIZE)
             grad *= a
-        to_weight += grad * n
+        to_weight += tl.where(inside, grad * n, 0.0)  # of a row that is not there n may be 0 / 0, without eps
         grad *= w[None, :]
         along = tl.sum(grad * n, 1) / GROUP
         back = grad - n * along[:, None]
@@ -112,7 +112,7 @@ def norm_backward_kernel(
         put_rows(to_x_ptr, back, row, channel, inside, SIZE)
         if SKIP > 0:
             put_rows(to_v_ptr, back * d[None, :], row, channel, inside, SIZE)
-            to_skip += back * v
+            to_skip += tl.where(inside, back * v, 0.0)
     sums = tl.program_id(0).to(tl.int64) * SIZE + channel
     tl.store(to_weight_ptr + sums, tl.sum(to_weight, 0), mask=at < GROUP)
     if SKIP > 0:

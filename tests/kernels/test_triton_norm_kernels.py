@@ -37,6 +37,18 @@ def test_they_are_the_composite(form, rows, channels):
         torch.testing.assert_close(value, other, **CLOSE)
 
 
+def test_without_eps_rows_that_are_not_there_give_nothing():
+    """Of a tile of two rows, the last of three and the one after it."""
+    x, v, weight, d = (torch.randn(shape, dtype=torch.float64) for shape in ((3, 12), (3, 12), 12, 3))
+    leaves = [leaf.requires_grad_() for leaf in (x, v, weight, d)]
+    results = []
+    for method in ("torch", "triton"):
+        y = gated_norm(x, weight, 0.0, skip=(d, v), method=method)
+        results.append([y, *torch.autograd.grad(y.sin().sum(), leaves)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, **CLOSE)
+
+
 @every_form
 def test_low_precision_is_rounded_where_it_is_stored(form):
     leaves, options = random_case(form, (40,), torch.bfloat16)
