@@ -53,6 +53,17 @@ def test_a_cotangent_of_one_output_alone(outputs):
         torch.testing.assert_close(value, torch.zeros_like(value) if other is None else other, **CLOSE)
 
 
+def test_a_gradient_that_is_one_number_everywhere():
+    """As of a plain sum, which has no memory for each."""
+    arguments = random_arguments(6, 4, True)
+    for value, other in zip(
+        torch.autograd.grad(fused(*arguments)[0].sum(), arguments[:4]),
+        torch.autograd.grad(by_definition(*arguments)[0].sum(), arguments[:4]),
+        strict=True,
+    ):
+        torch.testing.assert_close(value, other, **CLOSE)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_part_of_a_projection_in_low_precision(dtype):
     """x is a slice, read where it lies; sums are in float32; no bias, no state."""

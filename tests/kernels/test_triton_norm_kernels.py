@@ -49,6 +49,20 @@ def test_without_eps_rows_that_are_not_there_give_nothing():
         torch.testing.assert_close(a, b, **CLOSE)
 
 
+def test_a_gradient_that_is_one_number_everywhere():
+    """As of a plain sum, which has no memory for each."""
+    x, weight = torch.randn(3, 12, dtype=torch.float64).requires_grad_(), torch.randn(12, dtype=torch.float64)
+    angles = rotary_angles(torch.arange(3)[None], 12, 100.0, torch.float64)
+    calls = (
+        lambda method: gated_norm(x, weight, 1e-5, method=method),
+        lambda method: swiglu(x, method=method),
+        lambda method: rotate(x[None, :, None], *angles, method=method),
+    )
+    for call in calls:
+        one, other = (torch.autograd.grad(call(method).sum(), x)[0] for method in ("torch", "triton"))
+        torch.testing.assert_close(one, other, **CLOSE)
+
+
 @every_form
 def test_low_precision_is_rounded_where_it_is_stored(form):
     leaves, options = random_case(form, (40,), torch.bfloat16)
