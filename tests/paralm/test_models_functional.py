@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 import torch.nn.functional as F
+from paralm_kernels import dry_run
 from torch import Tensor
 
 from paralm.models import functional, norms
@@ -62,6 +63,16 @@ def test_a_second_derivative_is_refused() -> None:
     (grad,) = torch.autograd.grad(rms_norm(x, normal(6), 1e-3).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.square().sum().backward()
+
+
+def test_a_gpus_kernels_are_for_many_rows_and_not_for_torchs_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.empty(4, 8, 6, device="meta")
+    assert not functional.fused(x)
+    with dry_run():
+        assert functional.fused(x)
+        assert not functional.fused(x[:, 1:])
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert not functional.fused(x)
 
 
 def test_swiglu() -> None:
