@@ -201,7 +201,7 @@ class _SwiGLU(torch.autograd.Function):
         ctx.save_for_backward(gate_up)
         dtype = torch.promote_types(gate_up.dtype, torch.float32)
         y: Tensor = fused.kernels("triton_norm", "swiglu: ").swiglu_forward(_rows(gate_up), dtype)
-        return y.view(*gate_up.shape[:-1], -1)
+        return y.view(*gate_up.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable

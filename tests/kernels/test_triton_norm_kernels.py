@@ -143,7 +143,9 @@ def test_under_activation_checkpointing():
 
 def test_nothing_in_nothing_out_and_no_second_derivative():
     weight = torch.ones(4, requires_grad=True)
-    assert gated_norm(torch.ones(0, 4), weight, 1e-5).shape == (0, 4)
+    for method in ("auto", "triton"):
+        assert gated_norm(torch.ones(0, 4), weight, 1e-5, method=method).shape == (0, 4)
+        assert swiglu(torch.ones(2, 0, 4), method=method).shape == (2, 0, 2)
     x = torch.randn(3, 4, requires_grad=True)
     (grad,) = torch.autograd.grad(gated_norm(x, weight, 1e-5, method="triton").sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
