@@ -64,6 +64,19 @@ def test_a_gradient_that_is_one_number_everywhere():
         torch.testing.assert_close(value, other, **CLOSE)
 
 
+def test_steps_further_apart_than_32_bits_count():
+    """Memory of which most is never touched, so there is none behind it."""
+    near, weight = torch.randn(1, 3, 4).bfloat16(), torch.randn(4, 2)
+    far = torch.empty((1 << 31) + 4, dtype=torch.bfloat16).as_strided((1, 3, 4), (4, 1 << 30, 1)).copy_(near)
+    results = []
+    for x in (near, far):
+        leaves = [leaf.detach().requires_grad_() for leaf in (x, weight)]
+        y, _ = fused(*leaves)
+        results.append([y, *torch.autograd.grad(y, leaves, torch.ones_like(y))])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_part_of_a_projection_in_low_precision(dtype):
     """x is a slice, read where it lies; sums are in float32; no bias, no state."""

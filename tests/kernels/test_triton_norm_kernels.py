@@ -63,6 +63,26 @@ def test_a_gradient_that_is_one_number_everywhere():
         torch.testing.assert_close(one, other, **CLOSE)
 
 
+def test_rows_further_apart_than_32_bits_count():
+    """Memory of which most is never touched, so there is none behind it."""
+    near = torch.randn(3, 12).bfloat16()
+    far = torch.empty((1 << 31) + 12, dtype=torch.bfloat16).as_strided((3, 12), (1 << 30, 1)).copy_(near)
+    angles, weight = rotary_angles(torch.arange(3)[None], 12, 100.0, torch.float32), torch.ones(12)
+    calls = (
+        lambda x: gated_norm(x, weight, 1e-5, x, skip=(weight, x), method="triton"),
+        lambda x: swiglu(x, method="triton"),
+        lambda x: rotate(x[None, :, None], *angles, method="triton"),
+    )
+    for call in calls:
+        results = []
+        for x in (near, far):
+            leaf = x.detach().requires_grad_()
+            y = call(leaf)
+            results.append([y, *torch.autograd.grad(y, leaf, torch.ones_like(y))])
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a, b)
+
+
 @every_form
 def test_low_precision_is_rounded_where_it_is_stored(form):
     leaves, options = random_case(form, (40,), torch.bfloat16)
