@@ -153,8 +153,9 @@ def test_the_reference_itself_agrees():
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 @pytest.mark.parametrize("resets", [0.0, 0.02])
 @pytest.mark.parametrize("taps", [1, 4])
-def test_the_convolution(taps, resets, dtype, close):
-    """A slice of a projection, a state and resets, beside the same in torch on the CPU."""
+def test_the_convolution(taps, resets, dtype, close, monkeypatch):
+    """A slice of a projection, a state and resets, beside torch on the CPU; programs of two blocks of time."""
+    monkeypatch.setattr("paralm_kernels.triton_conv.PROGRAMS", 40)
     generator = torch.Generator().manual_seed(0)
     wide, weight = (torch.randn(s, generator=generator).to(dtype) for s in ((3, 301, 200), (130, taps)))
     bias, state = (torch.randn(s, generator=generator).to(dtype) for s in ((130,), (3, taps - 1, 130)))
