@@ -105,9 +105,10 @@ def test_groups_too_wide_for_a_program_of_every_form(form, monkeypatch):
         torch.testing.assert_close(value, other, **CLOSE)
 
 
-def test_a_wide_stream_and_narrow_weights():
-    x = torch.randn(7, 12, requires_grad=True)
-    weight = torch.randn(12).bfloat16().requires_grad_()
+@pytest.mark.parametrize("kinds", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_one_of_the_stream_and_the_weights_is_wide(kinds):
+    x = torch.randn(70, 12).to(kinds[0]).requires_grad_()
+    weight = torch.randn(12).to(kinds[1]).requires_grad_()
     results = []
     for method in ("torch", "triton"):
         y = gated_norm(x, weight, 1e-5, method=method)
