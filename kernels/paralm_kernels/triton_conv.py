@@ -17,6 +17,8 @@ from .triton_conv_kernels import conv_backward_kernel, conv_kernel
 from .triton_launch import COMPUTE, Launch, on_device
 
 BLOCK_TIME, BLOCK_CHANNELS, WARPS = 32, 64, 4
+BACK_TIME = 16
+"""Steps that backward has at a time: of twice as many, half of the programs find room on a multiprocessor."""
 PROGRAMS = 2048
 """Backward, a program has more than one block of time beyond so many, and one set of sums for all of them."""
 
@@ -70,8 +72,9 @@ class ConvKernels:
         """The gradients of x by y alone (``wide``: in the compute dtype, to be added to), of the weight, (channel,
         taps), and of the bias, the last two in the compute dtype."""
         across = triton.cdiv(self.channels, BLOCK_CHANNELS)
-        blocks = max(1, min(self.steps, self.batch * self.steps * across // PROGRAMS))
-        steps = triton.cdiv(self.steps, blocks)
+        steps = triton.cdiv(self.time, BACK_TIME)
+        blocks = max(1, min(steps, self.batch * steps * across // PROGRAMS))
+        steps = triton.cdiv(steps, blocks)
         programs = self.batch * steps
         to_x = torch.empty(self.x.shape, dtype=self.dtype if wide else self.x.dtype, device=self.x.device)
         taps = self.common["TAPS"]
@@ -85,7 +88,7 @@ class ConvKernels:
                 to_bias_ptr=to_bias,
                 blocks=blocks,
                 BLOCK_TAPS=triton.next_power_of_2(taps),
-                **{**self.common, "steps": steps},
+                **{**self.common, "steps": steps, "BLOCK_T": BACK_TIME},
             )
         return to_x, to_weight.sum(0).t(), to_bias.sum(0)
 
@@ -97,8 +100,9 @@ def default_launches(dtypes: Sequence[str] = ("bf16", "fp32")) -> list[Launch]:
         compute = tl.float64 if given == "fp64" else tl.float32
         wide = "fp64" if given == "fp64" else "fp32"
         constants = {"TAPS": 4, "HAS_BIAS": True, "HAS_RESET": True, "COMPUTE": compute}
-        constants |= {"BLOCK_T": BLOCK_TIME, "BLOCK_C": BLOCK_CHANNELS, "BLOCK_TAPS": 4}
-        for kernel in (conv_kernel, conv_backward_kernel):
+        constants |= {"BLOCK_C": BLOCK_CHANNELS, "BLOCK_TAPS": 4}
+        for kernel, block in ((conv_kernel, BLOCK_TIME), (conv_backward_kernel, BACK_TIME)):
+            constants["BLOCK_T"] = block
             signature = {}
             for name in kernel.arg_names:
                 other = {"ids_ptr": "*i32", "to_weight_ptr": f"*{wide}", "to_bias_ptr": f"*{wide}"}.get(

@@ -52,7 +52,7 @@ class HeadLayerNorm(nn.Module):
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         """(batch, time, head, d_head) of any floating dtype → (batch, time, head · d_head) in the weight's dtype, times
         σ(gate), (batch, time, head · d_head), if given."""
-        if fused(x):
+        if fused(x.select(-2, 0)):  # a token's heads are one row
             x, groups = x.flatten(-2), self.n_heads
             return gated_norm(x, self.weight, self.eps, gate, groups=groups, centred=True, activation="sigmoid")
         wide = torch.promote_types(x.dtype, torch.float32)

@@ -25,6 +25,7 @@ def fused(*arguments):
 def small_blocks(monkeypatch):
     """Several programs over time and channels in short sequences; of nine steps they have two blocks each backward."""
     monkeypatch.setattr(triton_conv, "BLOCK_TIME", 4)
+    monkeypatch.setattr(triton_conv, "BACK_TIME", 4)
     monkeypatch.setattr(triton_conv, "BLOCK_CHANNELS", 2)
     monkeypatch.setattr(triton_conv, "PROGRAMS", 6)
 

@@ -91,7 +91,7 @@ class GateThenRMSNorm(nn.Module):
     def forward(self, y: Tensor, gate: Tensor, coefficients: Tensor, v: Tensor) -> Tensor:
         """Of x = y + D v: y, v (..., head, width) and gate (..., size), of any floating dtype, D (head,) → (..., size)
         in the weight's dtype."""
-        if fused(y):
+        if fused(y.select(-2, 0)):  # a token's heads are one row
             y, skip = y.flatten(-2), (coefficients, v.flatten(-2))
             return gated_norm(y, self.weight, self.eps, gate, skip=skip, groups=self.groups, gate_first=True)
         wide = torch.promote_types(y.dtype, torch.float32)
