@@ -3,6 +3,7 @@
     model-00001-of-00003.safetensors …   the weights, each once, in one dtype
     model.safetensors.index.json         which tensor is in which file
     tokenizer.model                      the sentencepiece model
+    my_cell.py …                         the .py files of the run's ``imports:``
     config.json                          the model section, vocabulary, format, and every file's size and SHA-256
 
 Whatever world size and ZeRO stage wrote the checkpoint, its fragments are read by pieces and appended to the shard in
@@ -28,6 +29,7 @@ from paralm.errors import CheckpointError
 from paralm.training import checkpoint as ckpt
 from paralm.training.fragments import MASTER
 from paralm.training.tensor_file import TensorFile, TensorSpec
+from paralm.user_modules import is_file, loaded_files
 from paralm.weight_files import INDEX, OnProgress, Read, check_target, chosen_dtype, new_folder, write_weights
 
 FORMAT = "paralm export 1"
@@ -59,8 +61,9 @@ def export(
     """Write the model of ``RUN`` (its newest whole checkpoint) or ``RUN@STEP`` to the folder ``to``.
 
     ``max_shard_size``: bytes. ``dtype``: "bf16" or "fp32"; default: the run's precision. ``force``: replace an
-    export that is there. ``on_progress``: called with bytes written and bytes in all. Raises UserError, one line: no
-    such run or step, a damaged checkpoint, a target that is in use or cannot be written.
+    export that is there. ``on_progress``: called with bytes written and bytes in all. ``warn``: told of a module that
+    cannot be carried, since ``imports:`` names it by its package. Raises UserError, one line: no such run or step, a
+    damaged checkpoint, a target that is in use or cannot be written.
     """
     from paralm.training.load import open_run_model
 
@@ -69,15 +72,32 @@ def export(
     source = open_run_model(run, None, warn)
     chosen = dtype or source.config.training.precision
     chosen_dtype(chosen)
+    modules = _carried(source.config.imports)
+    for name in source.config.imports:
+        if name not in modules:
+            warn(f"imports: {name} is not in the export, being no .py file; install it where the export is loaded")
     return write_export(
         target,
         source.shapes,
         lambda name, low, count: source.checkpoint.read(MASTER, name, low, count),
-        _describe(source.config, source.checkpoint, chosen),
+        {**_describe(source.config, source.checkpoint, chosen), "modules": modules},
         source.own_tokenizer.proto if source.own_tokenizer is not None else None,
         max_shard_size,
         on_progress,
     )
+
+
+def _carried(imports: list[str]) -> dict[str, str]:
+    """Of each .py file among ``imports`` the name of its copy in an export; two files of one name get two."""
+    modules: dict[str, str] = {}
+    for name in dict.fromkeys(filter(is_file, imports)):
+        path, number = Path(name), 1
+        copy = path.name
+        while copy in modules.values():
+            number += 1
+            copy = f"{path.stem}_{number}.py"
+        modules[name] = copy
+    return modules
 
 
 def write_export(
@@ -89,15 +109,18 @@ def write_export(
     max_shard_size: int,
     on_progress: OnProgress | None = None,
 ) -> ExportResult:
-    """Write an export's folder. ``content``: what ``config.json`` says besides the files; its dtype is the weights'.
-    ``tokenizer``: of a sentencepiece model, or None. Raises RunError, one line."""
+    """Write an export's folder. ``content``: what ``config.json`` says besides the files; its dtype is the weights',
+    and its modules are copied. ``tokenizer``: of a sentencepiece model, or None. Raises RunError, one line."""
     specs = [TensorSpec(name, chosen_dtype(content["dtype"]), shape) for name, shape in shapes.items()]
     with new_folder(target) as folder:
         written = write_weights(folder, specs, read, max_shard_size, on_progress)
         if tokenizer is not None:
             write_file(folder / TOKENIZER, tokenizer)
+        for source, name in content.get("modules", {}).items():
+            write_file(folder / name, Path(source).read_bytes())
         files = dict(written.files)
-        for name in (INDEX, TOKENIZER) if tokenizer is not None else (INDEX,):
+        own = (TOKENIZER,) if tokenizer is not None else ()
+        for name in (INDEX, *own, *content.get("modules", {}).values()):
             path = folder / name
             files[name] = {"bytes": path.stat().st_size, "sha256": ckpt.sha256_file(path)}
         write_file(folder / CONFIG, ckpt.seal({**content, "files": files}).encode())
@@ -147,21 +170,38 @@ class Exported:
             raise CheckpointError(f"{path / CONFIG}: missing, so {path} is no export") from None
         try:
             self.config = Config.model_validate(
-                {key: self.content[key] for key in ("model", "imports", "run", "training")}
+                {key: self.content[key] for key in ("model", "run", "training")}
+                | {"imports": [self._module(name) for name in self.content["imports"]]}
                 | ({"data": self.content["data"]} if "data" in self.content else {})
             )
         except (ValidationError, KeyError) as error:
             raise CheckpointError(f"{path / CONFIG}: {str(error).splitlines()[0]}") from None
         self.step: int = self.content["step"]
 
+    def _module(self, name: str) -> str:
+        """Where one of the run's imports is loaded from: the file that was exported if it is still there as it was,
+        or if a copy of it is loaded already (what is in it must not register twice), else the export's copy.
+        Raises CheckpointError, one line, for one that is not as it was written."""
+        copy = self.content.get("modules", {}).get(name)
+        if copy is None:
+            return name
+        entry = self.content["files"][copy]
+        for path in (Path(name), *loaded_files()):
+            if ckpt.file_damage(path, entry["bytes"], entry["sha256"]) is None:
+                return str(path)
+        if found := self._damage_of(copy):
+            raise CheckpointError(found)
+        return str(self.path / copy)
+
     def damage(self, share: int = 0, shares: int = 1) -> str | None:
         """The first file that is missing or not as it was written, or None. ``share`` of ``shares`` splits the files
         over ranks."""
-        for name, entry in sorted(self.content["files"].items())[share::shares]:
-            found = ckpt.file_damage(self.path / name, entry["bytes"], entry["sha256"])
-            if found:
-                return f"damaged export: {found.replace('the manifest', CONFIG)}"
-        return None
+        return next(filter(None, map(self._damage_of, sorted(self.content["files"])[share::shares])), None)
+
+    def _damage_of(self, name: str) -> str | None:
+        entry = self.content["files"][name]
+        found = ckpt.file_damage(self.path / name, entry["bytes"], entry["sha256"])
+        return f"damaged export: {found.replace('the manifest', CONFIG)}" if found else None
 
     def verify(self) -> Exported:
         """Raise CheckpointError, one line, for a file that is missing or not as it was written."""

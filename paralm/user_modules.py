@@ -12,13 +12,26 @@ from types import ModuleType
 
 from paralm.errors import ConfigError, UserError
 
+_PREFIX = "paralm_user_"  # of the names of modules loaded from files
+
 
 def load_modules(names: Iterable[str]) -> list[ModuleType]:
     """Load modules by dotted name, or by path when it ends in ``.py``; each once a process.
 
     Raises ConfigError, one line that names the module, the line of the fault and the fault itself.
     """
-    return [_load_file(Path(name)) if name.endswith(".py") else _load_name(name) for name in names]
+    return [_load_file(Path(name)) if is_file(name) else _load_name(name) for name in names]
+
+
+def is_file(name: str) -> bool:
+    """Whether an entry of ``imports`` is the path of a file, not the dotted name of a module."""
+    return name.endswith(".py")
+
+
+def loaded_files() -> list[Path]:
+    """The files that :func:`load_modules` has loaded in this process."""
+    modules = [module for name, module in sys.modules.items() if name.startswith(_PREFIX)]
+    return [Path(module.__file__) for module in modules if module.__file__ is not None]
 
 
 def _load_name(name: str) -> ModuleType:
@@ -41,7 +54,7 @@ def _load_file(path: Path) -> ModuleType:
         raise ConfigError(f"imports: {path}: no such file")
     full = path.resolve()
     # The same file under two spellings is one module: cells in it must not register twice.
-    name = f"paralm_user_{full.stem}_{hashlib.sha256(str(full).encode()).hexdigest()[:8]}"
+    name = f"{_PREFIX}{full.stem}_{hashlib.sha256(str(full).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, full)

@@ -25,8 +25,9 @@ from paralm.export import CONFIG, TOKENIZER, export
 from paralm.models import LanguageModel, build_model
 from paralm.training import checkpoint as ckpt
 from paralm.training import tensor_file
-from paralm.training.load import load_model
+from paralm.training.load import load_model, saved_config
 from paralm.training.tensor_file import TensorSpec
+from paralm.user_modules import load_modules
 from paralm.weight_files import INDEX, parse_size, plan_shards
 from tests.conftest import settings
 
@@ -219,6 +220,57 @@ def test_the_commands_take_an_export(
         assert err.startswith("error: ")
         assert len(err.splitlines()) == 1
     assert not (tmp_path / "x").exists()
+
+
+_OWN = """
+import paralm_kernels
+
+@paralm_kernels.register
+class CarriedOfExportTest(paralm_kernels.Cell):
+    name, state, inputs, params = "carried_of_export_test", ("h",), ("x",), ("a",)
+
+    def step(self, state, inputs, params):
+        return (0.9 * inputs[0] + params[0] * state[0].sin() * 0.5,)
+"""
+
+
+def forget_files() -> None:
+    """As in another process: no module of ``imports:`` is loaded."""
+    for name in [name for name in sys.modules if name.startswith("paralm_user_")]:
+        del sys.modules[name]
+
+
+def test_a_model_of_a_users_cell_is_loaded_where_its_file_is_not(corpus: Path, prepared: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    first, second = tmp_path / "a/own.py", tmp_path / "b/own.py"
+    first.write_text(_OWN)
+    second.write_text("ran = True")
+    load_modules([str(first)])
+    imports = [str(first), str(second), "json"]
+    model = write_run(corpus, prepared, tmp_path / "run", 1, model={"mixer": {"name": "carried_of_export_test"}})
+    saved = tmp_path / "run/config.yaml"
+    saved.write_text(saved.read_text().replace("imports: []", f"imports: {json.dumps(imports)}"))
+    said: list[str] = []
+    out = export(tmp_path / "run", tmp_path / "out", warn=said.append).path
+    assert said == ["imports: json is not in the export, being no .py file; install it where the export is loaded"]
+    tokens = torch.arange(24).view(2, 12)
+    assert paralm.load(out).config.imports == imports  # all there as they were
+
+    first.unlink()
+    second.write_text("raise SystemExit('not what was exported')")
+    moved = out.rename(tmp_path / "moved")
+    forget_files()
+    loaded = paralm.load(moved)
+    assert loaded.config.imports == [str(moved / "own.py"), str(moved / "own_2.py"), "json"]
+    assert torch.equal(loaded.model(tokens).logits, model.eval()(tokens).logits)
+    again = shutil.copytree(moved, tmp_path / "again")
+    assert paralm.load(again).config.imports == loaded.config.imports  # loaded already: not registered twice
+
+    forget_files()
+    (moved / "own_2.py").write_text("raise SystemExit('nor this')")
+    with pytest.raises(CheckpointError, match=r"damaged export: .*own_2.py"):
+        saved_config(moved)
 
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"

@@ -33,7 +33,7 @@ def export(
     dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; default: the run's precision.")] = None,
     force: ForceOption = False,
 ) -> None:
-    """Write a run's model as safetensors with its configuration and tokenizer.
+    """Write a run's model as safetensors with its configuration, tokenizer and the .py files of its imports.
 
     Any checkpoint will do, whatever number of ranks wrote it, and memory holds no more than a piece of one tensor.
     The folder is taken by 'paralm generate' and by paralm.load(DIR) in Python; with --format transformers by
