@@ -152,9 +152,9 @@ def _check_pairs(model: LanguageModel, pairs: Iterable[tuple[Ids, Ids]]) -> None
         if not len(context):
             raise UserError("a context has no tokens; begin with the tokenizer's bos_id")
         for ids in (context, continuation):
-            if len(ids) and not 0 <= min(ids) <= max(ids) < model.vocab_size:
-                wrong = next(i for i in ids if not 0 <= i < model.vocab_size)
-                raise UserError(f"token {wrong} is outside the model's vocabulary of {model.vocab_size}")
+            if len(ids) and not 0 <= min(ids) <= max(ids) < model.n_tokens:
+                wrong = next(i for i in ids if not 0 <= i < model.n_tokens)
+                raise UserError(f"token {wrong} is outside the model's vocabulary of {model.n_tokens}")
 
 
 class _Texts:

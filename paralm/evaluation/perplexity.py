@@ -137,7 +137,7 @@ def perplexity(
     """
     check_sizes(max_tokens=max_tokens, rows=rows, chunk=chunk, reset_every=reset_every)
     store.check_tokenizer(tokenizer)
-    size = getattr(model, "vocab_size", store.vocab_size)
+    size = getattr(model, "n_tokens", store.vocab_size)
     if store.vocab_size > size:
         raise UserError(f"{store.path}: has a vocabulary of {store.vocab_size}, the model one of {size}")
     sums = score_documents(

@@ -152,8 +152,8 @@ class Target:
                 found.check_tokenizer(self.own_tokenizer)
         except DataError as error:
             raise RunError(str(error)) from None
-        if found.vocab_size > self.model.vocab_size:
-            raise UserError(f"{path}: has a vocabulary of {found.vocab_size}, the model one of {self.model.vocab_size}")
+        if found.vocab_size > self.model.n_tokens:
+            raise UserError(f"{path}: has a vocabulary of {found.vocab_size}, the model one of {self.model.n_tokens}")
         self.stores[name] = found
         return found
 

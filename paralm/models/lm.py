@@ -36,7 +36,7 @@ class LMOutput(NamedTuple):
     aux: Tensor | None
     """Sum of the weighted auxiliary losses (z-loss) over the same tokens; None without labels."""
     logits: Tensor | None
-    """(batch, time, vocab), at least float32; None with labels."""
+    """(batch, time, n_tokens), at least float32; None with labels."""
     state: State | None
     """The state after the last token."""
     stats: dict[str, Tensor | float]
@@ -90,18 +90,19 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """Logits h Wᵀ; W (vocab, d_model) is its own or the embedding's."""
+    """Logits h Wᵀ of the first ``n_tokens`` rows of W (vocab, d_model), which is its own or the embedding's."""
 
-    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+    def __init__(self, config: ModelConfig, vocab_size: int, n_tokens: int) -> None:
         super().__init__()
-        self.cap = config.logit_cap
+        self.cap, self.n_tokens = config.logit_cap, n_tokens
         self.weight = None if config.tie_embeddings else nn.Parameter(torch.empty(vocab_size, config.d_model))
         if self.weight is not None:
             declare(self, "weight", normal(_embedding_std(config)), decay=True, matrix=False)
 
     def forward(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """(batch, time, d_model) → (batch, time, vocab), at least float32."""
-        return losses.capped(losses.logits_of(hidden.flatten(0, 1), weight), self.cap).unflatten(0, hidden.shape[:2])
+        """(batch, time, d_model) → (batch, time, n_tokens), at least float32."""
+        logits = losses.logits_of(hidden.flatten(0, 1), weight[: self.n_tokens])
+        return losses.capped(logits, self.cap).unflatten(0, hidden.shape[:2])
 
 
 class Embedding(nn.Embedding):
@@ -113,17 +114,21 @@ class Embedding(nn.Embedding):
 
 
 class LanguageModel(nn.Module):
-    """Built by :func:`build_model`. Its parameters are uninitialised until :meth:`init_weights`."""
+    """Built by :func:`build_model`. Its parameters are uninitialised until :meth:`init_weights`.
 
-    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+    ``n_tokens``: default: ``vocab_size``. Rows from there on are padding: they are in the loss that is trained on, so
+    that they learn to be unlikely, and in no logits and no token's loss.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int, n_tokens: int | None = None) -> None:
         super().__init__()
-        self.config, self.vocab_size = config, vocab_size
+        self.config, self.vocab_size, self.n_tokens = config, vocab_size, n_tokens or vocab_size
         self.embedding = Embedding(vocab_size, config.d_model)
         self.blocks = nn.ModuleList(
             Block(config, build_mixer(spec, config, layer)) for layer, spec in enumerate(layer_mixers(config))
         )
         self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.head = Head(config, vocab_size)
+        self.head = Head(config, vocab_size, self.n_tokens)
         self.checkpointed = 0
         declare(self.embedding, "weight", normal(_embedding_std(config)), decay=True, matrix=False)
 
@@ -163,7 +168,7 @@ class LanguageModel(nn.Module):
         −100 where it counts for nothing. ``state``: from a former call or :meth:`initial_state`, None for the
         latter. ``reset``: bool (batch, time), true where a new sequence starts. ``return_token_losses``: every
         token's loss, without gradient (``loss`` is then their sum, ``aux`` 0). ``last_logits``: logits of the last
-        position only, (batch, 1, vocab). ``return_state``: default: always, except that a growing state is not
+        position only, (batch, 1, n_tokens). ``return_state``: default: always, except that a growing state is not
         kept while training.
 
         Raises ValueError if the state is of another model or batch.
@@ -177,7 +182,8 @@ class LanguageModel(nn.Module):
         flat, targets = hidden.flatten(0, 1), labels.flatten()
         chunk, cap = self.config.loss_chunk, self.config.logit_cap
         if return_token_losses:
-            each = losses.token_losses(flat, self.head_weight, targets, chunk=chunk, logit_cap=cap)
+            weight = self.head_weight[: self.n_tokens]
+            each = losses.token_losses(flat, weight, targets, chunk=chunk, logit_cap=cap)
             return LMOutput(each.sum(), each.new_zeros(()), None, state, stats, each.view(labels.shape))
         loss, aux = losses.cross_entropy(
             flat, self.head_weight, targets, chunk=chunk, z_loss=self.config.z_loss, logit_cap=cap
@@ -259,7 +265,7 @@ def construct_model(config: ModelConfig, vocab_size: int) -> LanguageModel:
     padded = config.vocab_size or vocab_size
     if padded < vocab_size:
         raise ConfigError(f"model.vocab_size: {padded} is less than the tokenizer's {vocab_size}; leave it out or pad")
-    return LanguageModel(config, padded)
+    return LanguageModel(config, padded, vocab_size)
 
 
 def build_model(

@@ -74,6 +74,24 @@ def test_token_losses_for_evaluation() -> None:
     assert not output.loss.requires_grad
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_padding_of_the_vocabulary_is_in_the_trained_loss_only(tied: bool) -> None:
+    """What is measured and generated has no padding in its distribution, however likely training left it."""
+    tokens, labels, reset = batch()
+    keys = {"d_model": 8, "n_layers": 1, "mixer": {"name": "paragru"}, "tie_embeddings": tied}
+    plain, padded = (build_model(ModelConfig(**keys, vocab_size=size), 61, seed=1).double() for size in (None, 64))
+    weights = plain.state_dict()
+    with torch.no_grad():
+        for key, value in padded.state_dict().items():
+            value[: len(weights[key])] = weights[key]
+        padded.head_weight[61:] = 0.1  # by no means unlikely
+    assert torch.equal(padded(tokens, reset=reset).logits, plain(tokens, reset=reset).logits)
+    for lm in (plain, padded):
+        found = lm(tokens, labels=labels, reset=reset, return_token_losses=True)
+        assert torch.equal(found.loss, plain(tokens, labels=labels, reset=reset, return_token_losses=True).loss)
+    assert padded(tokens, labels=labels).loss > plain(tokens, labels=labels).loss + 0.01
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_whole_equals_pieces_with_state_and_resets(name: str) -> None:
     """The law of the mixers holds for the stack: loss, gradients and final state of one call or several."""
