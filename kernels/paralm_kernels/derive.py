@@ -144,7 +144,28 @@ def _bounded(cell: Cell) -> tuple[str, ...]:
         if not isinstance(bound, Tensor | float | int | None):
             got = f"a {type(bound).__name__} for {name}"
             raise CellError(f"cell {cell.name!r}: box must return {expected}, got {got}")
+        negative = bool((bound < 0).any()) if isinstance(bound, Tensor) else bound is not None and not bound >= 0
+        if negative:
+            got = "one in a tensor" if isinstance(bound, Tensor) else repr(bound)
+            raise CellError(f"cell {cell.name!r}: box bounds |{name}|, so by no negative number, got {got}")
     return tuple(name for name, bound in zip(cell.state, box, strict=True) if bound is not None)
+
+
+def box_of(cell: Cell, state: Tensors) -> tuple[Tensor | float | None, ...]:
+    """The cell's bounds from an initial state, (batch, channel) each, one a component. CellError for a tensor that
+    does not broadcast to the state."""
+    box = cell.box(state) or (None,) * len(state)
+    for name, bound, h in zip(cell.state, box, state, strict=True):
+        if isinstance(bound, Tensor) and not _broadcasts(bound.shape, h.shape):
+            raise CellError(
+                f"cell {cell.name!r}: box bounds {name} by a tensor of shape {tuple(bound.shape)}, which does not "
+                f"broadcast to the state's {tuple(h.shape)}, (batch, channel)"
+            )
+    return box
+
+
+def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
+    return len(shape) <= len(to) and all(n in (1, m) for n, m in zip(shape[::-1], to[::-1], strict=False))
 
 
 def _samples(count: int) -> list[Tensor]:

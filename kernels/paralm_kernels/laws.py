@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -13,9 +14,10 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.autograd.gradcheck import GradcheckError, gradcheck
 
 from .cell import Cell, Tensors
-from .derive import derive
+from .derive import box_of, derive
 from .errors import ArgumentError, CellError, NotConverged
 from .generate import generate
 from .solve import Trajectory, solve, step
@@ -333,7 +335,18 @@ def _finite_differences(case: Case) -> tuple[float, str]:
         result = solve(short.cell, tensors[:first], tensors[first:second], tensors[second:], short.reset)
         return (*result.states, *result.final)
 
-    torch.autograd.gradcheck(run, leaves, atol=1e-6, rtol=1e-5)
+    try:
+        gradcheck(run, leaves, atol=1e-6, rtol=1e-5)
+    except GradcheckError as error:
+        wrong = re.search(r"for output (\d+) with respect to input (\d+)", str(error))
+        if wrong is None:
+            raise
+        outputs = [f"{kind}[{n}]" for kind in ("states", "final") for n in short.cell.state]
+        given = [*short.cell.inputs, *short.cell.params, *(f"the initial {n}" for n in short.cell.state)]
+        return float("inf"), (
+            f"the gradient of {outputs[int(wrong[1])]} by {given[int(wrong[2])]} is not the difference quotient: step "
+            "must be differentiable, without detach, no_grad or .data, which hide from Newton how the state moves"
+        )
     return 0.0, "torch.autograd.gradcheck"
 
 
@@ -356,14 +369,16 @@ def _float32(case: Case, with_gradients: bool) -> tuple[float, str]:
 
 
 def _stays_in_box(case: Case) -> tuple[float, str]:
-    bounds = case.cell.box(case.state)
-    if bounds is None:
+    if case.cell.box(case.state) is None:
         return 0.0, "the cell declares none"
+    bounds = box_of(case.cell, case.state)
     values = outcome(case, reference).values
     worst, where = 0.0, "no component is bounded"
     for name, bound in zip(case.cell.state, bounds, strict=True):
         if bound is not None:
             limit = torch.as_tensor(bound, dtype=torch.float64)
+            if bool((limit < 0).any()):
+                return float("inf"), f"box bounds |{name}| by a negative number"
             limit = limit.unsqueeze(1) if limit.ndim == 2 else limit
             ratio = float((values[f"states[{name}]"].abs() / (limit * (1 + TOLERANCE))).max())
             if ratio > worst:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .affine import AffineMap, trajectory
 from .cell import Tensors
+from .derive import box_of
 from .errors import NotConverged
 from .problem import Problem, SolveInfo
 
@@ -135,7 +136,7 @@ class Tile:
 
 def _box(problem: Problem, entry: Tensor) -> list[Tensor | None]:
     """The cell's bounds for this tile, widened by rounding, (batch, 1, channel) or 0-dimensional."""
-    bounds = problem.derived.cell.box(tuple(entry)) or (None,) * len(entry)
+    bounds = box_of(problem.derived.cell, tuple(entry))
     wide: list[Tensor | None] = []
     for bound in bounds:
         if isinstance(bound, float | int):  # filled, not copied: a copy would wait for the device

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .cell import Cell, Tensors
-from .derive import Derived, derive
+from .derive import Derived, box_of, derive
 from .generate import module
 from .problem import Problem
 from .triton_template import Names
@@ -123,7 +123,7 @@ class Kernels:
 
     def bounds(self) -> None:
         """The cell's box, widened for rounding, (batch, channel) per bounded component."""
-        box = self.problem.derived.cell.box(self.problem.state) or (None,) * len(self.names.state)
+        box = box_of(self.problem.derived.cell, self.problem.state)
         for h, bound in zip(self.names.state, box, strict=True):
             if h not in self.names.bounded:
                 continue

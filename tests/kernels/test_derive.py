@@ -125,6 +125,8 @@ def test_a_captured_vector_is_refused_as_a_missing_parameter():
         (1.0, "box must return None or a tuple of 2 bounds (h, c), got float"),
         ((1.0,), "got a tuple of 1"),
         ((1.0, "1"), "got a str for c"),
+        ((1.0, -1.0), "cell 'made': box bounds |c|, so by no negative number, got -1.0"),
+        ((torch.tensor([1.0, -1.0, 1.0]), None), "box bounds |h|, so by no negative number, got one in a tensor"),
     ],
 )
 def test_a_box_must_have_a_bound_for_each_component(bounds, says):

@@ -50,6 +50,38 @@ def test_a_wrong_box_is_found():
     assert "states stay in the box" in broken
 
 
+@pytest.mark.parametrize(
+    ("bound", "says"),
+    [
+        (
+            lambda h: torch.ones(5),
+            "box bounds h by a tensor of shape (5,), which does not broadcast to the state's (2, 3)",
+        ),
+        (lambda h: -h.abs(), "box bounds |h| by a negative number"),
+    ],
+)
+def test_a_box_that_is_none_is_named(bound, says):
+    class Boxed(ParaGRU):
+        def box(self, state):
+            return (bound(state[0]),)
+
+    broken = {result.name: result.detail for result in check_cell(Boxed()) if not result.ok}
+    assert says in broken["states stay in the box"]
+    assert not any("must match the size" in detail for detail in broken.values())
+
+
+def test_a_step_that_hides_a_dependence_from_autograd_is_told_so():
+    class Hidden(ParaGRU):
+        def step(self, state, inputs, params):
+            with torch.no_grad():
+                gate = torch.sigmoid(state[0])
+            return (gate * torch.tanh(inputs[0]),)
+
+    (broken,) = (result for result in check_cell(Hidden()) if not result.ok)
+    assert broken.name == "gradients = finite differences"
+    assert "is not the difference quotient: step must be differentiable, without detach, no_grad" in broken.detail
+
+
 def test_a_step_that_depends_on_more_than_its_arguments_is_found():
     class Growing(Cell):
         name = "growing"
