@@ -281,7 +281,11 @@ def own_cells(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test registers is forgotten with it."""
     from paralm_kernels import cell
 
+    from paralm.registry import MIXERS, mixers
+
+    mixers()  # loads paralm's own
     monkeypatch.setattr(cell, "_registry", dict(cell._registry))
+    monkeypatch.setattr(MIXERS, "_own", dict(MIXERS._own))
 
 
 CELL = """
@@ -317,6 +321,34 @@ def test_check_names_the_broken_law(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert code == 2
     assert any("box" in line and "BROKEN" in line for line in out.splitlines())
     assert "laws are broken" in err
+
+
+MIXER = """
+from paralm.models.mixers.base import Mixer
+from paralm.registry import EntryConfig, register_mixer
+
+
+class Keys(EntryConfig):
+    pass
+
+
+@register_mixer("checked_unmade", Keys)
+class Unmade(Mixer):
+    def __init__(self, config, context):
+        super().__init__(config, context)
+        self.width = context.width
+"""
+
+
+@pytest.mark.usefixtures("own_cells")
+def test_check_says_once_what_breaks_every_law(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mixer.py").write_text(MIXER)
+    code, out, err = call(capsys, "check", tmp_path / "mixer.py")
+    assert code == 2
+    (line,) = (line for line in out.splitlines() if "BROKEN" in line)
+    assert line.startswith("mixer checked_unmade  all 8  BROKEN")
+    assert "no attribute 'width'" in line
+    assert "8 of 8 laws are broken" in err
 
 
 def test_check_needs_something_to_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

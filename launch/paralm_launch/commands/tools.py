@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,11 +53,21 @@ def check(
     results = [(f"cell {n}", r) for n in cells for r in paralm_kernels.laws.check_cell(paralm_kernels.get_cell(n))]
     sound = not any(not r.ok for _, r in results)  # of an unsound cell, its mixer would only repeat the news
     results += [(f"mixer {n}", r) for n in own for r in laws.check_mixer(n) if sound or n not in cells]
-    table(None, ("of", "law", "", "of the tolerance", "where"), [_row(of, r) for of, r in results])
+    table(None, ("of", "law", "", "of the tolerance", "where"), list(_rows(results)))
     broken = sum(not r.ok for _, r in results)
     if broken:
         raise UserError(f"{file}: {broken} of {len(results)} laws are broken")
     say(f"ok: {len(results)} laws hold")
+
+
+def _rows(results: list[tuple[str, LawResult]]) -> Iterator[tuple[str, ...]]:
+    """A row for each law; one for all of a cell or mixer where the same thing breaks each, such as how it is made."""
+    for of, group in itertools.groupby(results, key=lambda pair: pair[0]):
+        laws = [law for _, law in group]
+        if len({(law.ok, law.detail) for law in laws}) == 1 and not laws[0].ok and len(laws) > 1:
+            yield of, f"all {len(laws)}", *_row(of, laws[0])[2:]
+        else:
+            yield from (_row(of, law) for law in laws)
 
 
 def _row(of: str, law: LawResult) -> tuple[str, ...]:
