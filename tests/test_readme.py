@@ -39,7 +39,6 @@ TINY = [
     "training.micro_batch_size=4",
     "training.validate_tokens=200",
     "data.tokenizer.vocab_size=400",
-    "data.held_out_fraction=0.1",
     "eval.max_tokens=200",
     "eval.rows=4",
     "eval.sample_tokens=4",
