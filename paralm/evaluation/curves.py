@@ -39,6 +39,7 @@ class Curves:
 
     step: Floats
     tokens: Floats  # trained on so far, those before a fork included
+    tokens_before: int  # the fork: of the run this one went on from; 0 for one that began anew
     seconds: Floats  # of this run's training so far, over all attempts; validations and checkpoints not counted
     loss: Floats  # nats per token
     grad_norm: Floats
@@ -116,6 +117,7 @@ def _curves(train: list[dict[str, Any]], validations: list[dict[str, Any]], befo
     return Curves(
         step=step,
         tokens=tokens,
+        tokens_before=before,
         seconds=seconds,
         loss=_column(train, "loss"),
         grad_norm=_column(train, "grad_norm"),

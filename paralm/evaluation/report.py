@@ -94,8 +94,11 @@ def _head(config: Config, curves: Curves, results: ResultSet) -> str:
     what = f"A {mixer_names(config.model)} {kind}"
     if results.record is not None:
         what += f" of {short(results.record.parameters)} parameters"
-    trained = f"trained on {short(float(curves.tokens[-1]))} tokens in {md.duration(float(curves.seconds[-1]))}"
+    own, seconds = float(curves.tokens[-1]) - curves.tokens_before, float(curves.seconds[-1])
+    trained = f"trained on {short(own)} tokens in {md.duration(seconds)}"
     far = "" if step >= last else f" so far (step {step:,} of {last:,})"
+    if curves.tokens_before:
+        far += f", after {short(curves.tokens_before)} in the run it was forked from"
     measured = "."
     if results.record is not None:
         measured = f", measured after step {results.record.basis.step:,}."

@@ -327,6 +327,15 @@ def test_a_report_of_a_run_that_still_trains(run: Path) -> None:
     assert f"paralm run {run}/config.yaml run.root={run.parent} run.name={run.name} " in report  # a copy: it was moved
 
 
+def test_a_report_of_a_fork_sets_its_own_tokens_beside_its_own_time(run: Path) -> None:
+    config, metrics = run / "config.yaml", run / "metrics.jsonl"
+    config.write_text(config.read_text(encoding="utf-8").replace("fork_from: null", "fork_from: runs/x@5"))
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] > 5), encoding="utf-8")
+    report = write_report(run).read_text(encoding="utf-8")
+    assert re.search(r"trained on 384 tokens in \S+( \S+)?, after 640 in the run it was forked from", report)
+
+
 def test_an_export_without_text_is_told_what_to_give(evaluated: Path, tmp_path: Path) -> None:
     export(evaluated, tmp_path / "exported")
     with pytest.raises(UserError, match=r"exported: an export has no text; .* data\.dir=DIR"):
