@@ -51,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("readme")
     for name, text in FILES.items():
         (path / name).write_text(text, encoding="utf-8")
-    write_corpus(path / "my_texts", documents=40)
+    write_corpus(path / "my_texts", documents=30)
     return path
 
 
