@@ -164,8 +164,10 @@ class LmEval(Evaluation):
         return {"scores": [score.model_dump() for score in scores_of(found)]}
 
     def combine(self, cells: Mapping[str, dict[str, Any]]) -> list[Result]:
-        """One table of all."""
-        scores = [TaskScore.model_validate(score) for cell in cells.values() for score in cell["scores"]]
+        """One table of all; a task that was asked for by itself and in a group is in it once."""
+        scores: dict[tuple[str, str, str], TaskScore] = {}
+        for score in (TaskScore.model_validate(score) for cell in cells.values() for score in cell["scores"]):
+            scores.setdefault((score.task, score.metric, score.filter), score)
         s: LmEvalSettings = self.settings
         return [
             LmEvalResult(
@@ -174,7 +176,7 @@ class LmEval(Evaluation):
                 reset_every=s.reset_every,
                 max_length=s.max_length,
                 score_eos=s.score_eos,
-                scores=scores,
+                scores=list(scores.values()),
             )
         ]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -437,6 +438,25 @@ def test_mistakes_are_one_line_before_anything_is_measured(
     with pytest.raises((UserError, ConfigError), match=message):
         run_suite("lm-eval", target, settings)
     assert not list(tmp_path.rglob("*.json"))
+
+
+def test_a_task_by_itself_and_in_a_group_is_listed_once(tasks: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    from paralm.evaluation.downstream import LmEval, LmEvalSettings, TaskScore
+    from paralm.evaluation.suite import Target
+
+    def score(task: str, filter: str = "none") -> dict[str, Any]:
+        known = {"stderr": None, "documents": 6, "num_fewshot": 0, "version": "1"}
+        return TaskScore(task=task, metric="acc", filter=filter, value=0.5, **known).model_dump()
+
+    shutil.copyfile(tasks / "own_choices.yaml", tmp_path / "own_choices.yaml")
+    (tmp_path / "group.yaml").write_text(yaml.safe_dump({"group": "own_group", "task": ["own_choices"]}))
+    asked = LmEvalSettings(tasks=["own_group", "own_choices"], include_path=tmp_path)
+    evaluation = LmEval(Target.of(model_of("paragru", tokenizer), tokenizer), asked)
+    member = [score("own_choices"), score("own_choices", "strict")]
+    (found,) = evaluation.combine(
+        {"own_group": {"scores": [score("own_group"), *member]}, "own_choices": {"scores": member}}
+    )
+    assert list(found.scalars()) == ["own_group/acc", "own_choices/acc", "own_choices/acc/strict"]
 
 
 @pytest.mark.parametrize(
