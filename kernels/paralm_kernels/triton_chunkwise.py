@@ -2,9 +2,10 @@
 
 Time goes in segments of whole chunks, so that the states at the starts of chunks never take more than a set room;
 forward and backward both make them anew. Backward keeps the arguments and, normalized, y and n·q̃. With q, k and v in
-bfloat16 or float16 the products take their operands, states among them, rounded to that and sum in float32; states are
-carried in float32. Products in float32 are exact to float32 (three TF32 products each on NVIDIA). No atomic sums: the
-same numbers every time.
+bfloat16 the products take their operands, states among them, rounded to that and sum in float32; states are carried in
+float32. Products in float32 are exact to float32 (three TF32 products each on NVIDIA). With float16, beyond whose
+65,504 a state may well go, operands are float32 (rounded to TF32 on NVIDIA, as fine as float16), and so are the states
+at the starts of chunks. No atomic sums: the same numbers every time.
 """
 
 from __future__ import annotations
@@ -114,24 +115,26 @@ def constants(
 ) -> dict[str, Any]:
     """What the kernels are compiled for; given: the dtype of q."""
     compute = tl.float64 if given == tl.float64 else tl.float32
+    dot = tl.float32 if given == tl.float16 else given
+    exact = "tf32" if given == tl.float16 else "tf32x3"
     return {
         "NORM": normalized,
         "EPS": eps,
         "SCALE": d_k**-0.5 if normalized else 1.0,
-        "DOT": given,
+        "DOT": dot,
         "COMPUTE": compute,
-        "PRECISION": "tf32x3" if given == tl.float32 and vendor == "cuda" else "ieee",
+        "PRECISION": exact if dot == tl.float32 and vendor == "cuda" else "ieee",
         "DK": d_k,
         "DV": d_v,
         "L": chunk,
         "BLOCK": _SCAN,
-        **blocks(given, d_k, d_v, chunk),
+        **blocks(dot, d_k, d_v, chunk),
     }
 
 
-def blocks(given: tl.dtype, d_k: int, d_v: int, chunk: int) -> dict[str, int]:
+def blocks(dot: tl.dtype, d_k: int, d_v: int, chunk: int) -> dict[str, int]:
     """Steps and columns of a tile."""
-    most = 64 if given.primitive_bitwidth == 16 else 32
+    most = 64 if dot.primitive_bitwidth == 16 else 32
     return {"BT": min(most, chunk)} | {
         name: max(16, min(most, triton.next_power_of_2(width))) for name, width in (("BK", d_k), ("BV", d_v))
     }
@@ -239,7 +242,8 @@ class _Segment:
         last = p.empty(p.batch, p.heads, p.d_k, p.d_v)
         self.given |= {"s_first_ptr": self.first[0].contiguous(), "s_last_ptr": last}
         shape = (p.rows, self.chunks, p.d_k)
-        self.given["s_ptr"] = p.empty(*shape, p.d_v, dtype=p.q.dtype) if store else last
+        kept = None if p.q.dtype == torch.float16 else p.q.dtype
+        self.given["s_ptr"] = p.empty(*shape, p.d_v, dtype=kept) if store else last
         if p.plan.normalized:
             norm_last = p.empty(p.batch, p.heads, p.d_k)
             self.given |= {"n_first_ptr": self.first[1].contiguous(), "n_last_ptr": norm_last}
@@ -396,8 +400,8 @@ _KERNELS = (*_PLAIN_KERNELS, forward.stabilizer_kernel, backward.norm_back_kerne
 _NAMED = {kernel.__name__: kernel for kernel in _KERNELS}
 _CHECKED = (("ssd", False, 128, 64, 256), ("mlstm", True, 256, 512, 64))
 """Compiled by default: name, normalized, d_k, d_v and chunk of Mamba2 and of the 7B mLSTM."""
-_ALIKE = {"q", "k", "v", "y", "dy", "dq", "dk", "dv", "s", "ds"}
-"""Arguments in the dtype of q."""
+_ALIKE = {"q", "k", "v", "y", "dy", "dq", "dk", "dv"}
+"""Arguments in the dtype of q; s and ds are too, but for float16."""
 _OTHER = {"reset_ptr": "*u8", "first_ptr": "*i32"}
 
 
@@ -421,9 +425,10 @@ def _launch(
     kernel: Any, label: str, given: str, chosen: dict[str, Any], warps: int, targets: tuple[str, ...]
 ) -> Launch:
     signature = {}
+    alike = _ALIKE if given == "fp16" else {*_ALIKE, "s", "ds"}
     for name in kernel.arg_names:
         short = name.removesuffix("_ptr")
-        pointer = _OTHER.get(name, f"*{given if short in _ALIKE else 'fp32'}")
+        pointer = _OTHER.get(name, f"*{given if short in alike else 'fp32'}")
         signature[name] = "constexpr" if name.isupper() else "i32" if short == name else pointer
     # Triton's launcher sees these to be multiples of 16 for the sizes of models: pointers, strides of time and batch.
     aligned = tuple(n for n in signature if n != "reset_ptr" and n.endswith(("_ptr", "_batch", "_step")))
