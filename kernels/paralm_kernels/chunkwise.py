@@ -55,8 +55,8 @@ def chunkwise(
     before that step is the initial one and no gradient passes. Computed in at least float32; float64 does not mix.
 
     chunk_size: steps that are done side by side; the result does not depend on it. method: "torch", "triton" (needs a
-    GPU or Triton's interpreter; chunk_size then is a power of two from 16 to 256) or "auto": triton on a GPU. eps:
-    added to the normaliser.
+    GPU or Triton's interpreter; chunk_size then is a power of two from 16 to 256) or "auto": triton on a GPU, with the
+    nearest such chunk. eps: added to the normaliser.
 
     Returns y (batch, time, heads, d_v) in the dtype of v, and the state in the compute dtype. Memory: a backward pass
     keeps only the arguments and computes the states at the starts of chunks again. Raises ArgumentError.

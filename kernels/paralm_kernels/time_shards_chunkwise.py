@@ -55,8 +55,9 @@ def chunkwise_sharded(
     kernels: Any = chunkwise_torch
     if method == "triton" or (method == "auto" and fused.by_default(q)):
         compiled = fused.kernels("triton_chunkwise", "chunkwise: ")
-        if compiled.takes(q, v, plan, strict=method == "triton"):
-            kernels = compiled
+        taken = compiled.takes(q, v, plan, strict=method == "triton")
+        if taken is not None:
+            kernels, plan = compiled, taken
     given = state is not None and shards.first
     begin = given_state(state, plan.dtype) if given else initial_state(q, v, plan.dtype, normalized)
     y, *end = _Chunkwise.apply(shards, plan, kernels, reset, anchor(q), q, k, v, log_decay, gain, *begin)

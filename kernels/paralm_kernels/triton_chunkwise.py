@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -54,18 +55,23 @@ def chunkwise_triton(
     strict: bool,
 ) -> tuple[Tensor, ChunkState]:
     """As chunkwise_torch. strict: refuse what the kernels do not take (ArgumentError), else torch computes it."""
-    if not takes(q, v, plan, strict):
+    taken = takes(q, v, plan, strict)
+    if taken is None:
         return chunkwise_torch(q, k, v, log_decay, gain, state, reset, plan)
-    y, *end = _Fused.apply(plan, reset, q, k, v, log_decay, gain, *state)
+    y, *end = _Fused.apply(taken, reset, q, k, v, log_decay, gain, *state)
     return y, tuple(end)
 
 
-def takes(q: Tensor, v: Tensor, plan: Plan, strict: bool) -> bool:
-    """Whether the kernels can compute this. strict: ArgumentError, one line, where not."""
+def takes(q: Tensor, v: Tensor, plan: Plan, strict: bool) -> Plan | None:
+    """The plan by which the kernels compute this, in chunks of the nearest size that they take; None where they cannot.
+    strict: ArgumentError, one line, where they cannot or the chunk is another."""
     wide = plan.dtype == torch.float64 and not interpreted()
     rows = v.shape[0] * v.shape[2]
-    if not strict and (wide or plan.chunk_size not in CHUNKS or rows > _ROWS):
-        return False
+    if not strict:
+        if wide or rows > _ROWS:
+            return None
+        nearest = min(CHUNKS, key=lambda size: abs(size - plan.chunk_size))
+        plan = replace(plan, chunk_size=nearest)
     check_device(q.device)
     if plan.chunk_size not in CHUNKS:
         raise ArgumentError(
@@ -77,7 +83,7 @@ def takes(q: Tensor, v: Tensor, plan: Plan, strict: bool) -> bool:
         raise ArgumentError(
             f"chunkwise: v has {v.shape[0]} batch rows × {v.shape[2]} heads; method 'triton' takes {_ROWS} together"
         )
-    return True
+    return plan
 
 
 class _Fused(torch.autograd.Function):

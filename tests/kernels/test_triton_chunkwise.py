@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from paralm_kernels import ArgumentError, chunkwise, chunkwise_torch
+from paralm_kernels import ArgumentError, chunkwise, chunkwise_torch, dry_run
 
 from .test_chunkwise import Case
 
@@ -46,6 +46,15 @@ def test_a_segment_has_no_more_chunks_than_a_grid_takes():
     plan = chunkwise_torch.Plan(False, 16, 1e-6, torch.float32)
     segments = triton_chunkwise.Problem(plan, None, (x, x, x, gate, gate, state)).segments()
     assert segments == [(0, 65535 * 16), (65535 * 16, 1 << 20)]
+
+
+@pytest.mark.parametrize(("given", "taken"), [(1, 16), (24, 16), (64, 64), (100, 128), (1000, 256)])
+def test_auto_takes_the_nearest_chunk_of_the_kernels(given, taken):
+    """Another chunk_size is no reason to leave them for torch, which is many times slower on a GPU."""
+    case, states = Case(False, time=2000, dtype=torch.float32), []
+    with dry_run(lambda name, tensors, _: states.extend(tensors if name == "states_kernel" else ())):
+        chunkwise(*(x.to("meta") for x in case.inputs), chunk_size=given)
+    assert (8, -(-2000 // taken), 5, 4) in [tuple(x.shape) for x in states]
 
 
 def test_without_triton_the_method_is_refused_by_name(monkeypatch):

@@ -393,6 +393,8 @@ def test_flops() -> None:
     within, state = 2 * (8 + 1) / 2 * (40 + 80), 2 * (2 * 2 * 20 * 40)
     assert block.extra_flops_per_token(100) == within + state
     assert block.extra_flops_per_token(4) == 2 * (4 + 1) / 2 * (40 + 80) + state
+    large, largest = (mixer("mlstm", d_model=80, n_heads=2, chunk_size=size) for size in (1000, 256))
+    assert large.extra_flops_per_token(4096) == largest.extra_flops_per_token(4096), "a GPU does no larger chunks"
     config = ModelConfig(d_model=32, n_layers=1, mixer={"name": "slstm"}, mlp={"enabled": False})  # type: ignore[arg-type]
     assert flops_per_token(build_model(config, 16, seed=0, device="meta"), 10) == 6 * (8 * 32 * 32 + 16 * 32)
 
