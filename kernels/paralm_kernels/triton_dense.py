@@ -32,6 +32,9 @@ LARGEST = {2: 128, 4: 64, 8: 64}
 """d_head up to which R's gates fit one multiprocessor of an A100 or H100, by the bytes of a weight."""
 _GATE, _REST = 1 << 15, 1 << 13
 """Bytes of shared memory that the kernels take on NVIDIA at the largest d_head: for a gate's R, and for the rest."""
+_MAXNREG = {("lstm", 64): 208, ("slstm", 32): 208}
+"""Registers of a thread of backward in float32 on NVIDIA, by kind and BLOCK_D, where its compiler would rather spill
+one or two than take more than 128."""
 _DOT = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
 
 
@@ -87,6 +90,12 @@ def _constants(kind: DenseKind, d_head: int, dot: tl.dtype, compute: tl.dtype, v
 def _warps(block: int, vendor: str) -> int:
     """One for each tile of the matrix unit in a row of h: 8 columns on NVIDIA, 16 on AMD."""
     return min(8, block // (8 if vendor == "cuda" else 16))
+
+
+def _bound(constants: dict[str, Any], vendor: str) -> int | None:
+    """Backward's maxnreg, if any."""
+    found = _MAXNREG.get((constants["KIND"], constants["BLOCK_D"]))
+    return found if constants["DOT"] == tl.float32 and vendor == "cuda" else None
 
 
 def _grid(batch: int, heads: int) -> tuple[int, int]:
@@ -151,6 +160,9 @@ class _Walk:
 
     def __init__(self, plan: DensePlan, weight: Tensor, reset: Tensor | None, grad_y: Tensor | None) -> None:
         self.kind, self.options = plan.kind, _options(weight, plan)
+        bound = _bound(self.options, "hip" if torch.version.hip else "cuda")
+        if bound is not None:
+            self.options["maxnreg"] = bound
         self.weight = weight.contiguous()
         self.reset = None if reset is None else reset.contiguous().view(torch.uint8)
         self.came = None if grad_y is None else grad_y.contiguous()
@@ -214,5 +226,8 @@ def _launches(kind: DenseKind, given: str, d_head: int, vendor: str, targets: tu
         aligned = tuple(name for name in signature if name.endswith("_ptr") and name != "reset_ptr")
         label = f"{kernel.__name__} {kind.name} {d_head} {given}"
         warps = _warps(constants["BLOCK_D"], vendor)
-        launches.append(Launch(label, kernel, signature, chosen, warps, aligned=aligned, targets=targets))
+        bound = _bound(constants, vendor) if kernel is backward_kernel else None
+        launches.append(
+            Launch(label, kernel, signature, chosen, warps, aligned=aligned, targets=targets, maxnreg=bound)
+        )
     return launches
