@@ -30,7 +30,8 @@ LANES = {"cuda": 32, "hip": 64}
 """Threads of a warp."""
 CHECK = 32
 """Steps between the states in full precision at which a walk asks whether it has met the stored trajectory."""
-MAXNREG = {"segments_finish_kernel": 255, "backward_maps_kernel": 255, "segments_kernel again": 255}
+_MUCH = ("segments_finish_kernel", "backward_maps_kernel", "segments_kernel again", "tile_kernel")
+MAXNREG = dict.fromkeys(_MUCH, 255)
 """Kernels that hold much, and mostly have little to do: without a bound of ours NVIDIA's compiler rather spills a
 register or two than give up a place for one more warp. (A kernel that knows AGAIN by that, behind its name.)"""
 MODEL_WIDTH = 4096
@@ -192,11 +193,8 @@ def default_launches(cell: Cell, dtypes: Sequence[str] = ("bf16", "fp32")) -> li
             constexprs = {argument: values[argument] for argument, kind in signature.items() if kind == "constexpr"}
             aligned = tuple(name for name, kind in signature.items() if kind[0] == "*" or name in _MULTIPLES)
             whole = Launch(f"{label} {given}", function, signature, constexprs, warps, aligned=aligned)
-            if warps:
-                launches.append(whole)
-                continue
-            for vendor, targets in vendors.items():  # a walk: a thread for each channel
+            for vendor, targets in vendors.items():
                 bound = MAXNREG.get(label) if vendor == "cuda" else None
-                number = WALK_BLOCK // LANES[vendor]
+                number = warps or WALK_BLOCK // LANES[vendor]  # a walk: a thread for each channel
                 launches.append(replace(whole, num_warps=number, targets=targets, maxnreg=bound))
     return launches

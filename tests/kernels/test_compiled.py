@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from paralm_kernels import ArgumentError, cells, compiled
 from paralm_kernels.compiled import (
+    SHARED,
     TARGETS,
     WRITTEN,
     Usage,
@@ -37,8 +40,9 @@ def run(*command):
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel_of_every_cell_compiles_without_spills(target):
     """What tests/kernels/compiled.json knows is compiled in part only; what changed since it was written, all. It is
-    written by `python -m paralm_kernels.compiled --dtype bf16 --record tests/kernels/compiled.json --update`."""
-    options = ("--target", target, "--dtype", "bf16", "--jobs", "1", "--record", RECORD)
+    written by `python -m paralm_kernels.compiled --record tests/kernels/compiled.json --update`: bfloat16 and float32
+    (float16 by hand, with `--dtype fp16`)."""
+    options = ("--target", target, "--jobs", "1", "--record", RECORD)
     done = run("-m", "paralm_kernels.compiled", *options)
     print(done.stdout)
     assert not re.search(r" 0 of them compiled now", done.stdout)
@@ -47,10 +51,10 @@ def test_every_kernel_of_every_cell_compiles_without_spills(target):
     names = {row[0] for row in rows}
     assert {*cells(), "diagonal_scan", "matrix_scan_2x2"} <= names
     assert set(WRITTEN) <= names
-    for name in names - set(WRITTEN):
-        kernels = " ".join(row[1] for row in rows if row[0] == name)
+    for name, dtype in itertools.product(names - set(WRITTEN), ("bf16", "fp32")):
+        kernels = " ".join(row[1] for row in rows if row[0] == name and row[1].endswith(dtype))
         for kind in ("walk", "backward", "decode"):
-            assert kind in kernels, (name, kind)
+            assert kind in kernels, (name, dtype, kind)
 
 
 SCRIPT = """
@@ -95,12 +99,15 @@ def test_of_the_recorded_a_sixteenth_is_compiled_and_must_agree(monkeypatch):
         monkeypatch.setattr(compiled, "compile_launch", lambda *_, mark=mark: replace(fresh, fingerprint=mark))
         right = replace(fresh, seconds=0.0, fingerprint=mark)
         wrong = replace(right, registers=255)
-        taken = [compiled.checked("cell", None, "sm_90", {mark: row}) for row in (right, wrong)]
+        launch, single = SimpleNamespace(name="kernel"), SimpleNamespace(name="kernel fp32")
+        taken = [compiled.checked("cell", launch, "sm_90", {mark: row}) for row in (right, wrong)]
         if found is None:
             assert taken == [right, wrong]
         else:
             assert taken[0] == replace(fresh, fingerprint=mark)
             assert taken[1].error.startswith("not as recorded")
+            of_single = compiled.checked("cell", single, "sm_90", {mark: wrong})
+            assert of_single == replace(wrong, kernel="kernel fp32"), "of float32 fewer; the numbers of its twin"
 
 
 def test_a_record_is_taken_at_its_word_but_for_a_sixteenth(tmp_path):
@@ -118,12 +125,13 @@ def test_a_record_is_taken_at_its_word_but_for_a_sixteenth(tmp_path):
     assert again.stderr.count("not as recorded") == len(wrong)
     assert again.stdout.count(" 255 ") == len(rows) - len(wrong)
     strangers = [replace(row, cell="other", fingerprint="f" * 15 + str(n)) for n, row in enumerate(rows)]
+    strangers.append(replace(rows[0], kernel="walk_kernel fp32", fingerprint="f" * 16))
     write_record(fresh, strangers)
     done = run(*command, "--jobs", "1", "--record", fresh, "--update")
     assert f"{len(rows)} of them compiled now; 0 not" in done.stdout
     kept = list(read_record(fresh).values())
-    assert [row for row in kept if row.cell == "other"] == strangers, "what was not chosen stays"
-    assert sorted(row.fingerprint for row in kept if row.cell != "other") == sorted(row.fingerprint for row in rows)
+    assert all(row in kept for row in strangers), "what was not chosen stays"
+    assert sorted(row.fingerprint for row in kept) == sorted(row.fingerprint for row in (*strangers, *rows))
 
 
 @pytest.mark.parametrize(("target", "large"), [("sm_90", 4096), ("gfx942", 16384)])
@@ -153,6 +161,11 @@ def test_nothing_compiled_is_not_a_success(capsys):
     assert report([fine]) == 0
     assert report([fine, Usage("cell", "other", "sm_90", 4, spills=8)]) == 1
     assert "cell: other for sm_90: spills 8" in capsys.readouterr().err
+    for target, most in SHARED.items():
+        assert report([replace(fine, target=target, shared=most)]) == 0
+        assert report([replace(fine, target=target, shared=most + 1)]) == 1
+        expected = f"cell: kernel for {target}: takes {most + 1} bytes of shared memory, there are {most}"
+        assert expected in capsys.readouterr().err
     assert report([]) == 1
     assert "registers" in table([])
 
