@@ -220,7 +220,7 @@ def default_launches(dtypes: Sequence[str] = ("bf16", "fp32")) -> list[Launch]:
             whole = Launch(name, kernel, signature, values, warps, aligned=aligned)
             bound = bound_of(chosen, given == "fp32", "cuda") if kernel is norm_backward_kernel else {}
             if bound:
-                launches.append(replace(whole, targets=("sm_80", "sm_90"), **bound))
+                launches.append(replace(whole, targets=("sm_80", "sm_90"), maxnreg=bound["maxnreg"]))
                 whole = replace(whole, targets=("gfx942",))
             launches.append(whole)
     return launches
