@@ -313,7 +313,8 @@ def test_paragru_7b_on_one_node() -> None:
     others = made.others(changes)
     assert [other[0] for other in others][:2] == [{"parallel.zero_stage": 2}, {"parallel.zero_stage": 3}]
     assert all(other.fits for _, other in others)
-    assert every.memory.peak.total < found.memory.peak.total - 15 * 2**30
+    kept = found.memory.peak.kinds["activations"]
+    assert every.memory.peak.total < found.memory.peak.total - 0.85 * kept
     assert every.time.step > better.time.step > found.time.step
     assert 0.2 < every.mfu < better.mfu < found.mfu < 0.8
     assert preset("paragru_7b", device="h200").plan().fits
