@@ -69,7 +69,8 @@ def main(given: str, vocabulary: int, steps: int) -> None:
     before = restart_peak()
     host = train(config, steps)
     row = {"rank": torch.distributed.get_rank(), "bytes": held("VmHWM") - before, "host": host}
-    print(json.dumps(row), flush=True)
+    sys.stdout.write(json.dumps(row) + "\n")  # at once: ranks may share a pipe
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":
