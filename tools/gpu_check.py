@@ -37,7 +37,9 @@ GRACE = 20.0
 
 @dataclass(frozen=True)
 class Part:
-    """A command, the part of the time it should have beside the others, and what it takes when time is short."""
+    """A command, the part of the time it should have beside the others, and what it takes when time is short. (Tests
+    then end, failed, at the twentieth failure: what follows is mostly the same, and other parts can use the time.)
+    """
 
     command: tuple[str, ...]
     weight: float
@@ -111,10 +113,11 @@ def lay(wheels: Path, python: str) -> dict[str, str]:
     for peer in sorted(path for path in (wheels / "peers").glob("*") if path.is_dir()):
         folders[PEERS / peer.name] = sorted(peer.glob("*.whl"))
     for folder, files in folders.items():
-        if not (folder / ".laid").exists():
+        laid, names = folder / ".laid", "".join(f"{file}\n" for file in files)
+        if not laid.exists() or laid.read_text() != names:  # or others are there
             command = [python, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--disable-pip-version-check"]
             subprocess.run([*command, "--upgrade", "--target", str(folder), *map(str, files)], check=True)
-            (folder / ".laid").touch()
+            laid.write_text(names)
     paths = [LAID / "site", ROOT, *(ROOT / name for name in ("kernels", "data_pipeline", "launch"))]
     path = os.pathsep.join(filter(None, [*map(str, paths), os.environ.get("PYTHONPATH")]))
     return {"PYTHONPATH": path, "PARALM_PEERS": str(PEERS)}

@@ -75,13 +75,18 @@ class Partition:
             yield Delta()
         keys = np.concatenate(found) if found else np.empty(0, KEY)
         found.clear()
-        later = np.unique(_later(keys))
-        with Files(self.marker) as files:
-            files.write(".later", later.astype("<u8").tobytes())
-            return files.finish({"later": len(later)})
+        return _finish(self.marker, _later(keys))
 
     def _bound(self, number: int) -> int:
         return (number << 64) // self.count
+
+
+def _finish(marker: Path, later: NDArray[np.uint64]) -> dict[str, Any]:
+    """Write ``.later``, sorted and each once; the task's result."""
+    later = np.unique(later)
+    with Files(marker) as files:
+        files.write(".later", later.astype("<u8").tobytes())
+        return files.finish({"later": len(later)})
 
 
 def _later(keys: NDArray[Any]) -> NDArray[np.uint64]:
@@ -124,10 +129,7 @@ class Gather:
             later = map_array(self.partitions / f"{number:06d}.later", "<u8")
             found.append(np.array(_of_shards(later, self.first, self.end)))
             yield Delta()
-        later = np.unique(np.concatenate(found))
-        with Files(self.marker) as files:
-            files.write(".later", later)
-            return files.finish({"later": len(later)})
+        return _finish(self.marker, np.concatenate(found))
 
 
 def _of_shards(later: NDArray[np.uint64], first: int, end: int) -> NDArray[np.uint64]:

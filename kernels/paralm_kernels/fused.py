@@ -18,6 +18,23 @@ def by_default(x: Tensor) -> bool:
     return on_gpu(x) and _triton_is_there()
 
 
+METHODS = ("auto", "torch", "triton")
+
+
+def taken(x: Tensor, method: str, module: str, caller: str) -> bool:
+    """Whether a function of these METHODS is left to the kernels of a module: by "triton", and by "auto" where they are
+    the default and x has numbers. ArgumentError, one line, for another method, and for "triton" where it cannot be.
+    """
+    if method not in METHODS:
+        raise ArgumentError(f"{caller}: no method '{method}' among {', '.join(METHODS)}")
+    if method == "auto":
+        return by_default(x) and x.numel() > 0
+    if method == "triton":
+        kernels(module, f"{caller}: ")
+        kernels("triton_solver").check_device(x.device)
+    return method == "triton"
+
+
 def kernels(module: str, caller: str = "") -> Any:
     """One of this package's modules that need Triton. ArgumentError, one line, without it; ``caller`` begins it."""
     try:

@@ -26,7 +26,6 @@ from .errors import ArgumentError
 from .once import once_differentiable
 
 ACTIVATIONS = ("silu", "sigmoid")
-METHODS = ("auto", "torch", "triton")
 
 
 @dataclass(frozen=True)
@@ -63,9 +62,12 @@ def gated_norm(
     form = Form(eps, groups, centred, gate_first, activation)
     _check(x, weight, gate, skip, form, method)
     group = x.shape[-1] // groups
-    if not _by_kernels(x, group, centred, method, "gated_norm"):
+    if method == "triton" and group > _widths(centred)[0]:
+        widest = _widths(centred)[0]
+        raise ArgumentError(f"gated_norm: groups of {group} channels; method 'triton' takes {widest} at most")
+    if not fused.taken(x, method, "triton_norm", "gated_norm") or group > _widths(centred)[0]:
         return _composite(x, weight, gate, skip, form)
-    if group > fused.kernels("triton_norm").NARROW:
+    if group > _widths(centred)[1]:
         x, gate, skip = *_before(x.to(_wide(x, weight)), gate, skip, form), None
     d, v = skip or (None, None)
     y: Tensor = _Norm.apply(form, x, weight, gate, d, v)
@@ -77,27 +79,17 @@ def swiglu(gate_up: Tensor, *, method: str = "auto") -> Tensor:
     Raises ArgumentError, one line."""
     if gate_up.shape[-1] % 2:
         raise ArgumentError(f"swiglu: the last axis has {gate_up.shape[-1]} channels, which are not two halves")
-    if not _by_kernels(gate_up, 1, False, method, "swiglu"):
+    if not fused.taken(gate_up, method, "triton_norm", "swiglu"):
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
     y: Tensor = _SwiGLU.apply(gate_up)
     return y
 
 
-def _by_kernels(x: Tensor, group: int, centred: bool, method: str, caller: str) -> bool:
-    if method not in METHODS:
-        raise ArgumentError(f"{caller}: no method '{method}' among {', '.join(METHODS)}")
-    if method == "torch" or (method == "auto" and not (fused.by_default(x) and x.numel())):
-        return False
-    made = fused.kernels("triton_norm", f"{caller}: ")
-    widest: int = made.NARROW if centred else made.WIDEST
-    if group > widest:
-        if method == "triton":
-            raise ArgumentError(f"{caller}: groups of {group} channels; method 'triton' takes {widest} at most")
-        return False
-    if method == "triton":
-        fused.kernels("triton_solver").check_device(x.device)
-    return True
+def _widths(centred: bool) -> tuple[int, int]:
+    """The most channels of a group that the kernels take, and up to which in any form."""
+    made = fused.kernels("triton_norm", "gated_norm: ")
+    return made.NARROW if centred else made.WIDEST, made.NARROW
 
 
 def _check(

@@ -11,8 +11,6 @@ from . import fused
 from .errors import ArgumentError
 from .once import once_differentiable
 
-METHODS = ("auto", "torch", "triton")
-
 
 def rotary_angles(position: Tensor, d_head: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin of the angles at int positions (batch, time) → (batch, time, 1, d_head/2) in at least float32; the
@@ -30,17 +28,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, method: str = "auto") -> Tens
     :func:`rotary_angles`. ``method``: "triton" needs a GPU and is differentiable once, in x; "auto" takes it where it
     can. → the same shape and dtype. Raises ArgumentError, one line.
     """
-    if method not in METHODS:
-        raise ArgumentError(f"rotate: no method '{method}' among {', '.join(METHODS)}")
+    by_kernels = fused.taken(x, method, "triton_norm", "rotate")
     batch, time, _, d_head = x.shape
     for name, angles in (("cos", cos), ("sin", sin)):
         if d_head % 2 or angles.shape not in [(n, time, 1, d_head // 2) for n in (1, batch)]:
             raise ArgumentError(f"rotate: {name} is {tuple(angles.shape)} and x is {tuple(x.shape)}")
-    if method == "torch" or (method == "auto" and not (fused.by_default(x) and x.numel())):
+    if not by_kernels:
         first, second = x.to(cos.dtype).chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
-    fused.kernels("triton_norm", "rotate: ")
-    fused.kernels("triton_solver").check_device(x.device)
     y: Tensor = _Rotate.apply(x, cos, sin)
     return y
 

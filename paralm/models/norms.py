@@ -6,8 +6,9 @@ Statistics are taken in at least float32 whatever the input's dtype; the result 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from paralm_kernels import gated_norm
 from torch import Tensor, nn
 
@@ -52,13 +53,9 @@ class HeadLayerNorm(nn.Module):
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         """(batch, time, head, d_head) of any floating dtype → (batch, time, head · d_head) in the weight's dtype, times
         σ(gate), (batch, time, head · d_head), if given."""
-        if fused(x.select(-2, 0)):  # a token's heads are one row
-            x, groups = x.flatten(-2), self.n_heads
-            return gated_norm(x, self.weight, self.eps, gate, groups=groups, centred=True, activation="sigmoid")
-        wide = torch.promote_types(x.dtype, torch.float32)
-        normed = F.layer_norm(x.to(wide), (self.d_head,), eps=self.eps)
-        y = (normed.flatten(-2) * self.weight.to(wide)).to(self.weight.dtype)
-        return y if gate is None else y * torch.sigmoid(gate)
+        form: dict[str, Any] = {"groups": self.n_heads, "centred": True, "activation": "sigmoid"}
+        method = "auto" if fused(x.select(-2, 0)) else "torch"  # a token's heads are one row
+        return gated_norm(x.flatten(-2), self.weight, self.eps, gate, **form, method=method)
 
     def extra_repr(self) -> str:
         return f"{self.n_heads} × {self.d_head}, eps={self.eps}"
