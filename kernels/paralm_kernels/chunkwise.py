@@ -41,7 +41,7 @@ def chunkwise(
     reset: Tensor | None = None,
     *,
     normalized: bool = False,
-    chunk_size: int = 64,
+    chunk_size: int | None = None,
     method: str = "auto",
     eps: float = 1e-6,
 ) -> tuple[Tensor, Any]:
@@ -54,9 +54,10 @@ def chunkwise(
     d_k) and m (batch, heads); None is the initial one, zero and m = −∞. reset: bool (batch, time); where true the state
     before that step is the initial one and no gradient passes. Computed in at least float32; float64 does not mix.
 
-    chunk_size: steps that are done side by side; the result does not depend on it. method: "torch", "triton" (needs a
-    GPU or Triton's interpreter; chunk_size then is a power of two from 16 to 256) or "auto": triton on a GPU, with the
-    nearest such chunk. eps: added to the normaliser.
+    chunk_size: steps that are done side by side; the result does not depend on it. None: 64 in torch, and in the
+    kernels what their arithmetic says is fastest for these widths. method: "torch", "triton" (needs a GPU or Triton's
+    interpreter; chunk_size then is a power of two from 16 to 256) or "auto": triton on a GPU, with the nearest such
+    chunk. eps: added to the normaliser.
 
     Returns y (batch, time, heads, d_v) in the dtype of v, and the state in the compute dtype. Memory: a backward pass
     keeps only the arguments and computes the states at the starts of chunks again. Raises ArgumentError.
@@ -76,11 +77,11 @@ def chunkwise(
     return y, (end if normalized else end[0])
 
 
-def plan_of(dtype: torch.dtype, normalized: bool, chunk_size: int, method: str, eps: float) -> Plan:
+def plan_of(dtype: torch.dtype, normalized: bool, chunk_size: int | None, method: str, eps: float) -> Plan:
     """The options of `chunkwise`, looked at."""
     if method not in METHODS:
         raise ArgumentError(f"chunkwise: method is {method!r}; expected one of {', '.join(METHODS)}")
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
+    if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
         raise ArgumentError(f"chunkwise: chunk_size is {chunk_size!r}; expected a whole number of at least 1")
     if not (math.isfinite(eps) and eps >= 0):
         raise ArgumentError(f"chunkwise: eps is {eps}; expected a finite number of at least 0")

@@ -38,12 +38,16 @@ _BUDGET = {"cpu": 1 << 21}
 _BUDGET_ELSEWHERE = 1 << 27
 
 
+CHUNK = 64
+"""Steps of a chunk where none are given."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """What is not a tensor of a call of `chunkwise`."""
 
     normalized: bool
-    chunk_size: int
+    chunk_size: int | None
     eps: float
     dtype: torch.dtype
 
@@ -108,7 +112,7 @@ class Problem:
 
     def blocks(self) -> list[tuple[int, int, int]]:
         """(first step, chunks, steps of a chunk); what is left over at the end is a chunk of its own."""
-        size = min(self.plan.chunk_size, self.time)
+        size = min(self.plan.chunk_size or CHUNK, self.time)
         whole, rest = divmod(self.time, size)
         per_head = 5 * size * size + 3 * self.d_k * self.columns + 8 * size * self.columns
         numbers = self.batch * (self.heads * per_head + self.groups * 6 * size * self.d_k)

@@ -33,7 +33,7 @@ def windowed_chunkwise(
     state: WindowState | None = None,
     reset: Tensor | None = None,
     *,
-    chunk_size: int = 64,
+    chunk_size: int | None = None,
     method: str = "auto",
 ) -> tuple[Tensor, WindowState]:
     """As `chunkwise` (plain), each state made of the last ``window`` tokens, itself among them.

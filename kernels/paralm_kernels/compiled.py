@@ -77,7 +77,7 @@ class Usage:
 
 
 WRITTEN: dict[str, str] = {
-    "chunkwise": "triton_chunkwise",
+    "chunkwise": "triton_chunkwise_shapes",
     "conv": "triton_conv",
     "dense_rnn": "triton_dense",
     "norm": "triton_norm",

@@ -46,7 +46,7 @@ def chunkwise_sharded(
     reset: Tensor | None = None,
     *,
     normalized: bool = False,
-    chunk_size: int = 64,
+    chunk_size: int | None = None,
     method: str = "auto",
     eps: float = 1e-6,
 ) -> tuple[Tensor, Any]:

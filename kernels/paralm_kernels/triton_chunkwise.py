@@ -10,37 +10,29 @@ at the starts of chunks. No atomic sums: the same numbers every time.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from . import triton_chunkwise_backward as backward
-from . import triton_chunkwise_kernels as forward
+from . import triton_chunkwise_shapes as shapes
 from .chunkwise_reference import ChunkState
-from .chunkwise_torch import GradEnd, Plan, chunkwise_torch, past
+from .chunkwise_torch import GradEnd, Plan, chunkwise_torch
 from .errors import ArgumentError
 from .once import once_differentiable
-from .triton_launch import Launch
 from .triton_solver import check_device, interpreted
 
 SEGMENT = 1 << 27
-"""Numbers in the states of a segment: 256 MiB in bfloat16."""
+"""Numbers in the states of a segment (256 MiB in bfloat16) and in its scores."""
 PROGRAMS = 512
 """So many, a few for each multiprocessor; heads that share q and k share a program beyond that."""
-CHUNKS = (16, 32, 64, 128, 256)
-_DOT = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
 _ROWS = 65535
 """The largest second axis of a grid."""
-_SCAN = 512
-"""Steps that m's scan takes at a time."""
-STAGES = 2
-"""Loads that are under way ahead of a loop's products."""
 
 
 def chunkwise_triton(
@@ -67,23 +59,22 @@ def takes(q: Tensor, v: Tensor, plan: Plan, strict: bool) -> Plan | None:
     strict: ArgumentError, one line, where they cannot or the chunk is another."""
     wide = plan.dtype == torch.float64 and not interpreted()
     rows = v.shape[0] * v.shape[2]
+    size = plan.chunk_size or shapes.fastest_chunk(q.shape[3], v.shape[3], v.shape[2] // q.shape[2], q.shape[1])
     if not strict:
         if wide or rows > _ROWS:
             return None
-        nearest = min(CHUNKS, key=lambda size: abs(size - plan.chunk_size))
-        plan = replace(plan, chunk_size=nearest)
+        size = min(shapes.CHUNKS, key=lambda taken: abs(taken - size))
     check_device(q.device)
-    if plan.chunk_size not in CHUNKS:
-        raise ArgumentError(
-            f"chunkwise: chunk_size is {plan.chunk_size}; method 'triton' takes one of {', '.join(map(str, CHUNKS))}"
-        )
+    if size not in shapes.CHUNKS:
+        known = ", ".join(map(str, shapes.CHUNKS))
+        raise ArgumentError(f"chunkwise: chunk_size is {size}; method 'triton' takes one of {known}")
     if wide:
         raise ArgumentError("chunkwise: method 'triton' takes no float64 on a GPU, q is float64; use method='torch'")
     if rows > _ROWS:
         raise ArgumentError(
             f"chunkwise: v has {v.shape[0]} batch rows × {v.shape[2]} heads; method 'triton' takes {_ROWS} together"
         )
-    return plan
+    return replace(plan, chunk_size=size)
 
 
 class _Fused(torch.autograd.Function):
@@ -116,48 +107,6 @@ def context(x: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
 
 
-def constants(
-    normalized: bool, eps: float, given: tl.dtype, d_k: int, d_v: int, chunk: int, vendor: str
-) -> dict[str, Any]:
-    """What the kernels are compiled for; given: the dtype of q."""
-    compute = tl.float64 if given == tl.float64 else tl.float32
-    dot = tl.float32 if given == tl.float16 else given
-    exact = "tf32" if given == tl.float16 else "tf32x3"
-    return {
-        "NORM": normalized,
-        "EPS": eps,
-        "SCALE": d_k**-0.5 if normalized else 1.0,
-        "DOT": dot,
-        "COMPUTE": compute,
-        "PRECISION": exact if dot == tl.float32 and vendor == "cuda" else "ieee",
-        "DK": d_k,
-        "DV": d_v,
-        "L": chunk,
-        "BLOCK": _SCAN,
-        **blocks(dot, d_k, d_v, chunk),
-    }
-
-
-def blocks(dot: tl.dtype, d_k: int, d_v: int, chunk: int) -> dict[str, int]:
-    """Steps and columns of a tile."""
-    most = 64 if dot.primitive_bitwidth == 16 else 32
-    return {"BT": min(most, chunk)} | {
-        name: max(16, min(most, triton.next_power_of_2(width))) for name, width in (("BK", d_k), ("BV", d_v))
-    }
-
-
-_TWO_TILES = ("grad_q_kernel", "grad_k_kernel")
-"""These hold a tile of the gradient twice, beside one of steps by steps."""
-
-
-def shaped(name: str, chosen: dict[str, Any], vendor: str) -> tuple[dict[str, Any], int]:
-    """A kernel's constants and warps: those of _TWO_TILES spill with a whole head in a tile, or on four warps on NVIDIA
-    (eight of AMD's have half the registers each)."""
-    if name not in _TWO_TILES:
-        return chosen, 4
-    return {**chosen, "BV": min(chosen["BV"], 32)}, 8 if vendor == "cuda" else 4
-
-
 class Problem:
     """The arguments, with q, k and v such that heads lie side by side, and the launching of kernels."""
 
@@ -169,29 +118,37 @@ class Problem:
         self.batch, self.time, self.groups, self.d_k = self.q.shape
         self.heads, self.d_v = self.v.shape[2:]
         self.rows, self.shared = self.batch * self.heads, self.heads // self.groups
+        assert plan.chunk_size is not None  # `takes` has chosen
+        self.size = plan.chunk_size
+        self.operand = self.plan.dtype if self.q.dtype == torch.float16 else self.q.dtype
         self.vendor = "hip" if torch.version.hip else "cuda"
-        given = _DOT[self.q.dtype]
-        self.given = constants(plan.normalized, plan.eps, given, self.d_k, self.d_v, plan.chunk_size, self.vendor)
+        given = shapes.DOT[self.q.dtype]
+        self.given = shapes.constants(plan.normalized, plan.eps, given, self.d_k, self.d_v, self.size, self.vendor)
         if interpreted():
             self.given["PRECISION"] = "wide"
         self.given |= {"heads": self.heads, "groups": self.groups, "HAS_RESET": reset is not None}
-        self.tiles_k, self.tiles_v = -(-self.d_k // self.given["BK"]), -(-self.d_v // self.given["BV"])
-        self.subs = plan.chunk_size // self.given["BT"]
+        self.subs = self.size // self.given["BT"]
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.plan.dtype, device=self.q.device)
 
     def segments(self) -> list[tuple[int, int]]:
         """(first step, step after the last): whole chunks, but for the last."""
-        chunks = min(_ROWS, max(1, SEGMENT // (self.rows * self.d_k * self.d_v)))
-        steps = chunks * self.plan.chunk_size
+        each = self.rows * self.d_k * self.d_v + self.batch * self.groups * self.size**2
+        chunks = min(_ROWS, max(1, SEGMENT // each))
+        steps = chunks * self.size
         return [(start, min(start + steps, self.time)) for start in range(0, self.time, steps)]
 
+    def tiles(self, name: str) -> tuple[int, int]:
+        """A kernel's tiles of d_k and of d_v."""
+        chosen, *_ = shapes.shaped(name, self.given, self.rows, self.vendor)
+        return -(-self.d_k // chosen["BK"]), -(-self.d_v // chosen["BV"])
+
     def run(self, name: str, grid: tuple[int, ...], given: dict[str, Any]) -> None:
-        kernel = _NAMED[name]
-        every, warps = shaped(name, {**self.given, **given}, self.vendor)
+        kernel = shapes.NAMED[name]
+        every, warps, stages = shapes.shaped(name, {**self.given, **given}, self.rows, self.vendor)
         arguments = {argument: every[argument] for argument in kernel.arg_names}
-        kernel[grid](**arguments, num_warps=warps, num_stages=STAGES)
+        kernel[grid](**arguments, num_warps=warps, num_stages=stages)
 
 
 def _packed(x: Tensor) -> Tensor:
@@ -203,18 +160,24 @@ def _big(name: str, x: Tensor) -> dict[str, Any]:
     return {f"{name}_ptr": x, f"{name}_batch": x.stride(0), f"{name}_step": x.stride(1)}
 
 
+_GRADS = ("d{}_last_ptr", "d{}_first_ptr")
+"""Arguments of grad_states_kernel."""
+_UNREAD = ("n", "n_first", "n_last", "s", "s_last", "rho", "dn", "ds", "dnorm", "dn_last", "dn_first", "inner", "end")
+"""Arguments that some call does not read."""
+
+
 class _Segment:
     """A segment's views and weights, and the states of its chunks."""
 
     def __init__(self, problem: Problem, start: int, stop: int, state: ChunkState) -> None:
         self.problem, self.cut = problem, slice(start, stop)
-        plan, rows, size = problem.plan, problem.rows, problem.plan.chunk_size
+        plan, rows, size = problem.plan, problem.rows, problem.size
         self.time, self.chunks = stop - start, -(-(stop - start) // size)
+        self.pieces = _pieces(problem, self.chunks)
         padded = self.chunks * size
         d, g = (self._gate(x) for x in (problem.log_decay, problem.gain))
         none = d  # stands for what a kernel does not read
         reset = None if problem.reset is None else problem.reset[:, self.cut].contiguous()
-        self.sequence = None if reset is None else _sequence(reset, self.chunks, size)
         names = ("hi", "r", "c", "w", "a")
         weights = dict(zip(names, problem.empty(len(names), rows, padded), strict=True))
         self.given: dict[str, Any] = {f"{name}_ptr": value for name, value in weights.items()}
@@ -232,7 +195,7 @@ class _Segment:
             self.given["m_ptr"] = self.m = problem.empty(rows, padded + 1)
             self.run("stabilizer_kernel", (rows,))
         self.run("weights_kernel", (rows, self.chunks))
-        for name in ("n", "n_first", "n_last", "rho", "dn", "dnorm", "dn_last", "dn_first", "inner"):
+        for name in _UNREAD:
             self.given[f"{name}_ptr"] = none
 
     def _gate(self, x: Tensor) -> Tensor:
@@ -245,25 +208,56 @@ class _Segment:
     def states(self, store: bool = True) -> ChunkState:
         """The state at the end; leaves those at the starts of chunks behind, where they are stored."""
         p = self.problem
-        last = p.empty(p.batch, p.heads, p.d_k, p.d_v)
-        self.given |= {"s_first_ptr": self.first[0].contiguous(), "s_last_ptr": last}
-        shape = (p.rows, self.chunks, p.d_k)
-        kept = None if p.q.dtype == torch.float16 else p.q.dtype
-        self.given["s_ptr"] = p.empty(*shape, p.d_v, dtype=kept) if store else last
-        if p.plan.normalized:
-            norm_last = p.empty(p.batch, p.heads, p.d_k)
-            self.given |= {"n_first_ptr": self.first[1].contiguous(), "n_last_ptr": norm_last}
-            self.given["n_ptr"] = p.empty(*shape) if store else norm_last
-        self.run("states_kernel", (p.tiles_k, p.tiles_v, p.rows), STORE=store)
+        if store:
+            self.given["s_ptr"] = p.empty(p.rows, self.chunks, p.d_k, p.d_v, dtype=p.operand)
+            self.given["n_ptr"] = p.empty(p.rows, self.chunks, p.d_k) if p.plan.normalized else self.given["d_ptr"]
+        last = self.walk("states_kernel", ("{}_first_ptr", "{}_last_ptr"), self.first, store)
         if self.m is None:
-            return (last,)
-        return last, norm_last, self.m[:, -1].clone().view(p.batch, p.heads)
+            return last
+        return (*last, self.m[:, -1].clone().view(p.batch, p.heads))
 
+    def walk(self, kernel: str, names: tuple[str, str], begin: Sequence[Tensor], store: bool) -> tuple[Tensor, ...]:
+        """What a kernel that goes over chunks makes of a state S or (C, n) at one end, at the other one, with what it
+        stores of every chunk. names: of its arguments for both ends of a piece, which it leaves behind.
 
-def _sequence(reset: Tensor, chunks: int, size: int) -> Tensor:
-    """Which sequence of its chunk a step is in, (batch, chunk, step)."""
-    full = torch.nn.functional.pad(reset, (0, chunks * size - reset.shape[1]))
-    return full.unflatten(1, (chunks, size)).cumsum(-1)
+        A state is carried from chunk to chunk, so where few programs walk, time goes in pieces: all at once from
+        nothing, then, knowing where each piece begins, all at once as they are. The recurrence is linear: what a piece
+        makes of nothing and the decay over it tell its end for any begin.
+        """
+        p, pieces = self.problem, self.pieces
+        each = -(-self.chunks // pieces)
+        parts = "sn" if p.plan.normalized else "s"
+        shapes = [(p.rows, pieces, *x.shape[2:]) for x, _ in zip(begin, parts, strict=False)]
+        ends = [p.empty(*shape) for shape in shapes]
+        starts = [p.empty(*shape) for shape in shapes] if pieces > 1 else [x.contiguous() for x in begin[: len(parts)]]
+
+        def run(store: bool) -> None:
+            for name, start, end in zip(parts, starts, ends, strict=True):
+                self.given |= {names[0].format(name): start, names[1].format(name): end}
+            self.run(kernel, (*p.tiles(kernel), p.rows * pieces), STORE=store, pieces=pieces, each=each)
+
+        order = list(range(pieces)) if kernel == "states_kernel" else list(range(pieces))[::-1]
+        if pieces > 1:
+            for start in starts:
+                start.zero_()
+            run(store=False)
+            keep = torch.nn.functional.pad(self.given["keep_ptr"], (0, pieces * each - self.chunks), value=1.0)
+            keep = keep.unflatten(1, (pieces, each)).prod(-1)
+            for start, end, first in zip(starts, ends, begin, strict=False):
+                decay = keep.view(p.rows, pieces, *[1] * (start.ndim - 2))
+                start[:, order[0]] = first.flatten(0, 1)
+                for before, piece in itertools.pairwise(order):
+                    torch.addcmul(end[:, before], start[:, before], decay[:, before], out=start[:, piece])
+                end[:, order[-1]].addcmul_(start[:, order[-1]], decay[:, order[-1]])
+        if pieces == 1 or store:
+            run(store)
+        return tuple(end[:, order[-1]].reshape(first.shape) for end, first in zip(ends, begin, strict=False))
+
+    def scores(self) -> None:
+        """Leaves q·k of every chunk behind."""
+        p = self.problem
+        self.given["scores_ptr"] = p.empty(p.batch * p.groups, self.chunks, p.size, p.size)
+        self.run("scores_kernel", (self.chunks * p.subs, p.batch * p.groups, p.subs))
 
 
 def outputs(problem: Problem, y: Tensor) -> tuple[ChunkState, tuple[Tensor, ...]]:
@@ -274,10 +268,11 @@ def outputs(problem: Problem, y: Tensor) -> tuple[ChunkState, tuple[Tensor, ...]
     for start, stop in problem.segments():
         segment = _Segment(problem, start, stop, state)
         state = segment.states()
+        segment.scores()
         if problem.plan.normalized:
             inner.append(problem.empty(problem.rows, segment.given["padded"]))
             segment.given["inner_ptr"] = inner[-1]
-        grid = (segment.chunks * problem.subs, problem.rows, problem.tiles_v)
+        grid = (segment.chunks * problem.subs, problem.rows, problem.tiles("outputs_kernel")[1])
         segment.run("outputs_kernel", grid, **_big("y", y[:, segment.cut]))
     return state, ((y, torch.cat(inner, 1)) if inner else ())
 
@@ -302,7 +297,7 @@ def _starts(problem: Problem) -> Iterator[tuple[int, int, ChunkState]]:
 def gradients(
     problem: Problem, kept: Sequence[Tensor], grad_y: Tensor | None, grad_end: GradEnd, grads: Sequence[Tensor]
 ) -> ChunkState:
-    """As chunkwise_torch's; those of q, k and v have their last two axes side by side."""
+    """As chunkwise_torch's; those of q, k and v have their last two axes side by side, those of the gates the last."""
     grad_state = _at_end(problem, grad_end)
     for segment in _reversed(problem, kept, grad_y):
         grad_state = _pull_back(segment, grad_state, tuple(x[:, segment.cut] for x in grads))
@@ -312,8 +307,8 @@ def gradients(
 def entry_gradient(problem: Problem, kept: Sequence[Tensor], grad_y: Tensor | None, grad_end: GradEnd) -> ChunkState:
     """As chunkwise_torch's."""
     grad_state = _at_end(problem, grad_end)
-    for segment in _reversed(problem, kept, grad_y):
-        grad_state, _ = _grad_states(segment, grad_state)
+    for segment in _reversed(problem, kept, grad_y, states=False):
+        grad_state = list(segment.walk("grad_states_kernel", _GRADS, grad_state, store=False))
     return _at_start(problem, grad_state)
 
 
@@ -327,12 +322,13 @@ def _at_start(problem: Problem, grad_state: list[Tensor]) -> ChunkState:
     return (*grad_state, torch.zeros_like(problem.state[2])) if problem.plan.normalized else tuple(grad_state)
 
 
-def _reversed(p: Problem, kept: Sequence[Tensor], grad_y: Tensor | None) -> Iterator[_Segment]:
+def _reversed(p: Problem, kept: Sequence[Tensor], grad_y: Tensor | None, states: bool = True) -> Iterator[_Segment]:
     """From the last segment to the first, with its states and with dy, through the division where normalized."""
     dy = _packed(torch.zeros_like(p.v) if grad_y is None else grad_y.to(p.v.dtype))
     for start, stop, state in reversed(list(_starts(p))):
         segment = _Segment(p, start, stop, state)
-        segment.states()
+        if states:
+            segment.states()
         segment.given |= _big("dy", dy[:, segment.cut])
         if p.plan.normalized:
             y, inner = kept
@@ -348,96 +344,49 @@ def _grad_states(segment: _Segment, last: list[Tensor]) -> tuple[list[Tensor], T
     """The gradient of the state before a segment, and what flows past the ends of its chunks, by tiles; leaves those of
     the states at the starts of chunks behind."""
     p, given = segment.problem, segment.given
-    first = [torch.empty_like(x) for x in last]
-    given |= {"ds_last_ptr": last[0], "ds_first_ptr": first[0], "ds_ptr": torch.empty_like(given["s_ptr"])}
+    given["ds_ptr"] = torch.empty_like(given["s_ptr"])
     if p.plan.normalized:
-        given |= {"dn_last_ptr": last[1], "dn_first_ptr": first[1], "dnorm_ptr": torch.empty_like(given["n_ptr"])}
-    passed = p.empty(p.rows, segment.chunks, p.tiles_k * p.tiles_v)
-    segment.run("grad_states_kernel", (p.tiles_k, p.tiles_v, p.rows), end_ptr=passed)
-    return first, passed
+        given["dnorm_ptr"] = torch.empty_like(given["n_ptr"])
+    given["end_ptr"] = passed = p.empty(p.rows, segment.chunks, math.prod(p.tiles("grad_states_kernel")))
+    return list(segment.walk("grad_states_kernel", _GRADS, last, store=True)), passed
 
 
 def _pull_back(segment: _Segment, last: list[Tensor], grads: tuple[Tensor, ...]) -> list[Tensor]:
     """Writes a segment's part of the gradients of q, k, v, log_decay and gain; returns that of the state before it."""
     p, given, chunks = segment.problem, segment.given, segment.chunks
     first, end = _grad_states(segment, last)
-    segment.run("grad_v_kernel", (chunks * p.subs, p.rows, p.tiles_v), **_big("dv", grads[2]))
-    splits = _splits(p, chunks)
-    flows = []
-    for name, grad in (("q", grads[0]), ("k", grads[1])):
+    segment.scores()
+    segment.run("grad_v_kernel", (chunks * p.subs, p.rows, p.tiles("grad_v_kernel")[1]), **_big("dv", grads[2]))
+    splits, tiles = _splits(p, chunks), p.tiles("grad_q_kernel")[0]
+    rows, each = p.batch * p.groups * splits, p.shared // splits
+    # What the state gives to q·dq and k·dk, by tiles of d_k, then what the chunk's own steps give, by tiles of steps.
+    ending, starting = p.empty(2, tiles + p.subs, p.rows, chunks * p.size)
+    given |= {"each": each, "pairs_ptr": p.empty(rows, chunks, p.size, p.size, dtype=p.operand)}
+    within = {"ending_ptr": ending[tiles:], "starting_ptr": starting[tiles:]}
+    segment.run("pairs_kernel", (chunks * p.subs, rows, p.subs), **within)
+    for name, grad, flow in (("q", grads[0], ending), ("k", grads[1], starting)):
         part = grad.unsqueeze(0)
         if splits > 1:
             part = p.empty(splits, p.batch, segment.time, p.groups, p.d_k)
-        flows.append(p.empty(p.tiles_k, p.rows, chunks * p.plan.chunk_size))
-        options = {**_big(f"d{name}", part[0]), f"d{name}_split": part.stride(0), "flow_ptr": flows[-1]}
-        grid = (chunks * p.subs, p.batch * p.groups * splits, p.tiles_k)
-        segment.run(f"grad_{name}_kernel", grid, each=p.shared // splits, **options)
+        options = {**_big(f"d{name}", part[0]), f"d{name}_split": part.stride(0), "flow_ptr": flow}
+        segment.run(f"grad_{name}_kernel", (chunks * p.subs, rows, tiles), **options)
         if splits > 1:
             torch.sum(part, 0, out=grad) if grad.dtype == part.dtype else grad.copy_(part.sum(0))
-    shape = (p.batch, p.heads, chunks, p.plan.chunk_size)
-    ending, starting = (flow.sum(0).view(shape) for flow in flows)
-    grads[4].copy_(starting.flatten(2)[..., : segment.time].transpose(1, 2))
-    if not p.plan.normalized:
-        padded = (0, given["padded"] - segment.time)
-        starting = starting * torch.nn.functional.pad(given["g_ptr"], padded).view(shape)
-    at_end = end.sum(-1).view(p.batch, p.heads, chunks, 1)
-    passing = past(segment.sequence, (ending - starting).permute(0, 2, 3, 1), at_end.permute(0, 2, 3, 1))
-    grads[3].copy_(passing.flatten(1, 2)[:, : segment.time])
+    flows = {"ending_ptr": ending, "starting_ptr": starting, "end_ptr": end, "tiles": tiles, "tiles_end": end.shape[2]}
+    segment.run("passing_kernel", (p.rows, chunks), **flows, **_big("dd", grads[3]), **_big("dg", grads[4]))
     return first
+
+
+def _pieces(problem: Problem, chunks: int) -> int:
+    """In how many pieces of time the walks over a segment go: as many as WALKS leaves room for, but one where a second
+    walk would take what the first one saves."""
+    programs = problem.rows * math.prod(problem.tiles("states_kernel"))
+    count = min(shapes.WALKS // programs, chunks * problem.subs // shapes.WALKED)
+    return min(count, shapes.MOST_PIECES) if count > 2 else 1
 
 
 def _splits(problem: Problem, chunks: int) -> int:
     """How many programs share the heads of a group: the fewest that make PROGRAMS, or one for each head."""
-    programs = chunks * problem.subs * problem.batch * problem.groups * problem.tiles_k
+    programs = chunks * problem.subs * problem.batch * problem.groups * problem.tiles("grad_q_kernel")[0]
     counts = [count for count in range(1, problem.shared + 1) if problem.shared % count == 0]
     return next((count for count in counts if count * programs >= PROGRAMS), problem.shared)
-
-
-_PLAIN_KERNELS = (
-    forward.weights_kernel,
-    forward.states_kernel,
-    forward.outputs_kernel,
-    backward.grad_states_kernel,
-    backward.grad_q_kernel,
-    backward.grad_k_kernel,
-    backward.grad_v_kernel,
-)
-_KERNELS = (*_PLAIN_KERNELS, forward.stabilizer_kernel, backward.norm_back_kernel)
-_NAMED = {kernel.__name__: kernel for kernel in _KERNELS}
-_CHECKED = (("ssd", False, 128, 64, 256), ("mlstm", True, 256, 512, 64))
-"""Compiled by default: name, normalized, d_k, d_v and chunk of Mamba2 and of the 7B mLSTM."""
-_ALIKE = {"q", "k", "v", "y", "dy", "dq", "dk", "dv"}
-"""Arguments in the dtype of q; s and ds are too, but for float16."""
-_OTHER = {"reset_ptr": "*u8", "first_ptr": "*i32"}
-
-
-def default_launches(dtypes: Sequence[str] = ("bf16", "fp32")) -> list[Launch]:
-    """Every kernel at the sizes of Mamba2 and of mLSTM, for each vendor; float64 is for the interpreter alone."""
-    launches = []
-    for given in dtypes:
-        if given == "fp64":
-            continue
-        dot = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[given]
-        for vendor, targets in (("cuda", ("sm_80", "sm_90")), ("hip", ("gfx942",))):
-            for form, normalized, d_k, d_v, chunk in _CHECKED:
-                chosen = constants(normalized, 1e-6, dot, d_k, d_v, chunk, vendor) | {"HAS_RESET": True, "STORE": True}
-                for kernel in _KERNELS if normalized else _PLAIN_KERNELS:
-                    label = f"{form} {d_k}x{d_v} {given}"
-                    launches.append(_launch(kernel, label, given, *shaped(kernel.__name__, chosen, vendor), targets))
-    return launches
-
-
-def _launch(
-    kernel: Any, label: str, given: str, chosen: dict[str, Any], warps: int, targets: tuple[str, ...]
-) -> Launch:
-    signature = {}
-    alike = _ALIKE if given == "fp16" else {*_ALIKE, "s", "ds"}
-    for name in kernel.arg_names:
-        short = name.removesuffix("_ptr")
-        pointer = _OTHER.get(name, f"*{given if short in alike else 'fp32'}")
-        signature[name] = "constexpr" if name.isupper() else "i32" if short == name else pointer
-    # Triton's launcher sees these to be multiples of 16 for the sizes of models: pointers, strides of time and batch.
-    aligned = tuple(n for n in signature if n != "reset_ptr" and n.endswith(("_ptr", "_batch", "_step")))
-    values = {name: chosen[name] for name in signature if name.isupper()}
-    name = f"{kernel.__name__} {label}"
-    return Launch(name, kernel, signature, values, warps, STAGES, aligned, targets)

@@ -3,11 +3,12 @@
 
 Every gate becomes a weight once: `stabilizer_kernel` runs m over all of time as a scan of (d, m) pairs (normalized
 only), `weights_kernel` makes w, a, κ and the parts of D of a chunk. `states_kernel` walks over chunks, one program for
-a tile of the state; `outputs_kernel` has a program for BT steps of a chunk. (triton_chunkwise_backward.py: the rest.)
+a tile of the state. `scores_kernel` multiplies q and k of a chunk once for all heads and columns that read them, as
+mamba_ssm does; `outputs_kernel` has a program for BT steps of a chunk. (triton_chunkwise_backward.py: the rest.)
 
 Big tensors are (batch, time, heads or groups, width) with any stride of batch and time; weights are (row, steps), a row
-being a batch and head, steps padded to whole chunks; states (row, chunk, d_k, d_v). Matmuls take operands in DOT and
-sum in COMPUTE.
+being a batch and head, steps padded to whole chunks; states (row, chunk, d_k, d_v); scores (batch and group, chunk, L,
+L), of which only tiles on and below the diagonal are written. Matmuls take operands in DOT and sum in COMPUTE.
 """
 
 import triton
@@ -70,6 +71,12 @@ def put_state(ptr, value, row, column, BK: tl.constexpr, BV: tl.constexpr, DK: t
         tl.store(at, value.to(ptr.dtype.element_ty))
     else:
         tl.store(at, value.to(ptr.dtype.element_ty), mask=(i < DK)[:, None] & (j < DV)[None, :])
+
+
+@triton.jit
+def square(ptr, i0, j0, L: tl.constexpr, BT: tl.constexpr):
+    """Where BT steps from i0 meet BT from j0 in a chunk's matrix of steps by steps."""
+    return ptr + (i0 + tl.arange(0, BT))[:, None] * L + (j0 + tl.arange(0, BT))[None, :]
 
 
 @triton.jit
@@ -160,49 +167,73 @@ def weights_kernel(
 @triton.jit
 def states_kernel(
     k_ptr, k_batch, k_step, v_ptr, v_batch, v_step, g_ptr, a_ptr, keep_ptr, s_first_ptr, n_first_ptr, s_ptr, n_ptr,
-    s_last_ptr, n_last_ptr, time, chunks, heads, groups,
+    s_last_ptr, n_last_ptr, time, chunks, heads, groups, pieces, each,
     STORE: tl.constexpr, NORM: tl.constexpr, DOT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, L: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """The state at the start of every chunk (where STORE) and at the end."""
-    row = tl.program_id(2).to(tl.int64)
+    """The state at the start of every chunk (where STORE) and at the end of a piece of `each` chunks, from that at its
+    start (row, piece)."""
+    part = tl.program_id(2).to(tl.int64)
+    row, chunk0 = part // pieces, tl.program_id(2) % pieces * each
+    subs = (tl.minimum(chunk0 + each, chunks) - chunk0) * (L // BT)
     k0, v0 = tl.program_id(0) * BK, tl.program_id(1) * BV
     batch, head = row // heads, row % heads
     k_ptr += batch * k_batch + (head // (heads // groups)) * DK
     v_ptr += batch * v_batch + head * DV
-    state = state_tile(s_first_ptr + row * DK * DV, k0, v0, BK, BV, DK, DV)
+    state = state_tile(s_first_ptr + part * DK * DV, k0, v0, BK, BV, DK, DV)
     of_k = k0 + tl.arange(0, BK)
     norm = tl.zeros((BK,), COMPUTE)
     if NORM:
-        norm = tl.load(n_first_ptr + row * DK + of_k, mask=of_k < DK, other=0.0)
-    for chunk in range(chunks):
-        if STORE:
-            put_state(s_ptr + (row * chunks + chunk) * DK * DV, state, k0, v0, BK, BV, DK, DV)
-            if NORM:
-                tl.store(n_ptr + (row * chunks + chunk) * DK + of_k, norm, mask=(of_k < DK) & (v0 == 0))
-        keep = tl.load(keep_ptr + row * chunks + chunk)
-        state, norm = state * keep, norm * keep
-        for sub in range(0, L, BT):
-            t = chunk * L + sub
-            at = row * chunks * L + t + tl.arange(0, BT)
-            a = tl.load(a_ptr + at)
-            if not NORM:
-                step = t + tl.arange(0, BT)
-                a = a * tl.load(g_ptr + row * time + step, mask=step < time, other=0.0)
-            k = tile(k_ptr, k_step, t, time, k0, BT, BK, DK)
-            v = tile(v_ptr, v_step, t, time, v0, BT, BV, DV)
-            state = product(tl.trans(k), a[:, None] * v.to(COMPUTE), state, DOT, COMPUTE, PRECISION)
-            if NORM:
-                norm += tl.sum(a[:, None] * k.to(COMPUTE), 0)
-    put_state(s_last_ptr + row * DK * DV, state, k0, v0, BK, BV, DK, DV)
+        norm = tl.load(n_first_ptr + part * DK + of_k, mask=of_k < DK, other=0.0)
+    # One loop over all steps, not one in a chunk: loads are then under way across the ends of chunks, too.
+    for sub in range(subs):
+        if sub % (L // BT) == 0:
+            chunk = row * chunks + chunk0 + sub // (L // BT)
+            if STORE:
+                put_state(s_ptr + chunk * DK * DV, state, k0, v0, BK, BV, DK, DV)
+                if NORM:
+                    tl.store(n_ptr + chunk * DK + of_k, norm, mask=(of_k < DK) & (v0 == 0))
+            keep = tl.load(keep_ptr + chunk)
+            state, norm = state * keep, norm * keep
+        t = chunk0 * L + sub * BT
+        a = tl.load(a_ptr + row * chunks * L + t + tl.arange(0, BT))
+        if not NORM:
+            step = t + tl.arange(0, BT)
+            a = a * tl.load(g_ptr + row * time + step, mask=step < time, other=0.0)
+        k = tile(k_ptr, k_step, t, time, k0, BT, BK, DK)
+        v = tile(v_ptr, v_step, t, time, v0, BT, BV, DV)
+        state = product(tl.trans(k), a[:, None] * v.to(COMPUTE), state, DOT, COMPUTE, PRECISION)
+        if NORM:
+            norm += tl.sum(a[:, None] * k.to(COMPUTE), 0)
+    put_state(s_last_ptr + part * DK * DV, state, k0, v0, BK, BV, DK, DV)
     if NORM:
-        tl.store(n_last_ptr + row * DK + of_k, norm, mask=(of_k < DK) & (v0 == 0))
+        tl.store(n_last_ptr + part * DK + of_k, norm, mask=(of_k < DK) & (v0 == 0))
+
+
+@triton.jit
+def scores_kernel(
+    q_ptr, q_batch, q_step, k_ptr, k_batch, k_step, scores_ptr, time, chunks, groups,
+    DOT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+    DK: tl.constexpr, L: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """q_i·k_j of BT steps and BT steps not after them, of a chunk and group."""
+    chunk, i0, j0 = tl.program_id(0) // (L // BT), tl.program_id(0) % (L // BT) * BT, tl.program_id(2) * BT
+    batch, group = (tl.program_id(1) // groups).to(tl.int64), tl.program_id(1) % groups
+    if j0 <= i0:
+        t0 = chunk * L
+        scores = tl.zeros((BT, BT), COMPUTE)
+        for kb in range(0, DK, BK):
+            q = tile(q_ptr + batch * q_batch + group * DK, q_step, t0 + i0, time, kb, BT, BK, DK)
+            k = tile(k_ptr + batch * k_batch + group * DK, k_step, t0 + j0, time, kb, BT, BK, DK)
+            scores = product(q, tl.trans(k), scores, DOT, COMPUTE, PRECISION)
+        of = ((batch * groups + group) * chunks + chunk) * L * L
+        tl.store(square(scores_ptr + of, i0, j0, L, BT), scores)
 
 
 @triton.jit
 def outputs_kernel(
-    q_ptr, q_batch, q_step, k_ptr, k_batch, k_step, v_ptr, v_batch, v_step, y_ptr, y_batch, y_step, g_ptr, hi_ptr,
-    r_ptr, c_ptr, first_ptr, w_ptr, m_ptr, s_ptr, n_ptr, inner_ptr, time, chunks, heads, groups,
+    q_ptr, q_batch, q_step, v_ptr, v_batch, v_step, y_ptr, y_batch, y_step, g_ptr, hi_ptr, r_ptr, c_ptr, first_ptr,
+    w_ptr, m_ptr, s_ptr, n_ptr, scores_ptr, inner_ptr, time, chunks, heads, groups,
     EPS: tl.constexpr, SCALE: tl.constexpr,
     NORM: tl.constexpr, DOT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, L: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -213,10 +244,10 @@ def outputs_kernel(
     batch, head = row // heads, row % heads
     group = head // (heads // groups)
     q_ptr += batch * q_batch + group * DK
-    k_ptr += batch * k_batch + group * DK
     v_ptr += batch * v_batch + head * DV
     y_ptr += batch * y_batch + head * DV
     s_ptr += (row * chunks + chunk) * DK * DV
+    scores_ptr += ((batch * groups + group) * chunks + chunk) * L * L
     base, t0 = (row * chunks + chunk) * L, chunk * L
     y, inner = tl.zeros((BT, BV), COMPUTE), tl.zeros((BT,), COMPUTE)
     for kb in range(0, DK, BK):
@@ -229,12 +260,8 @@ def outputs_kernel(
     w = tl.load(w_ptr + base + i0 + tl.arange(0, BT)) * tl.full((), SCALE, COMPUTE)
     y, inner = y * w[:, None], inner * w
     for j0 in range(0, i0 + BT, BT):
-        mixed = tl.zeros((BT, BT), COMPUTE)
-        for kb in range(0, DK, BK):
-            q = tile(q_ptr, q_step, t0 + i0, time, kb, BT, BK, DK)
-            k = tile(k_ptr, k_step, t0 + j0, time, kb, BT, BK, DK)
-            mixed = product(q, tl.trans(k), mixed, DOT, COMPUTE, PRECISION)
-        mixed = mixed * decay(hi_ptr, r_ptr, c_ptr, first_ptr, base, i0, j0, BT) * tl.full((), SCALE, COMPUTE)
+        mixed = tl.load(square(scores_ptr, i0, j0, L, BT)) * tl.full((), SCALE, COMPUTE)
+        mixed = mixed * decay(hi_ptr, r_ptr, c_ptr, first_ptr, base, i0, j0, BT)
         if NORM:
             inner += tl.sum(mixed, 1)
         else:

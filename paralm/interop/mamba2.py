@@ -110,7 +110,7 @@ def _keys(model: LanguageModel) -> dict[str, Any]:
         "head_dim": first.head_dim,
         "n_groups": own.n_groups,
         "conv_kernel": own.d_conv,
-        "chunk_size": own.chunk_size,
+        "chunk_size": own.chunk_size or 256,
         "time_step_limit": [low, math.inf if high is None else high],
         "time_step_min": own.dt_min,
         "time_step_max": own.dt_max,

@@ -110,7 +110,7 @@ def _keys(model: LanguageModel) -> dict[str, Any]:
         "qk_dim_factor": own.qk_dim_factor,
         "v_dim_factor": own.v_dim_factor,
         "gate_soft_cap": own.gate_soft_cap,
-        "chunk_size": own.chunk_size,
+        "chunk_size": own.chunk_size or 64,
         "ffn_proj_factor": factor,
         "ffn_round_up_to_multiple_of": multiple,
         "output_logit_soft_cap": config.logit_cap,

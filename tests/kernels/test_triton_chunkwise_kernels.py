@@ -45,6 +45,13 @@ def double(case):
     return case
 
 
+def spy(monkeypatch, name):
+    """What a function of triton_chunkwise gives, call by call."""
+    function, given = getattr(triton_chunkwise, name), []
+    monkeypatch.setattr(triton_chunkwise, name, lambda *args: given.append(function(*args)) or given[-1])
+    return given
+
+
 @FORMS
 @pytest.mark.parametrize(
     ("time", "chunk_size", "groups", "shared", "d_k", "d_v", "resets", "state"),
@@ -92,6 +99,60 @@ def test_segments_of_time_and_splits_of_heads_change_nothing(normalized, monkeyp
         monkeypatch.setattr(triton_chunkwise, "SEGMENT", segment)
         monkeypatch.setattr(triton_chunkwise, "PROGRAMS", programs)
         assert_close(case.run(chunk_size=16, method="triton"), expected, 1e-10)
+
+
+@FORMS
+@pytest.mark.parametrize(("walks", "pieces"), [(6, 3), (1 << 20, 5)])
+def test_pieces_of_a_walk_change_nothing(normalized, walks, pieces, monkeypatch):
+    """Seven chunks in pieces of three, and of two, of which one is empty then; forward, backward, and over shards."""
+    case = Case(normalized, 1, 100, 1, 2, d_k=4, d_v=3, resets=0.02)
+    expected = case.run(reference_chunkwise)
+    monkeypatch.setattr(triton_chunkwise.shapes, "WALKS", walks)
+    monkeypatch.setattr(triton_chunkwise.shapes, "WALKED", 1)
+    monkeypatch.setattr(triton_chunkwise.shapes, "MOST_PIECES", 5)
+    made = spy(monkeypatch, "_pieces")
+    assert_close(case.run(chunk_size=16, method="triton"), expected, 1e-10)
+    assert made[0] == pieces
+    if pieces == 3:
+        got = chunkwise_on_shards(case, [60, 40], chunk_size=16, method="triton")
+        assert_close(got, expected, 1e-10)
+
+
+@FORMS
+def test_wide_tiles_change_nothing(normalized, monkeypatch):
+    """Which only operands of 16 bits have otherwise; two of them each way in every kernel, and some of them partly."""
+    monkeypatch.setattr(triton_chunkwise.shapes, "WIDE_BITS", (64,))
+    monkeypatch.setattr(triton_chunkwise.shapes, "WALKS", 1)
+    case = Case(normalized, 1, 20, 1, 2, d_k=70, d_v=100, resets=0.05)
+    assert_close(case.run(chunk_size=16, method="triton"), case.run(reference_chunkwise), 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("normalized", "heads", "groups", "d_k", "d_v", "chunk"), [(False, 2, 1, 64, 32, 64), (True, 1, 1, 32, 64, 64)]
+)
+def test_products_are_made_once(normalized, heads, groups, d_k, d_v, chunk, monkeypatch):
+    """Multiplications and additions in all matrix products are those of the algorithm: q·k and its gradient once for
+    all heads and columns, tiles above the diagonal not at all."""
+    done = []
+    dot = interpreter.InterpreterBuilder.create_dot
+
+    def counted(self, a, b, *rest):
+        done.append(a.data.shape[0] * a.data.shape[1] * b.data.shape[1])
+        return dot(self, a, b, *rest)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", counted)
+    monkeypatch.setattr(triton_chunkwise, "PROGRAMS", 1)
+    case = Case(normalized, 1, chunk, groups, heads // groups, d_k, d_v, resets=0, state=False)
+    inputs = [x.requires_grad_() for x in case.inputs]
+    y, _ = chunkwise(*inputs, normalized=normalized, chunk_size=chunk, method="triton")
+    tile = 32  # steps, in float64
+    below = chunk * (chunk + tile) // 2
+    scores = groups * below * d_k
+    assert sum(done) == heads * (2 * chunk * d_k * d_v + below * d_v) + scores
+    done.clear()
+    y.sum().backward()
+    states, in_chunk = 5 * chunk * d_k * d_v, 2 * below * d_v  # S, dS, dv, dq and dk; dv and the gradient of q·k
+    assert sum(done) == heads * (states + in_chunk) + 3 * scores
 
 
 @FORMS

@@ -45,7 +45,9 @@ class Mamba2Config(EntryConfig):
     )
     n_groups: PositiveInt = Field(default=1, description="G, heads of one group share B and C, and its norm")
     d_conv: int = Field(default=4, ge=2, le=16, description="width of the short convolution, in tokens")
-    chunk_size: PositiveInt = Field(default=64, description="tokens done side by side; no result depends on it")
+    chunk_size: PositiveInt | None = Field(
+        default=None, description="tokens done side by side; no result depends on it. Default: what is fastest there"
+    )
     dt_limit: tuple[NonNegativeFloat, PositiveFloat | None] = Field(
         default=(0.0, None), description="bounds of a token's dt after the softplus; null: none"
     )
@@ -198,7 +200,7 @@ class Mamba2(Mixer):
     def extra_flops_per_token(self, seq_len: int) -> float:
         """What the chunk form takes: C·B in each group and its sum over x in each head, over the (chunk + 1)/2 tokens
         that a token sees of its chunk on average; and, in each head, the state's reading and its update."""
-        seen = (min(self.config.chunk_size, 256, seq_len) + 1) / 2  # 256: the largest chunk of the kernels
+        seen = (min(self.config.chunk_size or 64, 256, seq_len) + 1) / 2  # 256: the largest chunk of the kernels
         within = 2.0 * seen * (self.config.n_groups * self.config.d_state + self.d_inner)
         return within + 4.0 * self.d_inner * self.config.d_state
 

@@ -45,7 +45,9 @@ class MLSTMConfig(EntryConfig):
     v_dim_factor: PositiveFloat = Field(default=1.0, description="channels of values and output gate over d_model")
     gate_soft_cap: float = Field(default=15.0, gt=0, le=40, description="bound c of the gates' pre-activations")
     input_gate_bias: float = Field(default=-10.0, description="what the input gates' biases start as")
-    chunk_size: PositiveInt = Field(default=64, description="tokens done side by side; no result depends on it")
+    chunk_size: PositiveInt | None = Field(
+        default=None, description="tokens done side by side; no result depends on it. Default: what is fastest there"
+    )
     norm_eps: PositiveFloat | None = Field(default=None, description="of the head norm; default: model.norm_eps")
 
 
@@ -176,7 +178,7 @@ class MLSTM(Mixer):
     def extra_flops_per_token(self, seq_len: int) -> float:
         """What the chunk form takes: q·k and the sum over v, over the (chunk + 1)/2 tokens that a token sees of its
         chunk on average; and, in each head, the state's reading and its update."""
-        seen = (min(self.config.chunk_size, 256, seq_len) + 1) / 2  # 256: the largest chunk of the kernels
+        seen = (min(self.config.chunk_size or 64, 256, seq_len) + 1) / 2  # 256: the largest chunk of the kernels
         return 2.0 * seen * (self.qk_dim + self.v_dim) + 4.0 * self.qk_dim * self.v_dim / self.n_heads
 
 
