@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from . import triton_chunkwise_shapes as shapes
@@ -193,7 +194,8 @@ class _Segment:
         if plan.normalized:
             self.given["m_first_ptr"] = state[2].contiguous()
             self.given["m_ptr"] = self.m = problem.empty(rows, padded + 1)
-            self.run("stabilizer_kernel", (rows,))
+            steps = max(16, min(shapes.SCAN, triton.next_power_of_2(padded)))
+            self.run("stabilizer_kernel", (rows,), BLOCK=steps)
         self.run("weights_kernel", (rows, self.chunks))
         for name in _UNREAD:
             self.given[f"{name}_ptr"] = none

@@ -21,8 +21,8 @@ time, at least WALKED tiles of steps long."""
 WALKED = 64
 MOST_PIECES = 16
 DOT = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
-_SCAN = 512
-"""Steps that m's scan takes at a time."""
+SCAN = 2048
+"""Steps that m's scan takes at a time: one program goes over a row, so the fewer times the better."""
 
 
 def fastest_chunk(d_k: int, d_v: int, shared: int, time: int) -> int:
@@ -60,7 +60,7 @@ def constants(
         "DK": d_k,
         "DV": d_v,
         "L": chunk,
-        "BLOCK": _SCAN,
+        "BLOCK": SCAN,
         **blocks(dot, d_k, d_v, chunk),
     }
 
@@ -86,7 +86,7 @@ product then reads less for what it multiplies."""
 WIDE_BITS = (16,)
 _WALKS = ("states_kernel", "grad_states_kernel")
 """These go over time: wide where that leaves enough of them, on AMD never, which has too few registers for it."""
-_EIGHT_WARPS = ("grad_q_kernel", "grad_k_kernel", "pairs_kernel")
+_EIGHT_WARPS = ("grad_q_kernel", "grad_k_kernel", "pairs_kernel", "stabilizer_kernel")
 """As those that are wide."""
 
 

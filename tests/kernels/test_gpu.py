@@ -210,11 +210,20 @@ def test_rotary_positions(dtype, close):
 
 @pytest.mark.parametrize("normalized", [False, True], ids=["ssd", "mlstm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("resets", [0.0, 0.01])
-def test_chunkwise_at_the_sizes_of_models(normalized, dtype, resets):
-    """Against float64 on the CPU; bfloat16 by the norm of the difference, as every product rounds its operands."""
+@pytest.mark.parametrize(("resets", "rows"), [(0.0, "some"), (0.01, "some"), (0.01, "one"), (0.01, "many")])
+def test_chunkwise_at_the_sizes_of_models(normalized, dtype, resets, rows, monkeypatch):
+    """Against float64 on the CPU; bfloat16 by the norm of the difference, as every product rounds its operands. One
+    head of a long text: walks go in pieces of time. Many rows: their tiles are wide, here for a few already."""
     sizes = {"groups": 2, "shared": 1, "d_k": 256, "d_v": 512} if normalized else {"shared": 4, "d_k": 128, "d_v": 64}
-    case = Case(normalized, time=1000, resets=resets, seed=1, dtype=torch.float32, **sizes)
+    if rows == "one":
+        case = Case(normalized, 1, 20_000, 1, 1, 128, 64, resets=resets, seed=1, dtype=torch.float32)
+    else:
+        case = Case(normalized, time=1000, resets=resets, seed=1, dtype=torch.float32, **sizes)
+    chunk = None if rows == "one" else 64 if normalized else 256
+    if rows == "many":
+        from paralm_kernels import triton_chunkwise_shapes
+
+        monkeypatch.setattr(triton_chunkwise_shapes, "WALKS", 1)
     case.inputs[:3] = [(x / x.shape[-1] ** 0.25).to(dtype) for x in case.inputs[:3]]
     case.weights[0] = case.weights[0].to(dtype).float()
 
@@ -224,7 +233,7 @@ def test_chunkwise_at_the_sizes_of_models(normalized, dtype, resets):
         case.reset = None if case.reset is None else case.reset.to(device)
 
     to("cuda")
-    got = case.run(chunk_size=64 if normalized else 256, method="triton")
+    got = case.run(chunk_size=chunk, method="triton")
     to("cpu", torch.float64)
     for index, (a, b) in enumerate(zip(got, case.run(method="torch"), strict=True)):
         error = float((a.cpu().double() - b).norm() / b.norm().clamp(min=1e-6))

@@ -110,6 +110,7 @@ def test_pieces_of_a_walk_change_nothing(normalized, walks, pieces, monkeypatch)
     monkeypatch.setattr(triton_chunkwise.shapes, "WALKS", walks)
     monkeypatch.setattr(triton_chunkwise.shapes, "WALKED", 1)
     monkeypatch.setattr(triton_chunkwise.shapes, "MOST_PIECES", 5)
+    monkeypatch.setattr(triton_chunkwise.shapes, "SCAN", 16)
     made = spy(monkeypatch, "_pieces")
     assert_close(case.run(chunk_size=16, method="triton"), expected, 1e-10)
     assert made[0] == pieces
