@@ -164,12 +164,18 @@ class Call:
             return made
         return _outputs(self)
 
-    def gradients(self, grad_y: Tensor | None, grad_tail: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Those of x, weight, bias and state, each in its dtype, given those of y and of the new state."""
-        found = (_gradients_fused if self.by_kernels else _gradients)(self, grad_y, grad_tail)
+    def gradients(
+        self, grad_y: Tensor | None, grad_tail: Tensor | None, of_state: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Those of x, weight, bias and, where asked for, state, each in its dtype, given those of y and of the new
+        state."""
+        if self.by_kernels:
+            found = _gradients_fused(self, grad_y, grad_tail, of_state)
+        else:
+            found = _gradients(self, grad_y, grad_tail)
         like = (self.x, self.weight, self.bias, self.state)
         to_x, to_weight, to_bias, to_state = (g.to(given.dtype) for g, given in zip(found, like, strict=True))
-        return to_x, to_weight, to_bias, to_state
+        return to_x, to_weight, to_bias, to_state if of_state else None
 
 
 class _CausalConv(torch.autograd.Function):
@@ -195,7 +201,7 @@ class _CausalConv(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor | None, grad_tail: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, bias, state, reset = ctx.saved_tensors
         call = Call(x, weight, bias, state, reset, ctx.dtype, ctx.by_kernels)
-        return (*call.gradients(grad_y, grad_tail), None, None, None)
+        return (*call.gradients(grad_y, grad_tail, of_state=ctx.needs_input_grad[3]), None, None, None)
 
 
 def _outputs(call: Call) -> Tensor:
@@ -241,7 +247,7 @@ def _gradients(call: Call, grad_y: Tensor | None, grad_tail: Tensor | None) -> t
     return grad_x, grad_rows.t(), grad_bias, grad_state
 
 
-def _gradients_fused(call: Call, grad_y: Tensor | None, grad_tail: Tensor | None) -> tuple[Tensor, ...]:
+def _gradients_fused(call: Call, grad_y: Tensor | None, grad_tail: Tensor | None, of_state: bool) -> tuple[Tensor, ...]:
     """By the kernels; what the first steps give to the state, and the new state to the last inputs, in torch."""
     x, state, dtype, geometry = call.x, call.state, call.dtype, call.geometry
     rows, taps = call.weight.to(dtype).t(), call.weight.shape[1]
@@ -252,9 +258,9 @@ def _gradients_fused(call: Call, grad_y: Tensor | None, grad_tail: Tensor | None
     else:
         found = _kernels(call).backward(grad_y, wide=grad_tail is not None)
         grad_x, grad_weight, grad_bias = found
-        first = min(geometry.reach, geometry.time)
+        first = min(geometry.reach, geometry.time) if of_state else 0
         scratch = grad_x.new_zeros((geometry.batch, first, geometry.channel), dtype=dtype)
-        for back in range(1, taps):  # a step before the sequence reaches the first steps only
+        for back in range(1, taps if of_state else 1):  # a step before the sequence reaches the first steps only
             cut = geometry.cut(back, 0, first)
             passed = grad_y[:, :first].to(dtype)
             passed = passed if cut is None else passed.masked_fill(cut, 0.0)

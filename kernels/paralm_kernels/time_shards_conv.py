@@ -87,15 +87,16 @@ class _Conv(torch.autograd.Function):
         else:
             first = _first_steps(replace(call, state=before))
             to_before = first.gradients(None if grad_y is None else grad_y[:, :reach], None)[3]
+            assert to_before is not None
         message = shards.pass_on("convolution, gradient", to_before, -1)
-        grads = call.gradients(grad_y, None)
+        grads = call.gradients(grad_y, None, of_state=shards.first and ctx.needs_input_grad[8])
         tail, last = message.taken(), grads[0][:, x.shape[1] - reach :]
         if grad_tail is not None:
             tail = grad_tail.to(ctx.dtype) if tail is None else tail + grad_tail
         if tail is not None:
             dropped = call.geometry.dropped()
             last.copy_(last + (tail if dropped is None else tail.masked_fill(dropped, 0.0)))
-        return (None,) * 5 + grads[:3] + (grads[3] if shards.first else None,)
+        return (None,) * 5 + grads
 
 
 def _first_steps(call: conv.Call) -> conv.Call:

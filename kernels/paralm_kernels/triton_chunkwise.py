@@ -30,7 +30,7 @@ from .triton_solver import check_device, interpreted
 
 SEGMENT = 1 << 27
 """Numbers in the states of a segment (256 MiB in bfloat16) and in its scores."""
-PROGRAMS = 512
+PROGRAMS = 256
 """So many, a few for each multiprocessor; heads that share q and k share a program beyond that."""
 _ROWS = 65535
 """The largest second axis of a grid."""
@@ -253,7 +253,7 @@ class _Segment:
                 end[:, order[-1]].addcmul_(start[:, order[-1]], decay[:, order[-1]])
         if pieces == 1 or store:
             run(store)
-        return tuple(end[:, order[-1]].reshape(first.shape) for end, first in zip(ends, begin, strict=False))
+        return tuple(end[:, order[-1]].contiguous().view(first.shape) for end, first in zip(ends, begin, strict=False))
 
     def scores(self) -> None:
         """Leaves q·k of every chunk behind."""
