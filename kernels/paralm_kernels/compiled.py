@@ -109,9 +109,12 @@ Record = Mapping[str, Usage]
 
 def read_record(path: Path) -> dict[str, Usage]:
     """A file that :func:`write_record` wrote; empty if there is none."""
-    if not path.exists():
-        return {}
-    return {row["fingerprint"]: Usage(**row) for row in json.loads(path.read_text(encoding="utf-8"))}
+    return {usage.fingerprint: usage for usage in _rows(path)}
+
+
+def _rows(path: Path) -> list[Usage]:
+    """Some have the same fingerprint: kernels that see nothing of a cell or of a dtype."""
+    return [Usage(**row) for row in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
 
 
 def write_record(path: Path, usages: Iterable[Usage]) -> None:
@@ -269,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         def chosen(u: Usage) -> bool:
             return u.cell in names and u.target in targets and u.kernel.endswith(tuple(dtypes))
 
-        kept = [u for u in read_record(options.record).values() if not chosen(u)]
+        kept = [u for u in _rows(options.record) if not chosen(u)]
         write_record(options.record, [*kept, *usages])
     return report(usages)
 

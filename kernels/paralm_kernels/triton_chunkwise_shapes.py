@@ -86,8 +86,8 @@ product then reads less for what it multiplies."""
 WIDE_BITS = (16,)
 _WALKS = ("states_kernel", "grad_states_kernel")
 """These go over time: wide where that leaves enough of them, on AMD never, which has too few registers for it."""
-_EIGHT_WARPS = ("grad_q_kernel", "grad_k_kernel", "pairs_kernel", "stabilizer_kernel")
-"""As those that are wide."""
+_EIGHT_WARPS = ("grad_states_kernel", "grad_q_kernel", "grad_k_kernel", "pairs_kernel", "stabilizer_kernel")
+"""As those that are wide; walks on AMD have four, for all its registers."""
 
 
 def shaped(name: str, chosen: dict[str, Any], rows: int, vendor: str) -> tuple[dict[str, Any], int, int]:
@@ -98,10 +98,12 @@ def shaped(name: str, chosen: dict[str, Any], rows: int, vendor: str) -> tuple[d
     for tile, width, times in zip(("BK", "BV"), (chosen["DK"], chosen["DV"]), by, strict=True):
         wide[tile] = chosen[tile] * (times if width > chosen[tile] else 1)
         tiles.append(-(-width // wide[tile]))
-    if name in _WALKS and (vendor == "hip" or rows * math.prod(tiles) < WALKS):
+    if name in _WALKS and vendor == "hip":
+        return chosen, 4, 2
+    if name in _WALKS and rows * math.prod(tiles) < WALKS:
         wide = {}
     eight = name in _EIGHT_WARPS or any(chosen[tile] < size for tile, size in wide.items())
-    return {**chosen, **wide}, 8 if eight else 4, 3 if name in _WALKS and vendor == "cuda" else 2
+    return {**chosen, **wide}, 8 if eight else 4, 3 if name in _WALKS else 2
 
 
 PLAIN_KERNELS = (
@@ -135,11 +137,11 @@ def default_launches(dtypes: Sequence[str] = ("bf16", "fp32")) -> list[Launch]:
         for vendor, targets in (("cuda", ("sm_80", "sm_90")), ("hip", ("gfx942",))):
             for form, normalized, d_k, d_v, chunk in _CHECKED:
                 chosen = constants(normalized, 1e-6, dot, d_k, d_v, chunk, vendor) | {"HAS_RESET": True, "STORE": True}
-                label = f"{form} {d_k}x{d_v} {given}"
                 for kernel in KERNELS if normalized else PLAIN_KERNELS:
                     forms = {repr(x): x for x in (shaped(kernel.__name__, chosen, n, vendor) for n in (WALKS, 1))}
                     for number, taken in enumerate(forms.values()):
-                        launches.append(_launch(kernel, label + " few" * number, given, *taken, targets))
+                        label = f"{form} {d_k}x{d_v}{' few' * number} {given}"
+                        launches.append(_launch(kernel, label, given, *taken, targets))
     return launches
 
 
