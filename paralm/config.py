@@ -125,7 +125,9 @@ class DataConfig(Section):
         default=0, description="of a source; they are listed in quarantine.jsonl, and one more ends the preparation"
     )
     order: Literal["windows", "lanes"] = "windows"
-    verify: Literal["size", "full"] = Field(default="full", description="what is checked when a store is opened")
+    verify: Literal["size", "full"] = Field(
+        default="full", description="what is checked at a start: sizes, or every byte, by one rank of each node"
+    )
 
     @model_validator(mode="after")
     def _one_of_both(self) -> DataConfig:

@@ -63,11 +63,11 @@ def check_prepared(data: DataConfig, folder: Path) -> None:
 def open_loader(
     config: Config, folder: Path, rank: int = 0, world_size: int = 1, part: slice | None = None
 ) -> Loader | MixtureLoader:
-    """The loader of the run's text, of all or a ``part`` of the steps of a rank's rows. Raises DataError, one line; see
-    :class:`MixtureLoader`.
+    """The loader of the run's text, of all or a ``part`` of the steps of a rank's rows. Of the stores it checks the
+    sizes. Raises DataError, one line; see :class:`MixtureLoader`.
     """
     training, data = config.training, config.data
-    stores = {name: TokenStore.open(path, verify=data.verify) for name, path in train_paths(data, folder).items()}
+    stores = {name: TokenStore.open(path, verify="size") for name, path in train_paths(data, folder).items()}
     rows = (training.seq_len, training.global_batch_size, config.run.seed)
     mixture = data.mixture
     if mixture is None:

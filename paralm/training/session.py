@@ -35,7 +35,7 @@ from paralm.training.run_folder import RunFolder
 from paralm.training.saving import Saver
 from paralm.training.step import Stepper
 from paralm.training.together import broadcast, gather
-from paralm.training.verification import FindDamage, choose_together
+from paralm.training.verification import FindDamage, choose_together, first_on_node, verify_stores
 from paralm.training.watch import note
 
 
@@ -81,6 +81,7 @@ class Session:
         self._metrics_refused = False
         self.started = time.monotonic()
         self.metrics: MetricsWriter | None = None
+        self.stores: list[TokenStore] = []  # of text: those that are trained and validated on
         self.saver = Saver(self)
 
     # -- setting up ------------------------------------------------------------------------------------------
@@ -98,6 +99,8 @@ class Session:
             session._set_threads()
             session._together(session._open_data)
             session._check_alike(*broadcast((config, session.loader.state_dict())))
+            reads = first_on_node(session.rank)
+            session._together(lambda: verify_stores(config, session.stores, reads, session.say))
             session._together(session._open_metrics)
             note("start")
             session._build()
@@ -111,7 +114,7 @@ class Session:
             raise
         return session
 
-    def _together(self, work: Callable[[], None]) -> None:
+    def _together(self, work: Callable[[], object]) -> None:
         """Do ``work`` on every rank; if it fails on any, all of them end with its one line instead of waiting."""
         problem: Exception | None = None
         try:
@@ -230,9 +233,10 @@ class Session:
         self.vocab_size, self.tokenizer_sha256 = tokenizer.vocab_size, tokenizer.sha256
         self.loader = open_loader(self.config, folder, **self.grid.reads(training.seq_len))
         found = validation_paths(data, folder)
-        self.validation = {name: TokenStore.open(path, verify=data.verify) for name, path in found.items()}
+        self.validation = {name: TokenStore.open(path, verify="size") for name, path in found.items()}
         read = [s.store for s in self.loader.sources] if isinstance(self.loader, MixtureLoader) else [self.loader.store]
-        for store in (*read, *self.validation.values()):
+        self.stores = list({store.path: store for store in (*read, *self.validation.values())}.values())
+        for store in self.stores:
             if store.tokenizer_sha256 != tokenizer.sha256:
                 raise RunError(f"{store.path}: made with another tokenizer than the one in {folder}")
         self._check_target()

@@ -1,15 +1,42 @@
-"""Choosing a checkpoint on rank 0 while all ranks verify it: each hashes its share of the files."""
+"""Who verifies what: of a checkpoint each rank hashes its share of the files, of a node's data one rank reads all."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from paralm_data import TokenStore
+
+from paralm.config import Config
 from paralm.errors import CheckpointError, UserError
 from paralm.training.checkpoint import Checkpoint
 from paralm.training.together import broadcast, gather
 
+_MUCH = 100e9  # bytes of tokens whose reading is worth a word
+
 FindDamage = Callable[[Checkpoint], str | None]
+
+
+def first_on_node(rank: int) -> bool:
+    """Whether no lower rank has this host's name: what all ranks of a node see alike, one of them can read for all. A
+    collective."""
+    hosts = gather(socket.gethostname())
+    return hosts.index(hosts[rank]) == rank
+
+
+def verify_stores(config: Config, stores: Sequence[TokenStore], reads: bool, say: Callable[[str], None]) -> None:
+    """With ``data.verify: full`` read the stores whole, where this rank ``reads`` for its node. Raises DataError."""
+    if config.data.verify != "full" or not reads:
+        return
+    size = sum(entry.size for store in stores for entry in store.manifest.files.values())
+    if size > _MUCH:
+        say(
+            f"data.verify: full: one rank of each node reads {size / 1e9:,.0f} GB now, for which it has "
+            f"parallel.collective_timeout ({config.parallel.collective_timeout:g} s); with size none does"
+        )
+    for store in stores:
+        store.verify()
 
 
 def choose_together(rank: int, world_size: int, choose: Callable[[FindDamage], Checkpoint | None]) -> Checkpoint | None:

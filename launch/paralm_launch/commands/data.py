@@ -94,7 +94,6 @@ def show(
         batch = SyntheticLoader(task, *rows, rank=rank, world_size=world_size).batch(step - 1)
         _print_examples(batch, task, step, rank, world_size)
         return
-    data.verify = "size"
     loader = open_loader(place.config, place.data_dir, rank, world_size)
     tokenizer = Tokenizer.load(place.data_dir / "tokenizer.model")
     for store in [source.store for source in loader.sources] if isinstance(loader, MixtureLoader) else [loader.store]:
