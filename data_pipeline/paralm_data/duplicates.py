@@ -3,8 +3,9 @@
 Documents are ordered as in the source. A document is dropped if an earlier one has one of its keys: the digest of its
 text (an exact duplicate), or a band of its MinHash signature (a near-duplicate). That is a function of the source
 alone, and no two documents that are kept share a key. The keys' range is cut into partitions of
-about PARTITION keys, and each is decided by itself (:class:`Partition`); what all of them decided of GROUP shards is
-gathered in one file (:class:`Gather`), in which each shard finds its own (:class:`Choose`).
+about PARTITION keys, and each is decided by itself (:class:`Partition`), from files that have the keys of several
+shards (:class:`Merge`); what all of them decided of GROUP shards is gathered in one file (:class:`Gather`), in which
+each shard finds its own (:class:`Choose`).
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,21 +27,84 @@ from paralm_data.scanning import BAD, DUPLICATE, EMPTY, HELD_OUT, KEPT, KEY, NEA
 from paralm_data.scratch import Files, blocks, map_array
 
 PARTITION = 1 << 20  # keys decided at once: about 50 MB
+MERGED = 1 << 21  # keys in one file, at most, of several shards: about 150 MB while it is made
 GROUP = 64  # shards
 _SHARD = 32  # bits of a record's number in its shard, with the bit that says which kind of key
 
 
+class Keys(NamedTuple):
+    """A file of keys: the marker it lies beside, where its sorted runs begin, and the shard that its records count
+    from."""
+
+    marker: Path
+    runs: list[int]
+    shard: int
+
+    def read(self) -> NDArray[Any]:
+        """(n,) KEY, mapped. DataError if the file is not as it was written."""
+        return map_array(self.marker.with_suffix(".keys"), KEY, self.runs[-1])
+
+
+def groups_of(files: Sequence[Keys]) -> list[list[Keys]]:
+    """Consecutive files of shards, together of at most MERGED keys; one that has more is alone."""
+    found: list[list[Keys]] = []
+    size = 0
+    for file in files:
+        if not found or size + file.runs[-1] > MERGED:
+            found.append([])
+            size = 0
+        found[-1].append(file)
+        size += file.runs[-1]
+    return found
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A task: the keys of consecutive shards in one file, sorted by their first halves. If each partition looked in
+    all shards, files would be opened shards times partitions times.
+    """
+
+    files: tuple[Keys, ...]
+    folder: Path
+
+    @property
+    def label(self) -> str:
+        return f"keys, shards from {self.files[0].shard + 1} on"
+
+    @property
+    def marker(self) -> Path:
+        return self.folder / f"{self.files[0].shard:08d}.json"
+
+    @property
+    def weight(self) -> float:
+        return 1.0
+
+    def run(self) -> Generator[Delta, None, dict[str, Any]]:
+        """Result: how many."""
+        found = []
+        for file in self.files:
+            part = np.array(file.read())
+            part["record"] += np.uint64((file.shard - self.files[0].shard) << _SHARD)
+            found.append(part)
+            yield Delta()
+        keys = np.concatenate(found)
+        found.clear()
+        with Files(self.marker) as files:
+            files.write(".keys", keys[np.argsort(keys["high"], kind="stable")].tobytes())
+            return files.finish({"keys": len(keys)})
+
+
 @lru_cache(maxsize=2)
-def _scans(plan: Path) -> list[tuple[Path, list[int]]]:
-    """Of each shard, in order: its scan's marker, and where its runs of keys begin."""
-    return [(Path(marker), runs) for marker, runs in json.loads(plan.read_bytes())]
+def _files_of(plan: Path) -> list[Keys]:
+    return [Keys(Path(marker), runs, shard) for marker, runs, shard in json.loads(plan.read_bytes())]
 
 
 @dataclass(frozen=True)
 class Partition:
     """A task: of the keys in the ``number``-th of ``count`` equal ranges, which records are not their key's first.
 
-    ``plan``: a JSON file with the scans, in order. ``.later`` has shard << 32 | record << 1 | (1 for a band), sorted.
+    ``plan``: a JSON file with all files of keys, in order. ``.later`` has shard << 32 | record << 1 | (1 for a band),
+    sorted.
     """
 
     plan: Path
@@ -63,14 +127,14 @@ class Partition:
     def run(self) -> Generator[Delta, None, dict[str, Any]]:
         """Result: how many."""
         found = []
-        for shard, (marker, runs) in enumerate(_scans(self.plan)):
-            mapped = map_array(marker.with_suffix(".keys"), KEY, runs[-1])
-            for start, stop in itertools.pairwise(runs):
+        for file in _files_of(self.plan):
+            mapped = file.read()
+            for start, stop in itertools.pairwise(file.runs):
                 high = mapped["high"][start:stop]
                 first, last = (int(np.searchsorted(high, np.uint64(b))) if b < 1 << 64 else stop - start
                                for b in (self._bound(self.number), self._bound(self.number + 1)))  # fmt: skip
                 part = np.array(mapped[start + first : start + last])
-                part["record"] |= np.uint64(shard << _SHARD)
+                part["record"] += np.uint64(file.shard << _SHARD)
                 found.append(part)
             yield Delta()
         keys = np.concatenate(found) if found else np.empty(0, KEY)

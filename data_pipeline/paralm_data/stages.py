@@ -3,6 +3,7 @@
 ::
 
     scan       a shard: records, rules, digests, signatures          scanning.py
+    merge      some shards: their keys in one file                   duplicates.py
     partition  a range of keys: which documents are later ones       duplicates.py
     gather     some shards: what all ranges say of them              duplicates.py
     choose     a shard: the fate of each record                      duplicates.py
@@ -29,7 +30,7 @@ from numpy.typing import NDArray
 
 from paralm_data import minhash, rules
 from paralm_data.atomic import write_file
-from paralm_data.duplicates import GROUP, PARTITION, Choose, Gather, Partition
+from paralm_data.duplicates import GROUP, MERGED, PARTITION, Choose, Gather, Keys, Merge, Partition, groups_of
 from paralm_data.errors import DataError
 from paralm_data.executors import Executor, Task
 from paralm_data.permutation import random_permutation
@@ -141,12 +142,14 @@ class Stages:
         """Of each shard, where its records that are not the first of their keys are found."""
         if not keys:
             return [None] * len(scans)
+        files = [Keys(scan.marker, found["runs"], i) for i, (scan, found) in enumerate(zip(scans, scanned))]
+        count = -(-keys // PARTITION)
+        if count > 1:
+            files = self._merged(plan_key, files)
         plan = self._scratch / f"plan-{plan_key}.json"
-        runs = [[str(scan.marker), found["runs"]] for scan, found in zip(scans, scanned)]
-        content = json.dumps(runs).encode()
+        content = json.dumps([[str(marker), runs, shard] for marker, runs, shard in files]).encode()
         if not plan.exists() or plan.read_bytes() != content:  # others that read it would lose it to a new one
             write_file(plan, content)
-        count = -(-keys // PARTITION)
         folder = self._scratch / f"partition-{key_of(plan_key, count)}"
         tasks = [Partition(plan, i, count, folder) for i in range(count)]
         self.run("finding duplicates", tasks, quiet=count == 1)
@@ -156,6 +159,20 @@ class Stages:
         groups = [Gather(folder, count, i, min(i + GROUP, len(scans)), gathered) for i in range(0, len(scans), GROUP)]
         self.run("gathering duplicates", groups, quiet=True)
         return [groups[i // GROUP].marker.with_suffix(".later") for i in range(len(scans))]
+
+    def _merged(self, plan_key: str, files: list[Keys]) -> list[Keys]:
+        """The same keys in fewer files."""
+        groups, folder = groups_of(files), self._scratch / f"merge-{key_of(plan_key, MERGED)}"
+        tasks = [Merge(tuple(group), folder) for group in groups if len(group) > 1]
+        made = iter(zip(tasks, self.run("sorting keys", tasks, quiet=True), strict=True))
+        found = []
+        for group in groups:
+            if len(group) > 1:
+                task, result = next(made)
+                found.append(Keys(task.marker, [0, result["keys"]], group[0].shard))
+            else:
+                found += group
+        return found
 
     def draw(self, survey: Survey, limit: int) -> list[Draw]:
         """Draw pieces of the train text for a uniform sample of ``limit`` bytes, or all there is; returns the tasks

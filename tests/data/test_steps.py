@@ -290,6 +290,7 @@ def test_of_near_duplicates_the_first_is_kept(
 ) -> None:
     pytest.importorskip("rensa")
     monkeypatch.setattr("paralm_data.stages.PARTITION", 100)  # many partitions
+    monkeypatch.setattr("paralm_data.duplicates.MERGED", 400)  # of keys of several shards
     monkeypatch.setattr("paralm_data.scanning.RUN", 64)  # many runs
     base = [sentences(seed, 40) for seed in range(60)]
     far = [near(text, 60, i) for i, text in enumerate(base[:20])]  # of about 200 words: hardly any 5-gram is left
@@ -310,6 +311,7 @@ def test_no_two_documents_that_are_kept_share_a_key_and_every_other_has_an_earli
 ) -> None:
     pytest.importorskip("rensa")
     monkeypatch.setattr("paralm_data.stages.PARTITION", 200)
+    monkeypatch.setattr("paralm_data.duplicates.MERGED", 900)
     draw, rule = random.Random(5), MinHashRule(enabled=True, bands=20, rows=3)
     texts = [sentences(seed, 20) for seed in range(30)]
     for _ in range(120):
@@ -330,9 +332,10 @@ def test_no_two_documents_that_are_kept_share_a_key_and_every_other_has_an_earli
     assert kept(result) == set(wanted)
 
 
-def test_a_shard_does_not_look_for_its_duplicates_in_every_partition(
+def test_neither_shards_look_in_every_partition_nor_partitions_in_every_shard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of 100,000 shards and 1,000 partitions that would open 10⁸ files, each way."""
     opened = []
 
     def counted(path: Path, *arguments: Any) -> Any:
@@ -341,6 +344,7 @@ def test_a_shard_does_not_look_for_its_duplicates_in_every_partition(
 
     monkeypatch.setattr("paralm_data.stages.PARTITION", 8)
     monkeypatch.setattr("paralm_data.stages.GROUP", 10)
+    monkeypatch.setattr("paralm_data.duplicates.MERGED", 40)
     monkeypatch.setattr("paralm_data.duplicates.map_array", counted)
     texts = [f"text {number * number % 41} of some length" for number in range(100)]
     stages = Stages(tmp_path / "work", LocalExecutor(1), None, StepsSpec(), 250, 0, 1)
@@ -352,6 +356,9 @@ def test_a_shard_does_not_look_for_its_duplicates_in_every_partition(
     assert len(survey.shards) == 14
     assert partitions > 5
     assert opened.count(".later") == 2 * partitions + 14
+    merged = len(list(tmp_path.glob("work/merge-*/*.keys")))
+    assert merged == 3
+    assert opened.count(".keys") == merged * partitions + 14
 
 
 def test_a_signature_does_not_depend_on_the_process() -> None:
