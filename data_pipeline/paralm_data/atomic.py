@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -16,12 +17,13 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Replace ``path`` by ``content``, or leave it as it was. An OSError names a file, also where the disk is full."""
+def write_file(path: Path, content: bytes | Iterable[bytes]) -> None:
+    """Replace ``path`` by ``content``, whole or in pieces, or leave it as it was. An OSError names a file, also where
+    the disk is full."""
     temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(8)}")
     try:
         with temporary.open("wb") as file:
-            file.write(content)
+            file.writelines([content] if isinstance(content, bytes) else content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -10,14 +10,17 @@ import contextlib
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from paralm_data.atomic import write_file
 
 from paralm.errors import RunError
-from paralm.training.checkpoint import write_atomically
+
+_BLOCK = 1 << 16  # bytes read at once from the end
 
 # Dense peaks of bf16 and of fp32 products, FLOP/s (vendors' data sheets). In fp32 torch uses no TF32 unless told.
 _PEAK_FLOPS = {
@@ -55,28 +58,76 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    rows = []
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines[:-1], start=1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            raise RunError(f"{path}:{number}: not a JSON object; restore or remove the line") from None
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise RunError(f"{path}:{number}: not a metrics row (no integer 'step'); restore or remove the line")
-        rows.append(row)
-    return rows
+    with path.open("rb") as file:
+        return [_row(line, path, number) for number, line in enumerate(file, start=1) if line.endswith(b"\n")]
+
+
+def _row(line: bytes, path: Path, number: int | None = None) -> dict[str, Any]:
+    """A line's object. Raises RunError, which says the line's ``number`` (None: it is looked for)."""
+    try:
+        row = json.loads(line)
+        whole = isinstance(row, dict) and isinstance(row.get("step"), int)
+        problem = None if whole else "a metrics row (no integer 'step')"
+    except ValueError:
+        problem = "a JSON object"
+    if problem is None:
+        return row  # type: ignore[no-any-return]
+    if number is None:
+        number = path.read_bytes().splitlines(keepends=True).index(line) + 1
+    raise RunError(f"{path}:{number}: not {problem}; restore or remove the line")
+
+
+def last_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The whole lines, the last one first, each with the byte after it; what is not asked for is not read.
+
+    Raises RunError as :func:`read_metrics` does.
+    """
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        end = at = file.seek(0, os.SEEK_END)
+        data = b""  # from ``at`` to ``end``
+        while at or data:
+            begin = data.rfind(b"\n", 0, max(0, len(data) - 1)) + 1
+            if at and not begin:  # the last line of ``data`` may begin before it
+                size = min(_BLOCK, at)
+                at -= size
+                file.seek(at)
+                data = file.read(size) + data
+                continue
+            line, data = data[begin:], data[:begin]
+            if line.endswith(b"\n"):
+                yield end, _row(line, path)
+            end -= len(line)
 
 
 def cut_metrics(path: Path, step: int, validates: bool = False) -> None:
     """Drop rows of steps past ``step`` and an unfinished last line; with ``validates``, its validation too, which is
-    going to be made again."""
+    going to be made again.
+
+    Steps ascend, so only what is dropped is read as JSON; the other lines are copied: an earlier attempt that lives on
+    has the old file. Raises RunError for one that is dropped, or is no object.
+    """
     if not path.exists():
         return
-    kept = [row for row in read_metrics(path) if row["step"] <= step]
-    if validates:
-        kept = [row for row in kept if row["step"] < step or row.get("kind") != "validation"]
-    write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def goes(row: dict[str, Any]) -> bool:
+        return bool(row["step"] > step or (validates and row["step"] == step and row.get("kind") == "validation"))
+
+    end = next((end for end, row in last_rows(path) if not goes(row)), 0)
+    write_file(path, _lines(path, end))
+
+
+def _lines(path: Path, end: int) -> Iterator[bytes]:
+    """The lines up to byte ``end``."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            end -= len(line)
+            if end < 0:
+                return
+            if not (line.startswith(b"{") and line.endswith(b"}\n")):
+                _row(line, path, number)
+            yield line
 
 
 class MetricsWriter:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from paralm_data import TokenStore
 
+from paralm.errors import RunError
 from paralm.training import verification
+from paralm.training.metrics import cut_metrics, last_rows, read_metrics
 from paralm.training.session import Session
 from paralm.training.verification import first_on_node
 
@@ -34,3 +38,50 @@ def test_a_rank_reads_each_store_whole_only_if_it_is_told_to(
     Session.open(config, said.append).close()
     assert len(set(verified)) == len(verified) == read
     assert said == []
+
+
+def metrics(path: Path, steps: int) -> list[bytes]:
+    """A row a step, and a validation every tenth, as a run writes them; their lines."""
+    lines = []
+    for step in range(1, steps + 1):
+        lines.append(json.dumps({"kind": "train", "step": step, "loss": 1 / step, "newton": {"a": 3.0}}))
+        if step % 10 == 0:
+            lines.append(json.dumps({"kind": "validation", "set": "held_out", "step": step, "loss": 2 / step}))
+    path.write_text("".join(line + "\n" for line in lines))
+    return path.read_bytes().splitlines(keepends=True)
+
+
+@pytest.mark.parametrize("block", [7, 100, 1 << 16])
+def test_of_the_metrics_a_restart_reads_what_it_drops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    """Of 500,000 steps in 700 MB every restart made objects of all: 23 s and 5.7 GB."""
+    monkeypatch.setattr("paralm.training.metrics._BLOCK", block)
+    path = tmp_path / "metrics.jsonl"
+    lines = metrics(path, 1000)
+    with path.open("a") as file:
+        file.write('{"kind": "train", "ste')
+    parsed: list[bytes] = []
+    loads = json.loads
+    monkeypatch.setattr("paralm.training.metrics.json.loads", lambda line: parsed.append(line) or loads(line))
+    cut_metrics(path, 990)
+    assert path.read_bytes().splitlines(keepends=True) == lines[:-11]
+    assert len(parsed) == 12  # ten steps and their validation, and the last row that stays
+    cut_metrics(path, 990, validates=True)
+    assert path.read_bytes().splitlines(keepends=True) == lines[:-12]
+    assert next(row["step"] for _, row in last_rows(path)) == 990
+    assert len(parsed) == 15
+    assert [row["step"] for _, row in last_rows(path)] == [row["step"] for row in reversed(read_metrics(path))]
+    cut_metrics(path, 0)
+    assert path.read_bytes() == b""
+
+
+@pytest.mark.parametrize("line", [3, 995])
+def test_a_damaged_row_is_named_by_a_restart(tmp_path: Path, line: int) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = metrics(path, 1000)
+    lines[line - 1] = lines[line - 1][:20] + b"\n"
+    path.write_bytes(b"".join(lines))
+    with pytest.raises(RunError, match=rf"metrics\.jsonl:{line}: not a JSON object"):
+        cut_metrics(path, 850)
+    assert path.read_bytes() == b"".join(lines)

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -253,13 +253,11 @@ def _row(job: Job, states: Sequence[Status]) -> tuple[str, ...]:
 def _progress(run: Path) -> str:
     """How far the run is, from its own folder."""
     from paralm.training import checkpoint
-    from paralm.training.metrics import read_metrics
+    from paralm.training.metrics import last_rows
 
-    path = run / "metrics.jsonl"
-    rows: list[dict[str, Any]] = [r for r in read_metrics(path) if r["kind"] == "train"] if path.exists() else []
-    if not rows:
+    last = next((row for _, row in last_rows(run / "metrics.jsonl") if row["kind"] == "train"), None)
+    if last is None:
         return "no step yet"
     saved = checkpoint.steps(run / "checkpoints")
-    last = rows[-1]
     newest = f", newest checkpoint {saved[-1]:,}" if saved else ""
     return f"step {last['step']:,} of {last['max_steps']:,}, loss {last['loss']:.3f}{newest}"
