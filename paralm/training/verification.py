@@ -46,14 +46,15 @@ def choose_together(rank: int, world_size: int, choose: Callable[[FindDamage], C
     until a choice is made. Raises CheckpointError, the same line on every rank, when ``choose`` raises a UserError.
     """
     if rank != 0:
+        opened: dict[Path, Checkpoint] = {}  # a manifest of hundreds of ranks is megabytes
         while True:
             request, value = broadcast(None)
             if request == "verify":
-                gather(_damage(value, rank, world_size))
+                gather(_damage(value, rank, world_size, opened))
             elif request == "failed":
                 raise CheckpointError(value)
             else:
-                return Checkpoint(value) if value is not None else None
+                return opened.get(value) or Checkpoint(value) if value is not None else None
 
     def find_damage(candidate: Checkpoint) -> str | None:
         broadcast(("verify", candidate.directory))
@@ -68,9 +69,10 @@ def choose_together(rank: int, world_size: int, choose: Callable[[FindDamage], C
     return chosen
 
 
-def _damage(directory: Path, rank: int, world_size: int) -> str | None:
+def _damage(directory: Path, rank: int, world_size: int, opened: dict[Path, Checkpoint]) -> str | None:
     """This rank's finding; what it cannot open is damage too, to be said by rank 0 instead of raised here."""
     try:
-        return Checkpoint(directory).damage(rank, world_size)
+        opened[directory] = Checkpoint(directory)
+        return opened[directory].damage(rank, world_size)
     except CheckpointError as error:
         return str(error)

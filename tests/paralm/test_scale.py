@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from paralm_data import TokenStore
 
-from paralm.errors import RunError
+from paralm.errors import CheckpointError, RunError
+from paralm.training import checkpoint as ckpt
 from paralm.training import verification
 from paralm.training.metrics import cut_metrics, last_rows, read_metrics
 from paralm.training.session import Session
@@ -85,3 +88,42 @@ def test_a_damaged_row_is_named_by_a_restart(tmp_path: Path, line: int) -> None:
     with pytest.raises(RunError, match=rf"metrics\.jsonl:{line}: not a JSON object"):
         cut_metrics(path, 850)
     assert path.read_bytes() == b"".join(lines)
+
+
+def with_seal(content: dict[str, Any]) -> str:
+    """The text of version 0.1: everything indented, the seal among the keys."""
+    digest = hashlib.sha256(json.dumps(content, indent=1, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**content, "sha256": digest}, indent=1, sort_keys=True)
+
+
+@pytest.mark.parametrize("text", [with_seal, ckpt.seal])
+@pytest.mark.parametrize("last", [{}, {"zero_stage": 3}])
+def test_every_flipped_byte_of_a_sealed_text_is_found_however_it_is_laid_out(
+    tmp_path: Path, text: Callable[[dict[str, Any]], str], last: dict[str, Any]
+) -> None:
+    content = {"format": 1, "files": [{"name": "a", "sha256": "0" * 64}], "parameters": {"b": {"sha256": "1" * 64}}}
+    path = tmp_path / "manifest.json"
+    path.write_text(text({**content, **last}))
+    whole = path.read_bytes()
+    found = ckpt.read_sealed(path, 1)
+    assert len(found.pop("sha256")) == 64
+    assert found == {**content, **last}
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 7]) + whole[at + 1 :])
+        with pytest.raises(CheckpointError, match=r"manifest\.json"):
+            ckpt.read_sealed(path, 1)
+
+
+def test_a_rank_reads_the_manifest_it_verified_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 256 ranks at ZeRO-3 it has ten megabytes."""
+    reads: list[Path] = []
+    read = ckpt.read_sealed
+    ckpt.write_manifest(tmp_path, [], {"step": 3, "parameters": {}})
+    asked = iter([("verify", tmp_path), ("chosen", tmp_path)])
+    monkeypatch.setattr(ckpt, "read_sealed", lambda path, form: reads.append(path) or read(path, form))
+    monkeypatch.setattr(verification, "broadcast", lambda value: next(asked))
+    monkeypatch.setattr(verification, "gather", lambda value: [value])
+    found = verification.choose_together(7, 256, lambda find_damage: None)
+    assert found is not None
+    assert found.step == 3
+    assert len(reads) == 1
