@@ -22,7 +22,8 @@ from typing import Any, TextIO
 
 from paralm.training.checkpoint import write_atomically
 
-_POLL_SECONDS = 0.5
+_POLL_SECONDS = 0.5  # between a rank's looks for requests
+_LOOKS = 64  # a second, of all ranks together: each is a question to the server of a shared file system
 
 stop_file: Path | None = None  # a launcher's worker sets it: a file that holds a signal's number asks for a stop
 
@@ -30,8 +31,10 @@ stop_file: Path | None = None  # a launcher's worker sets it: a file that holds 
 class Control:
     """Signal handlers and watchdog of one rank; a context manager that puts the old handlers back."""
 
-    def __init__(self, stacks: Path, ranks: Path, rank: int, hang_timeout: float) -> None:
+    def __init__(self, stacks: Path, ranks: Path, rank: int, hang_timeout: float, world_size: int = 1) -> None:
         self.stop_signal: int | None = None
+        # Of many ranks the first to see a stop file tells all of them, by the step's last collective.
+        self.period = max(_POLL_SECONDS, world_size / _LOOKS)
         self._hang_timeout = hang_timeout
         self._request = stacks / "request"
         self._previous: dict[int, Any] = {}
@@ -95,7 +98,7 @@ class Control:
 
     def _watch(self) -> None:
         seen = self._modified()
-        while not self._done.wait(_POLL_SECONDS):
+        while not self._done.wait(self.period):
             self._read_stop_file()
             now = self._modified()
             if now is not None and now != seen:  # later or, where the clock was set back, earlier

@@ -60,7 +60,8 @@ def train(config: Config, on_progress: Progress | None = None, say: Callable[[st
     with watching(config.run_dir, *rank_and_world(), config.parallel.collective_timeout):
         session = Session.open(config, say)
         try:
-            control = Control(session.folder.stacks, session.folder.ranks, session.rank, config.training.hang_timeout)
+            folder, limit = session.folder, config.training.hang_timeout
+            control = Control(folder.stacks, folder.ranks, session.rank, limit, session.world_size)
             with control, Profiler(session) as profiler:
                 return _run(session, control, profiler, on_progress or (lambda row: None))
         finally:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from paralm_data import TokenStore
+from paralm_launch.launchers.parent import Launch
 
 from paralm.errors import CheckpointError, RunError
 from paralm.training import checkpoint as ckpt
 from paralm.training import verification
+from paralm.training.control import Control
 from paralm.training.metrics import cut_metrics, last_rows, read_metrics
 from paralm.training.session import Session
 from paralm.training.verification import first_on_node
@@ -127,3 +130,38 @@ def test_a_rank_reads_the_manifest_it_verified_once(tmp_path: Path, monkeypatch:
     assert found is not None
     assert found.step == 3
     assert len(reads) == 1
+
+
+class Clock(threading.Event):
+    """Ends after three waits, which it notes instead of waiting."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[float] = []
+
+    def wait(self, timeout: float | None = None) -> bool:
+        assert timeout is not None
+        self.waits.append(timeout)
+        return len(self.waits) > 3
+
+
+@pytest.mark.parametrize(("ranks", "most"), [(1, 2), (8, 16), (256, 64), (2048, 64)])
+def test_ranks_look_for_requests_so_often_together(tmp_path: Path, ranks: int, most: int) -> None:
+    """Two files, twice a second and for weeks: 256 ranks put 1,000 questions a second to a shared file system."""
+    control = Control(tmp_path, tmp_path, 3, 60.0, ranks)
+    control._done = clock = Clock()  # type: ignore[assignment]
+    control._watch()
+    assert [ranks / seconds for seconds in clock.waits] == [most] * 4
+    control._file.close()
+
+
+@pytest.mark.parametrize("nodes", [1, 32])
+def test_the_launchers_of_many_nodes_look_as_often_as_that_of_one(
+    make: Any, monkeypatch: pytest.MonkeyPatch, nodes: int
+) -> None:
+    config = make("launched", launcher={"nodes": nodes, "rendezvous": "node-1:29500"})
+    launch = Launch(config, lambda row: None, lambda line: None)
+    launch._done = clock = Clock()  # type: ignore[assignment]
+    launch._follow()
+    assert [nodes / seconds for seconds in clock.waits] == pytest.approx([10.0] * 4)
+    launch.exchange.remove()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from paralm.training.loop import TrainResult
 
 _ERROR_GRACE = 20.0  # seconds that ranks have to notice another's error
-_POLL_SECONDS = 0.1
+_POLL_SECONDS = 0.1  # between two looks into the run folder, of all nodes' launchers together
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -92,7 +92,7 @@ class Launch:
 
     def _follow(self) -> None:
         failed_since: float | None = None
-        while not self._done.wait(_POLL_SECONDS):
+        while not self._done.wait(_POLL_SECONDS * self.config.launcher.nodes):
             self._show()
             if failed_since is None and any(o.get("error", "StoppedError") != "StoppedError" for o in self._outcomes()):
                 failed_since = time.monotonic()
