@@ -143,16 +143,20 @@ def meet(store: dist.Store, rank: int, world: int, timeout: float, gpu: str = ""
     ``gpu``: the name of this rank's. Raises RunError where ranks have the same.
     """
     deadline = time.monotonic() + timeout
-    absent = list(range(world))
+    keys = [f"here/{other}" for other in range(world)]  # asked for at once: one by one they are world² questions
+    absent: list[int] = []
     pause = 0.01
     try:
-        store.set(f"here/{rank}", f"{socket.gethostname()} {gpu}")
-        while absent := [other for other in absent if not store.check([f"here/{other}"])]:
+        store.set(keys[rank], f"{socket.gethostname()} {gpu}")
+        while not store.check(keys):
             if time.monotonic() > deadline:
+                absent = [other for other, key in enumerate(keys) if not store.check([key])]
                 break
             time.sleep(pause)
             pause = min(0.5, 1.5 * pause)
-        here = {other: store.get(f"here/{other}").decode() for other in range(world) if other not in absent}
+        present = [other for other in range(world) if other not in absent]
+        signed_by = store.multi_get([keys[other] for other in present])
+        here = {other: signed.decode() for other, signed in zip(present, signed_by, strict=True)}
     except RuntimeError as error:
         raise LostRanksError(_cannot_join(rank, world, error)) from None
     if absent:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from paralm_data import TokenStore
 from paralm_launch.launchers.parent import Launch
 
@@ -18,6 +19,7 @@ from paralm.training import checkpoint as ckpt
 from paralm.training import verification
 from paralm.training.control import Control
 from paralm.training.metrics import cut_metrics, last_rows, read_metrics
+from paralm.training.rendezvous import meet
 from paralm.training.session import Session
 from paralm.training.verification import first_on_node
 
@@ -165,3 +167,24 @@ def test_the_launchers_of_many_nodes_look_as_often_as_that_of_one(
     launch._follow()
     assert [nodes / seconds for seconds in clock.waits] == pytest.approx([10.0] * 4)
     launch.exchange.remove()
+
+
+class Asked:
+    """A store that counts the questions."""
+
+    def __init__(self, store: dist.Store) -> None:
+        self.store, self.questions = store, 0
+
+    def __getattr__(self, name: str) -> Any:
+        self.questions += 1
+        return getattr(self.store, name)
+
+
+def test_ranks_meet_with_a_few_questions_each() -> None:
+    """One a rank from each is 65,536 to one process at 256 ranks, again and again until the last has come."""
+    store = dist.HashStore()
+    for rank in range(256):
+        store.set(f"here/{rank}", f"node-{rank // 8} GPU-{rank}")
+    asked = Asked(store)
+    meet(asked, 17, 256, 60.0, "GPU-17")  # type: ignore[arg-type]
+    assert asked.questions == 3
