@@ -104,7 +104,18 @@ def test_a_heartbeat_beats_ends_with_its_parent_and_does_not_come_back(
     other.leave()
 
 
-def test_what_a_worker_that_left_has_done_is_not_done_again(tmp_path: Path) -> None:
+def test_what_is_done_is_not_claimed(tmp_path: Path) -> None:
+    """Every process meets every task, and a claim of one that another has takes five more questions."""
+    (tmp_path / "workers").mkdir()
+    (tmp_path / "workers" / "second").write_bytes(b"0")
+    task = _Once(tmp_path / "stage" / "task.json")
+    task.marker.parent.mkdir()
+    task.marker.write_text("{}")
+    assert list(Claimed(task, tmp_path / "workers" / "second").run()) == []
+    assert list(task.marker.parent.iterdir()) == [task.marker]
+
+
+def test_what_a_worker_that_left_has_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has ended its task, and left, between a look at the marker and the claim that follows from it."""
     workers = tmp_path / "workers"
     workers.mkdir()
@@ -114,7 +125,15 @@ def test_what_a_worker_that_left_has_done_is_not_done_again(tmp_path: Path) -> N
     assert list(Claimed(task, workers / "first").run()) == [Delta(1)]
     assert list(Claimed(task, workers / "second").run()) == []
     (workers / "first").unlink()
-    assert list(Claimed(task, workers / "second").run()) == []
+    task.marker.unlink()
+
+    def take_late(marker: Path, worker: Path, watch: Watch) -> bool:
+        marker.write_text("{}")
+        return take(marker, worker, watch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("paralm_data.executors.shared.take", take_late)
+        assert list(Claimed(task, workers / "second").run()) == []
     task.marker.unlink()
     assert list(Claimed(task, workers / "second").run()) == [Delta(1)]
 
