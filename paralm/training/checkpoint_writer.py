@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import threading
@@ -25,6 +26,7 @@ from paralm.training import checkpoint as ckpt
 
 _CHUNK = 1 << 30  # bytes, of many matrices; like all pieces a power of two, to which pinned memory is rounded up
 _ALIGNED = 64
+_LOOKS = 20  # at what all ranks have written, in the time after which rank 0 gives up
 _GRACE = 10.0  # seconds without progress of the others after which a session that ends gives up
 
 
@@ -211,7 +213,7 @@ class CheckpointWrite:
 
     def _record(self, rank: int) -> ckpt.RankFile | str:
         path = self.plan.folder / record_file(rank)
-        pause, last, since = 0.002, -1, time.monotonic()
+        pause, last, since, looked = 0.002, -1, time.monotonic(), -math.inf
         while True:
             try:
                 record = json.loads(path.read_text(encoding="utf-8"))
@@ -220,10 +222,13 @@ class CheckpointWrite:
                 pass
             if self._given_up is not None:
                 return self._given_up
-            if (progress := self._progress()) != last:
-                last, since = progress, time.monotonic()
-            if time.monotonic() - since > self._patience:
-                return f"rank {rank} wrote nothing for {self._patience:.0f} s"
+            now = time.monotonic()
+            if now - looked > self._patience / _LOOKS:  # seldom: the size of a file in work is asked of who writes it
+                looked = now
+                if (progress := self._progress()) != last:
+                    last, since = progress, now
+                if now - since > self._patience:
+                    return f"rank {rank} wrote nothing for {self._patience:.0f} s"
             time.sleep(pause)
             pause = min(2 * pause, 0.25)
         if "problem" in record:

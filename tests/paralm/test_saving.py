@@ -215,10 +215,13 @@ def test_an_old_checkpoint_that_cannot_be_looked_at_makes_no_new_one_less(
     ckpt.Checkpoint(tmp_path / ckpt.step_name(2)).verify()
 
 
-def test_until_all_have_written_there_is_no_checkpoint(tmp_path: Path) -> None:
-    first = CheckpointWrite(plan(tmp_path, 0, 2), part(0), {})
+def test_until_all_have_written_there_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks, look = [], CheckpointWrite._progress
+    monkeypatch.setattr(CheckpointWrite, "_progress", lambda write: looks.append(1) or look(write))
+    first = CheckpointWrite(plan(tmp_path, 0, 2, patience=300.0), part(0), {})
     assert first.written.wait(30)
     assert not first.finished.wait(0.3)
+    assert looks == [1]  # at the sizes of all files, in 15 s: at 256 ranks each is 512 questions to the file system
     assert ckpt.steps(tmp_path) == []
     assert not (tmp_path / ckpt.LATEST).exists()
     second = CheckpointWrite(plan(tmp_path, 1, 2), part(1), {})
