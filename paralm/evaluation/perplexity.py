@@ -14,6 +14,7 @@ import heapq
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -330,12 +331,18 @@ def validate(
     as for :func:`perplexity`; a loss that is not finite is returned as it is.
     """
     check_sizes(max_tokens=max_tokens, rows=rows, chunk=chunk, reset_every=reset_every)
-    mine = split_documents(store, select_documents(store, max_tokens), world_size)[rank]
+    mine = _documents_of(store, max_tokens, rank, world_size)
     if not len(mine):
         return ValidationSums(0.0, 0, 0, 0)
     scores = score(model, store, mine, rows=rows, chunk=chunk, device=device, reset_every=reset_every)
     n_bytes = int(store.doc_bytes[mine].sum())
     return ValidationSums(float(scores.loss.sum()), int(scores.tokens.sum()), n_bytes, len(mine))
+
+
+@lru_cache(maxsize=32)
+def _documents_of(store: TokenStore, max_tokens: int, rank: int, world_size: int) -> NDArray[np.int64]:
+    """A rank's documents of a validation set; found once, for all lengths are looked at."""
+    return split_documents(store, select_documents(store, max_tokens), world_size)[rank]
 
 
 def split_documents(store: TokenStore, documents: NDArray[np.int64], parts: int) -> list[NDArray[np.int64]]:

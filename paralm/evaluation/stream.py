@@ -35,6 +35,7 @@ def select_documents(store: TokenStore, max_tokens: int | None = None) -> Ints:
     left, taken = max_tokens, []
     for start in range(0, store.n_documents, 1 << 16):
         indices = order(np.arange(start, min(start + (1 << 16), store.n_documents), dtype=np.int64))
+        indices = indices[lengths[indices] <= left]  # few, when little is left
         for index, length in zip(indices.tolist(), lengths[indices].tolist()):
             if length <= left:
                 taken.append(index)

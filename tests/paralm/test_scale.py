@@ -7,14 +7,18 @@ import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 from paralm_data import TokenStore
 from paralm_launch.launchers.parent import Launch
 
 from paralm.errors import CheckpointError, RunError
+from paralm.evaluation import perplexity
 from paralm.training import checkpoint as ckpt
 from paralm.training import verification
 from paralm.training.control import Control
@@ -188,3 +192,24 @@ def test_ranks_meet_with_a_few_questions_each() -> None:
     asked = Asked(store)
     meet(asked, 17, 256, 60.0, "GPU-17")  # type: ignore[arg-type]
     assert asked.questions == 3
+
+
+def test_a_validations_documents_are_chosen_once(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the lengths of all, of which a held-out set of a large corpus has a hundred million, on every rank."""
+    chosen: list[int] = []
+    scored: list[list[int]] = []
+    select = perplexity.select_documents
+    monkeypatch.setattr(perplexity, "select_documents", lambda *which: chosen.append(1) or select(*which))
+
+    def score(model: Any, store: Any, documents: Any, **options: Any) -> Any:
+        scored.append(documents.tolist())
+        return SimpleNamespace(loss=np.zeros(1), tokens=np.ones(1))
+
+    monkeypatch.setattr(perplexity, "score", score)
+    store = TokenStore.open(prepared / "train", verify="size")
+    for _ in range(3):
+        for rank in range(2):
+            perplexity.validate(torch.nn.Identity(), store, 4000, 4, 64, rank=rank, world_size=2)
+    assert len(chosen) == 2
+    assert scored == scored[:2] * 3
+    assert sorted(scored[0] + scored[1]) == select(store, 4000).tolist()
