@@ -76,15 +76,16 @@ def export(
     for name in source.config.imports:
         if name not in modules:
             warn(f"imports: {name} is not in the export, being no .py file; install it where the export is loaded")
-    return write_export(
-        target,
-        source.shapes,
-        lambda name, low, count: source.checkpoint.read(MASTER, name, low, count),
-        {**_describe(source.config, source.checkpoint, chosen), "modules": modules},
-        source.own_tokenizer.proto if source.own_tokenizer is not None else None,
-        max_shard_size,
-        on_progress,
-    )
+    with source.checkpoint.kept_open():
+        return write_export(
+            target,
+            source.shapes,
+            lambda name, low, count: source.checkpoint.read(MASTER, name, low, count),
+            {**_describe(source.config, source.checkpoint, chosen), "modules": modules},
+            source.own_tokenizer.proto if source.own_tokenizer is not None else None,
+            max_shard_size,
+            on_progress,
+        )
 
 
 def _carried(imports: list[str]) -> dict[str, str]:

@@ -52,17 +52,18 @@ def export_transformers(
     assert source.shapes  # which also says that the checkpoint is of this model
     tokenizer = source.tokenizer
     tokens = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-    written = write_transformers(
-        Path(to),
-        model,
-        lambda name, low, count: source.checkpoint.read(MASTER, name, low, count),
-        chosen_dtype(chosen),
-        max_shard_size=max_shard_size,
-        special_tokens=tokens,
-        force=force,
-        on_progress=on_progress,
-        finish=lambda folder: write_file(folder / TOKENIZER, tokenizer.proto),
-    )
+    with source.checkpoint.kept_open():
+        written = write_transformers(
+            Path(to),
+            model,
+            lambda name, low, count: source.checkpoint.read(MASTER, name, low, count),
+            chosen_dtype(chosen),
+            max_shard_size=max_shard_size,
+            special_tokens=tokens,
+            force=force,
+            on_progress=on_progress,
+            finish=lambda folder: write_file(folder / TOKENIZER, tokenizer.proto),
+        )
     warn(f"{TOKENIZER} is a sentencepiece model; transformers' AutoTokenizer does not find it by itself")
     parameters = sum(math.prod(shape) for shape in source.shapes.values())
     return ExportResult(Path(to), source.checkpoint.step, parameters, written.shards, written.nbytes)

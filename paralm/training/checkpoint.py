@@ -20,8 +20,10 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterable
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 LATEST = "latest"
 PASSED_OVER = "passed_over"
+_KEPT = 512  # files open at once; a process may have 1,024 on most systems
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -202,6 +205,19 @@ class Checkpoint:
             raise CheckpointError(f"{path}: missing, so {directory.name} is no (whole) checkpoint") from None
         self.step: int = self.manifest["step"]
         self._open: dict[int, TensorFile] = {}
+        self._kept: OrderedDict[int, FileIO] | None = None
+
+    @contextlib.contextmanager
+    def kept_open(self) -> Iterator[None]:
+        """Within it the files that were read last stay open: at ZeRO-3 every file has a piece of every parameter."""
+        kept: OrderedDict[int, FileIO] = OrderedDict()
+        self._kept = kept
+        try:
+            yield
+        finally:
+            self._kept = None
+            for file in kept.values():
+                file.close()
 
     @property
     def world_size(self) -> int:
@@ -260,9 +276,19 @@ class Checkpoint:
     def _read(self, index: int, key: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         file = self._file(index)
         try:
-            return file.read(key, start, stop)
+            return file.read(key, start, stop, self._opened(index))
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"{file.path}: cannot be read: {str(error).splitlines()[0]}") from None
+
+    def _opened(self, index: int) -> FileIO | None:
+        if self._kept is None:
+            return None
+        if index not in self._kept:
+            self._kept[index] = self._file(index).open()
+            if len(self._kept) > _KEPT:
+                self._kept.popitem(last=False)[1].close()
+        self._kept.move_to_end(index)
+        return self._kept[index]
 
     def read(self, kind: str, name: str, offset: int, numel: int) -> torch.Tensor:
         """Elements ``[offset, offset + numel)`` of the flattened parameter, 1-D, in the dtype written.

@@ -134,7 +134,7 @@ def load_model(
     source = open_run_model(run, step, warnings.warn)
     config = source.config
     model = _empty(config, source.vocab_size, device, dtype)
-    with torch.no_grad():
+    with torch.no_grad(), source.checkpoint.kept_open():
         shapes = source.shapes
         for name, parameter in model.named_parameters():
             parameter.copy_(source.checkpoint.tensor(name).view(shapes[name]))

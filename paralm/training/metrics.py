@@ -71,7 +71,7 @@ def _row(line: bytes, path: Path, number: int | None = None) -> dict[str, Any]:
     except ValueError:
         problem = "a JSON object"
     if problem is None:
-        return row  # type: ignore[no-any-return]
+        return row
     if number is None:
         number = path.read_bytes().splitlines(keepends=True).index(line) + 1
     raise RunError(f"{path}:{number}: not {problem}; restore or remove the line")

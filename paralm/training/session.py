@@ -299,7 +299,8 @@ class Session:
                 f"{source.directory}: made with optimizer '{manifest['optimizer']['name']}', "
                 f"not '{self.config.optimizer.name}'; use training.init_from to take its weights only"
             )
-        self.fragments.load(source.read, source.optimizer_kinds, manifest["optimizer"]["scalars"])
+        with source.kept_open():
+            self.fragments.load(source.read, source.optimizer_kinds, manifest["optimizer"]["scalars"])
         if self.forked:
             self.loader.start_at(self.step)
         else:
@@ -348,7 +349,8 @@ class Session:
         )
         assert source is not None  # open_checkpoint finds one or raises
         self._check_shapes(source)
-        self.fragments.load(source.read, lambda name: (), {})
+        with source.kept_open():
+            self.fragments.load(source.read, lambda name: (), {})
 
     def _start_afresh(self) -> None:
         """Initial values: each rank makes whole only the parameters it has a part of, one at a time."""

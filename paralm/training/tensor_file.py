@@ -7,11 +7,13 @@ memory; reading with plain reads, not a memory map, so that nothing read stays r
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -160,7 +162,11 @@ class TensorFile:
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"a damaged safetensors header ({type(error).__name__}: {error})") from None
 
-    def read(self, key: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    def open(self) -> FileIO:
+        """To read from, more than once."""
+        return FileIO(self.path)
+
+    def read(self, key: str, start: int = 0, stop: int | None = None, opened: FileIO | None = None) -> torch.Tensor:
         """Elements ``[start, stop)`` of a flattened tensor, 1-D. Raises KeyError, OSError, ValueError (truncated)."""
         spec = self.specs[key]
         count = torch.Size(spec.shape).numel()
@@ -171,7 +177,7 @@ class TensorFile:
         if stop == start:
             return out
         left = out.view(torch.uint8).numpy().data
-        with self.path.open("rb", buffering=0) as file:
+        with contextlib.nullcontext(opened) if opened is not None else self.open() as file:
             file.seek(self._data + self._begin[key] + start * spec.dtype.itemsize)
             while len(left):
                 got = file.readinto(left)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ from paralm_launch.launchers.parent import Launch
 from paralm.errors import CheckpointError, RunError
 from paralm.evaluation import perplexity
 from paralm.training import checkpoint as ckpt
-from paralm.training import verification
+from paralm.training import tensor_file, verification
 from paralm.training.control import Control
 from paralm.training.metrics import cut_metrics, last_rows, read_metrics
 from paralm.training.rendezvous import meet
@@ -213,3 +214,54 @@ def test_a_validations_documents_are_chosen_once(prepared: Path, monkeypatch: py
     assert len(chosen) == 2
     assert scored == scored[:2] * 3
     assert sorted(scored[0] + scored[1]) == select(store, 4000).tolist()
+
+
+def of_many_ranks(folder: Path, ranks: int, names: int, numel: int) -> ckpt.Checkpoint:
+    """Every rank has ``numel`` elements of every parameter, as at ZeRO-3."""
+    files = []
+    for rank in range(ranks):
+        values = torch.arange(float(numel)) + rank * numel
+        fragments = [(kind, f"p{i}", rank * numel, values + i) for i in range(names) for kind in ("master", "exp_avg")]
+        files.append(ckpt.write_rank_file(folder, rank, fragments, {}))
+    parameters = {f"p{i}": {"shape": [ranks, numel]} for i in range(names)}
+    ckpt.write_manifest(folder, files, {"step": 1, "parameters": parameters})
+    return ckpt.Checkpoint(folder)
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the tensor files that are opened for data, as often as they are."""
+    names: list[str] = []
+    monkeypatch.setattr(tensor_file, "FileIO", lambda path: names.append(path.name) or FileIO(path))
+    return names
+
+
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@pytest.mark.parametrize("kept", [512, 5])
+def test_a_whole_model_opens_each_file_of_many_ranks_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opened: list[str], kept: int
+) -> None:
+    """Once for each piece of each parameter that would be 131,072 of 256 ranks and 512 parameters."""
+    monkeypatch.setattr(ckpt, "_KEPT", kept)
+    ranks, names, before = 12, 7, descriptors()
+    checkpoint = of_many_ranks(tmp_path, ranks, names, 3)
+    with checkpoint.kept_open():
+        for i in range(names):
+            assert torch.equal(checkpoint.tensor(f"p{i}").flatten(), torch.arange(36.0) + i)
+        assert descriptors() == before + min(kept, ranks)
+    assert descriptors() == before
+    assert set(opened) == {ckpt.rank_file(rank) for rank in range(ranks)}
+    assert len(opened) == (ranks if kept > ranks else ranks * names)
+
+
+def test_a_rank_of_fewer_opens_the_files_that_its_part_lies_in(tmp_path: Path, opened: list[str]) -> None:
+    checkpoint = of_many_ranks(tmp_path, 16, 3, 6)
+    for rank in range(12):  # 8 elements each
+        opened.clear()
+        with checkpoint.kept_open():
+            for i in range(3):
+                assert torch.equal(checkpoint.read("exp_avg", f"p{i}", 8 * rank, 8), torch.arange(8.0) + 8 * rank + i)
+        assert len(opened) == 2
