@@ -324,6 +324,14 @@ def steps(checkpoints: Path) -> list[int]:
     return sorted(int(name.removeprefix("step_")) for name in found if name.removeprefix("step_").isdigit())
 
 
+def has_steps(checkpoints: Path) -> bool:
+    """Whether there are :func:`steps`, from the first that is found: every rank asks, of hundreds that were kept."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(checkpoints) as found:
+        named = (entry.path for entry in found if entry.name[:5] == "step_" and entry.name[5:].isdigit())
+        return any(os.path.exists(f"{path}/{MANIFEST}") for path in named)
+    return False
+
+
 def open_step(checkpoints: Path, step: int) -> Checkpoint:
     """A given step's checkpoint; CheckpointError names the steps there are."""
     there = steps(checkpoints)

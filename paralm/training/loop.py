@@ -24,7 +24,7 @@ from paralm.errors import DivergedError, RunError, StoppedError
 from paralm.evaluation.answers import validate_answers
 from paralm.evaluation.perplexity import validate
 from paralm.models import flops_per_token
-from paralm.training.checkpoint import steps
+from paralm.training.checkpoint import has_steps
 from paralm.training.control import Control
 from paralm.training.lockstep import Lockstep
 from paralm.training.metrics import memory_bytes, peak_flops
@@ -157,7 +157,7 @@ def _leave_if_diverged(session: Session, result: StepResult) -> None:
     if session.bad_in_row < session.config.training.max_bad_steps:
         return
     where = "there is no checkpoint yet. Lower optimizer.lr"
-    if steps(session.folder.checkpoints):  # from then on the rate is the run's
+    if has_steps(session.folder.checkpoints):  # from then on the rate is the run's
         where = (
             "the last checkpoint stands. Lower optimizer.lr in a run of another name, with training.fork_from="
             f"{session.folder.path}"

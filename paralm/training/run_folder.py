@@ -27,8 +27,7 @@ from paralm.config import Config
 from paralm.config_errors import one_line
 from paralm.config_yaml import read
 from paralm.errors import ConfigError, RunError
-from paralm.training.checkpoint import steps as checkpoint_steps
-from paralm.training.checkpoint import write_atomically
+from paralm.training.checkpoint import has_steps, write_atomically
 
 _PACKAGES = ("paralm", "torch", "triton", "deepspeed", "numpy", "sentencepiece", "datasets", "safetensors")
 
@@ -67,7 +66,7 @@ class RunFolder:
 
         Without a checkpoint there is nothing to continue, and the configuration may still be mended.
         """
-        saved = self.saved_config() if checkpoint_steps(self.checkpoints) else None
+        saved = self.saved_config() if has_steps(self.checkpoints) else None
         if saved is None:
             return
         differences = frozen(saved, config)

@@ -56,7 +56,7 @@ def parse_run(text: str | Path, root: Path | None = None) -> tuple[Path, int | N
 
 def check_sources(config: Config) -> None:
     """Refuse a run to start from that is not there. One that continues from a checkpoint of its own needs none."""
-    if ckpt.steps(config.run_dir / "checkpoints"):
+    if ckpt.has_steps(config.run_dir / "checkpoints"):
         return
     for source in (config.training.init_from, config.training.fork_from):
         if source is not None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import posixpath
 import threading
 from collections.abc import Callable
 from io import FileIO
@@ -18,6 +20,7 @@ import torch.distributed as dist
 from paralm_data import TokenStore
 from paralm_launch.launchers.parent import Launch
 
+from paralm.config_files import dump_yaml, frozen_differences
 from paralm.errors import CheckpointError, RunError
 from paralm.evaluation import perplexity
 from paralm.training import checkpoint as ckpt
@@ -25,7 +28,8 @@ from paralm.training import tensor_file, verification
 from paralm.training.control import Control
 from paralm.training.metrics import cut_metrics, last_rows, read_metrics
 from paralm.training.rendezvous import meet
-from paralm.training.session import Session
+from paralm.training.run_folder import RunFolder
+from paralm.training.session import Session, check_sources
 from paralm.training.verification import first_on_node
 
 
@@ -265,3 +269,24 @@ def test_a_rank_of_fewer_opens_the_files_that_its_part_lies_in(tmp_path: Path, o
             for i in range(3):
                 assert torch.equal(checkpoint.read("exp_avg", f"p{i}", 8 * rank, 8), torch.arange(8.0) + 8 * rank + i)
         assert len(opened) == 2
+
+
+def test_a_start_does_not_look_into_every_checkpoint_that_was_kept(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice, on each of 256 ranks, that were 256,000 questions of 500."""
+    config = make("kept")
+    folder = RunFolder(config.run_dir)
+    assert not ckpt.has_steps(folder.checkpoints)
+    for step in range(50):
+        (folder.checkpoints / ckpt.step_name(step)).mkdir(parents=True)
+    assert not ckpt.has_steps(folder.checkpoints)
+    for step in range(50):
+        (folder.checkpoints / ckpt.step_name(step) / ckpt.MANIFEST).touch()
+    folder.config_file.write_text(dump_yaml(config))
+    asked: list[str] = []
+    stat = os.stat
+    monkeypatch.setattr(os, "stat", lambda path, **how: asked.append(str(path)) or stat(path, **how))
+    monkeypatch.setattr(os.path, "exists", lambda path: asked.append(str(path)) or posixpath.lexists(path))
+    folder.check_same_run(config, frozen_differences)
+    check_sources(config)
+    assert ckpt.has_steps(folder.checkpoints)
+    assert sum(ckpt.MANIFEST in path for path in asked) == 3
