@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from paralm_data import readers, stdlib
@@ -41,10 +42,10 @@ class Shard:
         """Bytes of input, at least 1; for what has no size, 1."""
         return max(1, sum(part.weight for part in self.parts))
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Stands for what is read: another one when a file has another size or time, or another interpreter's
-        standard library is read."""
+        standard library is read. Every stage asks for it again, and a source may be a list of many files."""
         parts = [[str(p.path), p.start, p.end, p.size, p.modified] for p in self.parts]
         told = [self.spec.as_dict(), parts, [sys.version, str(stdlib.root())] if self.parts[0].path is None else None]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:20]

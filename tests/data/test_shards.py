@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import pickle
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -185,3 +186,14 @@ def test_a_record_that_is_too_long_is_a_bad_one(tmp_path: Path, kind: str) -> No
     assert first[0] == ""
     assert first[1] == f"longer than {limit} bytes (data.steps.max_document_bytes)"
     assert second[:2] == ("good", None)
+
+
+def test_what_stands_for_a_shard_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of some eleven times it is asked for, it was made of all paths that the source names."""
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
+    shard = shards(SourceSpec("jsonl", paths=(str(tmp_path / "a.jsonl"),)), 100)[0]
+    asked: list[int] = []
+    told = SourceSpec.as_dict
+    monkeypatch.setattr(SourceSpec, "as_dict", lambda spec: asked.append(1) or told(spec))
+    assert len({shard.key, shard.key, pickle.loads(pickle.dumps(shard)).key}) == 1
+    assert len(asked) == 1
