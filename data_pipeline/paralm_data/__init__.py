@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from paralm_data.ahead import Ahead
     from paralm_data.bandits import Bandit, Exp3, Ucb1
     from paralm_data.errors import DataError
     from paralm_data.inspection import Excerpt, StoreReport, TokenCount, inspect, tokenizer_of
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 # Where each name is: a module is imported when one of its names is first used, so that what prepares text, in hundreds
 # of processes, has no torch in memory.
 _WHERE = {
+    "Ahead": "ahead",
     "Bandit": "bandits",
     "Exp3": "bandits",
     "Ucb1": "bandits",
@@ -93,6 +95,7 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "IGNORE",
+    "Ahead",
     "Bandit",
     "Batch",
     "DataError",

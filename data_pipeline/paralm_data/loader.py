@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from paralm_data.errors import DataError
 from paralm_data.manifest import Manifest
-from paralm_data.orders import ORDERS, Rows
+from paralm_data.orders import ORDERS, Rows, Spans
 from paralm_data.store import TokenStore
 
 IGNORE = -100  # the label of a position that has none: torch's cross-entropy leaves it out
@@ -107,6 +107,10 @@ class StepLoader(ABC):
     def batch(self, step: int) -> Batch:
         """This rank's rows of the global batch of ``step`` (from 0)."""
 
+    def spans(self, step: int) -> list[tuple[TokenStore, Spans]]:
+        """Where the batch of ``step`` lies in stores; nothing where that is not known, or it is computed."""
+        return []
+
     @abstractmethod
     def _identity(self) -> dict[str, Any]:
         """What is read, and how; JSON-able, equal on every rank."""
@@ -180,6 +184,9 @@ class Loader(StepLoader):
         """This rank's rows of the global batch of ``step`` (from 0)."""
         self._check_step(step)
         return labelled(self._order.rows(step, self._rows), self.store.manifest, step, self._numbers)
+
+    def spans(self, step: int) -> list[tuple[TokenStore, Spans]]:
+        return [(self.store, self._order.spans(step, self._rows))]
 
     def _identity(self) -> dict[str, Any]:
         return {"order": self.order, "store": self.store.manifest.fingerprint}

@@ -19,11 +19,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from paralm_data.bandits import Bandit
 from paralm_data.errors import DataError
 from paralm_data.loader import Batch, StepLoader, labelled
-from paralm_data.orders import Rows, Windows, width
+from paralm_data.orders import Rows, Spans, Windows, width
 from paralm_data.permutation import random_permutation
 from paralm_data.quota import RESOLUTION, Quota, shares
 from paralm_data.store import TokenStore
@@ -107,14 +108,11 @@ class MixtureLoader(StepLoader):
                 f"step {step}: its weights are not known here; a learned mixture knows those of the steps from "
                 f"{self._start} on, until step {self._start + self.every} is reached"
             )
-        first = (step - self._start) * self.global_batch_size
-        sources, places = self._quota.draw(first + self._rows.start, len(self._rows))
+        sources, drawn = self._draw(step)
         steps = width(self.part)
         tokens = np.empty((len(sources), steps + 1), self.sources[0].store.tokens.dtype)
-        for source in np.unique(sources).tolist():
-            mine = np.flatnonzero(sources == source)
-            windows = self._windows[source]
-            tokens[mine] = windows.read(windows.samples(self._drawn[source] + int(places[mine[0]]), len(mine)))
+        for source, mine, samples in drawn:
+            tokens[mine] = self._windows[source].read(samples)
         raw = Rows(
             tokens=tokens,
             valid=np.full(len(tokens), steps, np.int64),
@@ -122,6 +120,23 @@ class MixtureLoader(StepLoader):
             epoch=step * self.global_batch_size / sum(self.n_samples),
         )
         return labelled(raw, self.sources[0].store.manifest, step, self._numbers, sources)
+
+    def _draw(self, step: int) -> tuple[NDArray[np.int64], list[tuple[int, NDArray[np.int64], NDArray[np.int64]]]]:
+        """The source of each row of ``step``; and of each source that has any: which they are, and their windows."""
+        first = (step - self._start) * self.global_batch_size
+        sources, places = self._quota.draw(first + self._rows.start, len(self._rows))
+        found = []
+        for source in np.unique(sources).tolist():
+            mine = np.flatnonzero(sources == source)
+            first_window = self._drawn[source] + int(places[mine[0]])
+            found.append((source, mine, self._windows[source].samples(first_window, len(mine))))
+        return sources, found
+
+    def spans(self, step: int) -> list[tuple[TokenStore, Spans]]:
+        if not self.knows(step):
+            return []
+        _, drawn = self._draw(step)
+        return [(self.sources[source].store, self._windows[source].spans_of(samples)) for source, _, samples in drawn]
 
     def knows(self, step: int) -> bool:
         """Whether the weights of ``step`` are known."""

@@ -54,6 +54,10 @@ def _runs(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.i
     return found
 
 
+Spans = tuple[NDArray[np.int64], NDArray[np.int64]]
+"""Where in a store's tokens parts of a batch begin, and how many tokens they have; each (n,)."""
+
+
 @dataclass(frozen=True, eq=False)
 class Rows:
     """Raw rows: ``tokens`` (rows, steps + 1) in the store's dtype; of row r the first ``valid[r]`` are inputs.
@@ -107,6 +111,14 @@ class Windows:
         windows: NDArray[Any] = self._windows[samples * self._seq_len]
         return windows
 
+    def spans_of(self, samples: NDArray[np.int64]) -> Spans:
+        """(n,) window numbers → where they lie."""
+        return samples * self._seq_len + self._part.start, np.full(len(samples), width(self._part) + 1)
+
+    def spans(self, step: int, rows: range) -> Spans:
+        """Where the rows lie that :meth:`rows` reads."""
+        return self.spans_of(self.samples(step * self._batch_size + rows.start, len(rows)))
+
     def rows(self, step: int, rows: range) -> Rows:
         """Rows ``rows`` of the global batch of ``step``."""
         first = step * self._batch_size
@@ -146,6 +158,10 @@ class DocumentStream:
 
     def read(self, epoch: int, positions: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[Any]:
         """``counts[i]`` tokens of the stream from ``positions[i]`` on, for every i, end to end."""
+        return self._tokens.take(_runs(*self.spans(epoch, positions, counts)))
+
+    def spans(self, epoch: int, positions: NDArray[np.int64], counts: NDArray[np.int64]) -> Spans:
+        """Where in the store the tokens lie that :meth:`read` gives, in their order."""
         some = counts > 0
         if not some.all():
             positions, counts = positions[some], counts[some]
@@ -156,7 +172,7 @@ class DocumentStream:
         met = _runs(firsts, each)
         begin = np.maximum(begins[met], positions.repeat(each))
         lengths = np.minimum(ends[met], stops.repeat(each)) - begin
-        return self._tokens.take(_runs(begin + shifts[met], lengths))
+        return begin + shifts[met], lengths
 
     def _near(
         self, epoch: int, positions: NDArray[np.int64], stops: NDArray[np.int64]
@@ -237,14 +253,25 @@ class Lanes:
         self._stream = DocumentStream(store, seed)
         self._recent = Recent(1)
 
-    def rows(self, step: int, rows: range) -> Rows:
-        """Rows ``rows`` of the global batch of ``step``."""
-        epoch, segment = divmod(step, self._steps)
+    def _parts(self, segment: int, rows: range) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Of each row: where in the stream it begins, its inputs, and the tokens that are read for them."""
         begins, ends = self._recent.get((rows.start, rows.stop), lambda: self._lanes(rows))
         starts, steps = begins + segment * self._seq_len + self._part.start, width(self._part)
         valid = np.minimum(np.maximum(ends - starts, 0), steps)
         counts = np.minimum(valid + (valid > 0), self._n - starts)  # one more: the last input's label
-        counts = np.maximum(counts, 0)
+        return starts, valid, np.maximum(counts, 0)
+
+    def spans(self, step: int, rows: range) -> Spans:
+        """Where the rows lie that :meth:`rows` reads."""
+        epoch, segment = divmod(step, self._steps)
+        starts, _, counts = self._parts(segment, rows)
+        return self._stream.spans(epoch, starts, counts)
+
+    def rows(self, step: int, rows: range) -> Rows:
+        """Rows ``rows`` of the global batch of ``step``."""
+        epoch, segment = divmod(step, self._steps)
+        starts, valid, counts = self._parts(segment, rows)
+        steps = width(self._part)
         flat = self._stream.read(epoch, starts, counts)
         if len(flat) == len(rows) * (steps + 1):
             tokens = flat.reshape(len(rows), steps + 1)

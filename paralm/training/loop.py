@@ -83,10 +83,12 @@ def _run(session: Session, control: Control, profiler: Profiler, on_progress: Pr
         start = time.perf_counter()
         batch = session.loader.batch(session.step)
         fetched = time.perf_counter() - start
+        last = session.step + 1 == training.max_steps
+        if not last:
+            session.ahead.read(session.loader, session.step + 1)
         lr = session.config.optimizer.lr * lr_factor(
             session.config.optimizer.schedule, session.step, training.max_steps
         )
-        last = session.step + 1 == training.max_steps
         logged = last or (session.step + 1) % training.log_every == 0
         with session.over_time():
             result = session.stepper.run(batch, session.step, lr, lambda: _stop_request(session, control), timed=logged)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from paralm_data import DataError, Loader, MixtureLoader, SyntheticLoader, Tokenizer, TokenStore
+from paralm_data import Ahead, DataError, Loader, MixtureLoader, SyntheticLoader, Tokenizer, TokenStore
 
 from paralm.config import Config
 from paralm.config_files import dump_yaml, frozen_differences, rank_differences
@@ -82,7 +82,7 @@ class Session:
         self.started = time.monotonic()
         self.metrics: MetricsWriter | None = None
         self.stores: list[TokenStore] = []  # of text: those that are trained and validated on
-        self.saver = Saver(self)
+        self.saver, self.ahead = Saver(self), Ahead()
 
     # -- setting up ------------------------------------------------------------------------------------------
 
@@ -420,6 +420,7 @@ class Session:
     def close(self) -> None:
         """Take the engine down; nothing is begun, but a checkpoint that is being written is finished."""
         self.saver.close()
+        self.ahead.close()
         if self.metrics is not None:
             try:
                 self.metrics.close()
