@@ -8,6 +8,7 @@ made, so that the ones that never come can be named.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import socket
 import time
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from paralm.errors import RunError
 from paralm.training import watch
 
+_TELL = 20.0  # seconds that rank 0 stays when one has refused, so that all others hear of it
 _MARGIN = 60.0  # seconds that the group's own limit lies above ours, so that ours, which names ranks, comes first
 
 
@@ -46,10 +48,11 @@ def group_timeout(limit: float) -> timedelta:
     return timedelta(seconds=1.25 * limit + _MARGIN)
 
 
-def start_distributed(timeout: float) -> None:
+def start_distributed(timeout: float, refusal: Exception | None = None) -> None:
     """Join the process group, once in a process's life; it is left again when the process exits.
 
-    ``timeout``: seconds that ranks wait for each other, here and in every collective. Raises LostRanksError,
+    ``timeout``: seconds that ranks wait for each other, here and in every collective. ``refusal``: why this rank
+    cannot take part; it is raised here, and all others raise a RunError that says whose it is. Raises LostRanksError,
     naming the ranks that did not come, and RunError for an environment that cannot be right.
 
     DeepSpeed caches groups, so a second group in one process would be used through stale handles.
@@ -57,16 +60,22 @@ def start_distributed(timeout: float) -> None:
     where = device()
     if where.type == "cuda":
         if where.index >= torch.cuda.device_count():
-            raise RunError(f"LOCAL_RANK is {where.index}, but this node has {torch.cuda.device_count()} GPUs")
-        torch.cuda.set_device(where)
+            count = torch.cuda.device_count()
+            refusal = refusal or RunError(f"LOCAL_RANK is {where.index}, but this node has {count} GPUs")
+        else:
+            torch.cuda.set_device(where)
         for name in {"LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"} & os.environ.keys():
             os.environ[name] = str(where.index)  # from which DeepSpeed takes its device
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    rank, world = rank_and_world()
+    if refusal is not None:
+        if world > 1 and not dist.is_initialized():
+            _refuse(rank, world, timeout, refusal)
+        raise refusal
     watch.note("start")
     if dist.is_initialized():  # by an earlier run in this process
         return
-    rank, world = rank_and_world()
     backend = "nccl" if where.type == "cuda" else "gloo"
     if world == 1:
         # A store in memory: a lone process opens no port, so any number of them can share a machine.
@@ -82,6 +91,12 @@ def start_distributed(timeout: float) -> None:
         except (ValueError, RuntimeError) as error:
             raise LostRanksError(_cannot_join(rank, world, error)) from None
     atexit.register(leave)
+
+
+def _refuse(rank: int, world: int, timeout: float, refusal: Exception) -> None:
+    """Let the others know, as soon as they come; they would wait for this rank until their time is over."""
+    with contextlib.suppress(RunError):  # what they say of it, or that they never came
+        meet(_store(rank, world, timeout), rank, world, timeout, refusal=" ".join(str(refusal).split()))
 
 
 def _cannot_join(rank: int, world: int, error: Exception) -> str:
@@ -137,17 +152,18 @@ def _gpu(where: torch.device) -> str:
     return str(torch.cuda.get_device_properties(where).uuid) if where.type == "cuda" else ""
 
 
-def meet(store: dist.Store, rank: int, world: int, timeout: float, gpu: str = "") -> None:
+def meet(store: dist.Store, rank: int, world: int, timeout: float, gpu: str = "", refusal: str = "") -> None:
     """Wait until every rank has signed; raises LostRanksError, naming those that have not after ``timeout`` seconds.
 
-    ``gpu``: the name of this rank's. Raises RunError where ranks have the same.
+    ``gpu``: the name of this rank's. Raises RunError where ranks have the same, and where one signs with a ``refusal``,
+    a line that says why it cannot take part.
     """
     deadline = time.monotonic() + timeout
     keys = [f"here/{other}" for other in range(world)]  # asked for at once: one by one they are world² questions
     absent: list[int] = []
     pause = 0.01
     try:
-        store.set(keys[rank], f"{socket.gethostname()} {gpu}")
+        store.set(keys[rank], f"{socket.gethostname()} {gpu}\n{refusal}")
         while not store.check(keys):
             if time.monotonic() > deadline:
                 absent = [other for other, key in enumerate(keys) if not store.check([key])]
@@ -157,8 +173,11 @@ def meet(store: dist.Store, rank: int, world: int, timeout: float, gpu: str = ""
         present = [other for other in range(world) if other not in absent]
         signed_by = store.multi_get([keys[other] for other in present])
         here = {other: signed.decode() for other, signed in zip(present, signed_by, strict=True)}
+        refused = _refusal(store, rank, here)
     except RuntimeError as error:
         raise LostRanksError(_cannot_join(rank, world, error)) from None
+    if refused is not None:
+        raise RunError(refused)
     if absent:
         hosts = sorted({signed.partition(" ")[0] for signed in here.values()})
         raise LostRanksError(
@@ -167,11 +186,25 @@ def meet(store: dist.Store, rank: int, world: int, timeout: float, gpu: str = ""
         )
     owners: dict[str, list[int]] = {}
     for other, signed in here.items():
-        owners.setdefault(signed.partition(" ")[2], []).append(other)
+        owners.setdefault(signed.partition("\n")[0].partition(" ")[2], []).append(other)
     for name, ranks in owners.items():
         if name and len(ranks) > 1:
             host = here[ranks[0]].partition(" ")[0]
             raise RunError(f"{watch.ranks_text(ranks)} have one GPU ({name} of {host}); each needs one of its own")
+
+
+def _refusal(store: dist.Store, rank: int, here: dict[int, str]) -> str | None:
+    """Of the first rank that refuses, if one does. Rank 0, whose the store may be, stays until the others know."""
+    found = ((other, *signed.partition("\n")[::2]) for other, signed in here.items())
+    first = next(((other, about, why) for other, about, why in found if why), None)
+    if first is None:
+        return None
+    other, about, why = first
+    told, deadline = store.add("told", 1), time.monotonic() + _TELL
+    while rank == 0 and told < len(here) and time.monotonic() < deadline:
+        time.sleep(0.05)
+        told = store.add("told", 0)
+    return f"rank {other} on {about.partition(' ')[0]}: {why}"
 
 
 def leave() -> None:

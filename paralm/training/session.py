@@ -90,8 +90,12 @@ class Session:
     def open(cls, config: Config, say: Callable[[str], None] = print) -> Session:
         """Join the group, claim the run folder, build model and engine, and restore the newest checkpoint."""
         session = cls(config, say)
-        session._check_before_anything()
-        start_distributed(timeout=config.parallel.collective_timeout)
+        refusal: Exception | None = None
+        try:
+            session._check_before_anything()
+        except (UserError, DataError, OSError) as error:  # of this node alone, perhaps: the others hear of it
+            refusal = error
+        start_distributed(config.parallel.collective_timeout, refusal)
         try:
             session._claim_folder()
             note("load")

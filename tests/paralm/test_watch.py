@@ -73,6 +73,14 @@ def test_a_rank_that_never_comes_to_the_rendezvous_is_named() -> None:
     meet(store, 0, 4, 0.2)
 
 
+def test_a_rank_that_refuses_is_named_before_those_that_did_not_come() -> None:
+    store = dist.HashStore()
+    store.set("here/2", "node-7 GPU-a\n/data: missing")
+    with pytest.raises(RunError, match=r"^rank 2 on node-7: /data: missing$"):
+        meet(store, 1, 4, 0.2)
+    assert store.add("told", 0) == 1
+
+
 def test_ranks_that_share_a_gpu_are_named() -> None:
     """Of a rank that sees one GPU only, nothing else tells whether that is another's."""
     store = dist.HashStore()
@@ -126,6 +134,34 @@ def test_agents_that_count_their_starts_differently_meet(free_port: int, monkeyp
         stores[-1].set(f"here/{rank}", "node-7")
     assert stores[0].check(["here/1"])
     assert stores[1].check(["here/0"])
+
+
+_REFUSES = """
+import sys
+from paralm.errors import RunError
+from paralm.training.rendezvous import start_distributed
+refusing = sys.argv[1] == sys.argv[2]
+try:
+    start_distributed(60.0, RunError("/data: missing") if refusing else None)
+except RunError as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.parametrize("refusing", [0, 1])
+def test_what_one_rank_refuses_ends_all_of_them_at_once(free_port: int, refusing: int) -> None:
+    """Data that one node does not see: the others waited half an hour for its ranks, and did not hear why."""
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port), "WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", _REFUSES, str(rank), str(refusing)], stdout=subprocess.PIPE, text=True,
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=50)[0] for process in ranks]
+    assert said[refusing] == "RunError /data: missing\n"
+    assert said[1 - refusing] == f"RunError rank {refusing} on {socket.gethostname()}: /data: missing\n"
 
 
 _RANK = """
