@@ -37,7 +37,7 @@ from paralm_data.permutation import random_permutation
 from paralm_data.progress import Meter, Progress
 from paralm_data.sampling import EVERY_KEY, Draw, bound_for
 from paralm_data.scanning import HELD_OUT, KEPT, Scan, bad_records, too_many
-from paralm_data.scratch import blocks, key_of, read_marker
+from paralm_data.scratch import blocks, key_of, read_marker, read_markers
 from paralm_data.sources import Shard, shards
 from paralm_data.specs import SourceSpec
 from paralm_data.split import Counts
@@ -88,7 +88,7 @@ class Stages:
 
     def run(self, title: str, tasks: Sequence[Task], quiet: bool = False) -> list[dict[str, Any]]:
         """The results of tasks, in order; only those without a marker are run."""
-        results = [read_marker(task.marker) for task in tasks]
+        results = read_markers([task.marker for task in tasks])
         left = [i for i, result in enumerate(results) if result is None]
         total = sum(task.weight for task in tasks)
         before = total - sum(tasks[i].weight for i in left)

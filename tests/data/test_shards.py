@@ -6,16 +6,18 @@ import gzip
 import io
 import json
 import pickle
+import threading
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from paralm_data import DataError, SourceSpec, documents, readers, shards
+from paralm_data import DataError, SourceSpec, documents, readers, scratch, shards
 from paralm_data.readers import Record, lines_before
 from paralm_data.reading import Reading
 from paralm_data.scanning import KEPT, ROW, Scan, bad_records
@@ -197,3 +199,22 @@ def test_what_stands_for_a_shard_is_made_once(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(SourceSpec, "as_dict", lambda spec: asked.append(1) or told(spec))
     assert len({shard.key, shard.key, pickle.loads(pickle.dumps(shard)).key}) == 1
     assert len(asked) == 1
+
+
+def test_the_markers_of_many_shards_are_read_several_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 300,000 shards every stage reads as many, a millisecond each on a network, while no worker has work."""
+    for number in range(0, 64, 2):
+        (tmp_path / f"{number}.json").write_text(f'{{"n": {number}}}')
+    together, read = threading.Barrier(scratch.READERS), scratch.read_marker
+
+    def waits(path: Path) -> dict[str, Any] | None:
+        together.wait(30)  # for as many as there are readers
+        return read(path)
+
+    monkeypatch.setattr(scratch, "read_marker", waits)
+    found = scratch.read_markers([tmp_path / f"{number}.json" for number in range(64)])
+    assert found == [None if number % 2 else {"n": number} for number in range(64)]
+    (tmp_path / "7.json").write_text("{")
+    monkeypatch.setattr(scratch, "read_marker", read)
+    with pytest.raises(DataError, match=r"7\.json: cannot be read"):
+        scratch.read_markers([tmp_path / f"{number}.json" for number in range(64)])
