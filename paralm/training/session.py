@@ -37,6 +37,7 @@ from paralm.training.step import Stepper
 from paralm.training.together import broadcast, gather
 from paralm.training.verification import FindDamage, choose_together, first_on_node, verify_stores
 from paralm.training.watch import note
+from paralm.user_modules import load_modules
 
 
 def parse_run(text: str | Path, root: Path | None = None) -> tuple[Path, int | None]:
@@ -153,6 +154,7 @@ class Session:
 
     def _check_before_anything(self) -> None:
         """What can be refused without writing a byte."""
+        load_modules(self.config.imports)
         check_ranks(self.config, self.world_size)
         self.folder.check_same_run(self.config, frozen_differences)
         check_sources(self.config)

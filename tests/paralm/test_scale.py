@@ -20,8 +20,9 @@ import torch.distributed as dist
 from paralm_data import Ahead, TokenStore
 from paralm_launch.launchers.parent import Launch
 
+from paralm.config import DataConfig
 from paralm.config_files import dump_yaml, frozen_differences
-from paralm.errors import CheckpointError, RunError
+from paralm.errors import CheckpointError, RunError, UserError
 from paralm.evaluation import perplexity
 from paralm.training import checkpoint as ckpt
 from paralm.training import tensor_file, verification
@@ -300,3 +301,29 @@ def test_training_reads_each_steps_data_ahead_of_it(make: Any, monkeypatch: pyte
     monkeypatch.setattr(Ahead, "read", lambda ahead, loader, step: asked.append(step))
     train(make("ahead", training={"max_steps": 4}), say=quiet)
     assert asked == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"imports": ["absent.py"]}, "imports: absent.py: no such file"),
+        (
+            {"data": DataConfig(dir=Path("/absent"))},
+            "/absent/tokenizer.model: missing; run 'paralm",
+        ),
+    ],
+)
+def test_what_one_node_lacks_is_told_to_the_others(
+    make: Any, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], line: str
+) -> None:
+    told: list[str] = []
+
+    def start(timeout: float, refusal: Exception) -> None:
+        told.append(str(refusal))
+        raise refusal
+
+    monkeypatch.setattr("paralm.training.session.start_distributed", start)
+    with pytest.raises(UserError):
+        Session.open(make("lacking").model_copy(update=changes))
+    assert len(told) == 1
+    assert told[0].startswith(line)

@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 
 from paralm.errors import StoppedError
-from paralm.user_modules import load_modules
 from paralm_launch import discovery
 from paralm_launch.launchers.exchange import LOST, Exchange, describe, describe_result, trace_of
 
@@ -56,7 +55,6 @@ def run_rank(folder: Path) -> bool:
         watch.on_lost = lambda line: exchange.fail(rank, line)
         if rank == 0 and (again := exchange.count_start()):
             _say_again(exchange, again, config.launcher.max_failures)
-        load_modules(config.imports)
         result = train(
             config,
             on_progress=(lambda row: exchange.progress("row", row)),
