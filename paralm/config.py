@@ -163,6 +163,11 @@ class MLPConfig(Section):
     d_ff: PositiveInt | None = Field(
         default=None, description="default: 8/3 d_model, rounded up to 64; 0 mixers skip it"
     )
+    down_init: Literal["scaled", "wang"] = Field(
+        default="scaled",
+        description="std of the initial projection down: sqrt(2/(5 d_ff)) / sqrt(2 n_layers), or xLSTM's "
+        "2 / (n_layers sqrt(d_model))",
+    )
     enabled: bool = True
 
 
@@ -184,6 +189,9 @@ class ModelConfig(Section):
     tie_embeddings: bool = True
     embedding_std: PositiveFloat | None = Field(
         default=None, description="of the initial embedding and head; default: 1/sqrt(d_model)"
+    )
+    embedding_decay: bool = Field(
+        default=True, description="whether weight decay applies to the embedding, and so to a head tied to it"
     )
     norm_eps: PositiveFloat = 1e-5
     dropout: float = Field(default=0.0, ge=0, lt=1, description="on each residual branch")

@@ -57,7 +57,7 @@ class Block(nn.Module):
         self.mlp: SwiGLU | None = None
         if config.mlp.enabled:
             self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
-            self.mlp = SwiGLU(config.d_model, config.mlp.d_ff, config.n_layers)
+            self.mlp = SwiGLU(config.mlp, config.d_model, config.n_layers)
         self._compiled: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor, state: State | None, reset: Tensor | None) -> tuple[Tensor, State]:
@@ -130,7 +130,8 @@ class LanguageModel(nn.Module):
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = Head(config, vocab_size, self.n_tokens)
         self.checkpointed = 0
-        declare(self.embedding, "weight", normal(_embedding_std(config)), decay=True, matrix=False)
+        start = normal(_embedding_std(config))
+        declare(self.embedding, "weight", start, decay=config.embedding_decay, matrix=False)
 
     @property
     def layers(self) -> list[Block]:
@@ -294,11 +295,11 @@ def flops_per_token(model: LanguageModel, seq_len: int) -> float:
     """Matrix-product FLOPs of forward and backward for one token of a sequence of ``seq_len``.
 
     Three times the forward's (the backward makes two products for each). The forward has two FLOPs for each element
-    of each matrix, which are the parameters that weight decay applies to: the head once, the embedding's look-up
-    not. Attention adds its products with the (seq_len + 1)/2 keys that a causal query sees on average. Elementwise
+    of each matrix, which are the parameters that weight decay applies to and the head: the embedding's look-up is
+    none. Attention adds its products with the (seq_len + 1)/2 keys that a causal query sees on average. Elementwise
     work, short convolutions and recomputation are not counted, so this over time and peak is the usual MFU.
     """
-    matrices = sum(parameter.numel() for _, parameter, spec in specs(model) if spec.decay)
-    if model.head.weight is not None:
-        matrices -= model.embedding.weight.numel()
+    apart = (model.embedding.weight, model.head_weight)
+    inside = (p.numel() for _, p, spec in specs(model) if spec.decay and all(p is not other for other in apart))
+    matrices = model.head_weight.numel() + sum(inside)
     return 3.0 * (2.0 * matrices + sum(mixer.extra_flops_per_token(seq_len) for mixer in model.mixers))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from paralm.config import MLPConfig
 from paralm.models.functional import swiglu
 from paralm.models.linear import Linear
-from paralm.models.parameters import output_std
+from paralm.models.parameters import output_std, wang_std
 
 
 def default_d_ff(d_model: int) -> int:
@@ -17,11 +18,12 @@ def default_d_ff(d_model: int) -> int:
 class SwiGLU(nn.Module):
     """The feed-forward half of a block. Gate and up share one matrix: rows [0, d_ff) are the gate."""
 
-    def __init__(self, d_model: int, d_ff: int | None, n_layers: int) -> None:
+    def __init__(self, config: MLPConfig, d_model: int, n_layers: int) -> None:
         super().__init__()
-        self.d_ff = d_ff or default_d_ff(d_model)
+        self.d_ff = config.d_ff or default_d_ff(d_model)
         self.gate_up = Linear(d_model, 2 * self.d_ff)
-        self.down = Linear(self.d_ff, d_model, output_std(self.d_ff, n_layers))
+        std = wang_std(d_model, n_layers) if config.down_init == "wang" else output_std(self.d_ff, n_layers)
+        self.down = Linear(self.d_ff, d_model, std)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_model) → (..., d_model)."""

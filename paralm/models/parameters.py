@@ -5,8 +5,8 @@ every parameter draws from a generator of its own, seeded by a hash of both, on 
 depend on the rank, the device, the order of construction, or what else is in the model, and a model can be built
 on the meta device, emptied onto any other, and then filled.
 
-The explicit rule for weight decay: matrices decay, embeddings and the head among them (as in GPT-2); biases, norm
-scales, short convolutions and recurrent vectors do not.
+The explicit rule for weight decay: matrices decay, embeddings (unless ``model.embedding_decay`` is false) and the head
+among them (as in GPT-2); biases, norm scales, short convolutions and recurrent vectors do not.
 """
 
 from __future__ import annotations
@@ -127,6 +127,11 @@ def linear_std(fan_in: int) -> float:
 def output_std(fan_in: int, n_layers: int) -> float:
     """Of a projection that adds to the residual stream: scaled down by the 2 n_layers branches (GPT-2)."""
     return linear_std(fan_in) / math.sqrt(2 * n_layers)
+
+
+def wang_std(d_model: int, n_layers: int) -> float:
+    """2/(n_layers √d_model) (Wang & Komatsuzaki 2021), of what adds to the residual stream in the released xLSTM."""
+    return 2 / (n_layers * math.sqrt(d_model))
 
 
 def specs(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, ParameterSpec]]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from paralm.config import ModelConfig
-from paralm.models import LanguageModel, LayerContext, build_mixer, build_model, constant, declare
+from paralm.models import LanguageModel, LayerContext, build_mixer, build_model, constant, declare, flops_per_token
 from paralm.models.parameters import generator_for, initialize, parameter_groups, specs
 
 
@@ -131,6 +131,15 @@ def test_every_parameter_is_in_one_group_and_only_matrices_decay(tied: bool) -> 
             matrix = parameter.dim() >= 2 and "conv" not in name and not name.endswith("inputs.bias")
             assert group["weight_decay"] == matrix, name
     assert ("head.weight" in names) == (not tied)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_embedding_may_be_left_undecayed_and_flops_stay(tied: bool) -> None:
+    with_it, without = (build_model(config(tie_embeddings=tied, embedding_decay=on), 100, 0) for on in (True, False))
+    all_decays, decays = ({name for name, _, spec in specs(model) if spec.decay} for model in (with_it, without))
+    assert decays == all_decays - {"embedding.weight"}
+    assert ("head.weight" in decays) == (not tied)
+    assert flops_per_token(without, 16) == flops_per_token(with_it, 16)
 
 
 def test_an_undeclared_parameter_is_named() -> None:

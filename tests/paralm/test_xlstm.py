@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from paralm.config import ModelConfig
+from paralm.config_files import load_config
 from paralm.errors import ConfigError
 from paralm.interop.xlstm import XLSTM
 from paralm.models import LayerContext, Mixer, build_mixer, build_model, flops_per_token
@@ -328,6 +329,21 @@ def test_slstms_initial_values(layer: int, exponent: float) -> None:
     expected = torch.tensor([5 - 12 * (j / 63) ** exponent for j in range(64)], dtype=torch.float64)
     torch.testing.assert_close(f, expected.expand(4, 64), rtol=1e-5, atol=1e-5)
     assert mixer("slstm", d_model=4, noise=0.0, n_heads=4).bias[1].tolist() == [[5.0]] * 4  # a head of one channel
+
+
+@pytest.mark.parametrize("preset", ["xlstm_7b", "xlstm_mixed_7b"])
+def test_the_released_training_starts_all_outputs_alike_and_leaves_embeddings_undecayed(preset: str) -> None:
+    """NX-AI/xlstm-jax: feedforward.py has wang_init of the width for proj_down, adamw.yaml decays kernels only."""
+    config = load_config(f"model/{preset}", ["model.d_model=256"]).config.model
+    model = build_model(config.model_copy(update={"vocab_size": 64}), 64, seed=0)
+    for block in model.layers:
+        outputs = [block.mlp.down, *([block.mixer.out_proj] if block.mixer.out_proj is not None else [])]
+        for output in outputs:
+            assert output.weight.std().item() == pytest.approx(2 / (32 * math.sqrt(256)), rel=0.02)
+    decays = {name: spec.decay for name, _, spec in specs(model)}
+    assert not decays["embedding.weight"]
+    assert decays["head.weight"]
+    assert decays["blocks.0.mlp.down.weight"]
 
 
 def test_what_decays() -> None:

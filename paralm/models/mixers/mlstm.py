@@ -33,7 +33,7 @@ from paralm.errors import ConfigError
 from paralm.models.linear import Linear
 from paralm.models.mixers.base import LayerContext, Mixer, State, StateLeaf, clip_factor
 from paralm.models.norms import HeadLayerNorm
-from paralm.models.parameters import constant, declare, linear_std
+from paralm.models.parameters import constant, declare, linear_std, wang_std
 from paralm.registry import EntryConfig, register_mixer
 
 
@@ -92,7 +92,7 @@ class MLSTM(Mixer):
         self.in_proj = Linear(d_model, sum(self.sizes))
         self.gates = MLSTMGates(d_model, self.n_heads, config.gate_soft_cap, config.input_gate_bias)
         self.norm = HeadLayerNorm(self.n_heads, self.v_dim // self.n_heads, config.norm_eps or context.norm_eps)
-        self.out_proj = Linear(self.v_dim, d_model, published_output_std(context))
+        self.out_proj = Linear(self.v_dim, d_model, wang_std(d_model, context.n_layers))
         start = partial(_zero_last_rows, std=linear_std(d_model), rows=self.v_dim)
         declare(self.in_proj, "weight", start, decay=True)
 
@@ -180,11 +180,6 @@ class MLSTM(Mixer):
         chunk on average; and, in each head, the state's reading and its update."""
         seen = (min(self.config.chunk_size or 64, 256, seq_len) + 1) / 2  # 256: the largest chunk of the kernels
         return 2.0 * seen * (self.qk_dim + self.v_dim) + 4.0 * self.qk_dim * self.v_dim / self.n_heads
-
-
-def published_output_std(context: LayerContext) -> float:
-    """2/(n_layers √d), of an output projection in the released xLSTM (Wang & Komatsuzaki 2021)."""
-    return 2 / (context.n_layers * math.sqrt(context.d_model))
 
 
 def _scaled(state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -28,9 +28,8 @@ from torch import Tensor, nn
 from paralm.errors import ConfigError
 from paralm.models.linear import Linear
 from paralm.models.mixers.base import LayerContext, Mixer, State, StateLeaf, default_heads
-from paralm.models.mixers.mlstm import published_output_std
 from paralm.models.norms import HeadLayerNorm
-from paralm.models.parameters import constant, declare, linear_std, normal, uniform
+from paralm.models.parameters import constant, declare, linear_std, normal, uniform, wang_std
 from paralm.registry import EntryConfig, register_mixer
 
 
@@ -71,7 +70,8 @@ class SLSTM(Mixer):
         self.recurrent = nn.Parameter(torch.empty(matrices))
         self.bias = nn.Parameter(torch.empty(4, self.n_heads, self.d_head))
         self.norm = HeadLayerNorm(self.n_heads, self.d_head, config.norm_eps or context.norm_eps)
-        self.out_proj = Linear(d_model, d_model, published_output_std(context)) if config.output_projection else None
+        std = wang_std(d_model, context.n_layers)
+        self.out_proj = Linear(d_model, d_model, std) if config.output_projection else None
         declare(self, "conv_weight", uniform(config.d_conv**-0.5), decay=False)
         declare(self, "conv_bias", uniform(config.d_conv**-0.5), decay=False)
         declare(self, "input_weight", normal(linear_std(d_model)), decay=True)
