@@ -86,6 +86,8 @@ def test_language_model_recipe() -> None:
     assert not mixer.inputs.bias.any()
     width = mixer.inputs.weight.shape[-1]
     assert float(mixer.inputs.weight.detach().abs().max()) == pytest.approx(1 / math.sqrt(width), rel=0.01)
+    library = build_model(config(input_bound=1.732), 50, 0).mixers[0].inputs.weight.detach()
+    assert float(library.abs().max()) == pytest.approx(math.sqrt(3 / library.shape[-1]), rel=0.01)
 
 
 @pytest.mark.parametrize("init", ["released", "language_model"])

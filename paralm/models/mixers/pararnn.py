@@ -9,7 +9,11 @@ makes a mixer of that name.
 
 Initial values, by ``init``: ``released`` has the recurrent vectors normal with std 2/√(5d), B Xavier-uniform, and
 −linspace(0, 1) as the first gate's bias; ``language_model`` has them normal with std 1/√d and kept within ±0.5, B
-Kaiming-uniform (bound 1/√fan_in), biases 0. ``gate_spread`` overrides how far the first gate's biases run.
+Kaiming-uniform, biases 0. ``gate_spread`` overrides how far the first gate's biases run.
+
+Two bounds of B differ from the library released with the paper. Its Xavier takes all d channels for the fan-out of a
+block, √(6/(in + d)), here √(3/in), which keeps the variance whatever the blocks. What it calls Kaiming is √(3/in), here
+1/√in, as torch's linear maps; ``input_bound: 1.732`` is the library's.
 """
 
 from __future__ import annotations
@@ -49,6 +53,11 @@ class CellMixerConfig(EntryConfig):
         description="the first gate's biases run from 0 to this over the channels, so that they start with different "
         "memories: ParaGRU forgets over about 1 + e^-bias steps; default: -1 with init released, else 0",
     )
+    input_bound: PositiveFloat | None = Field(
+        default=None,
+        description="the input maps start uniform within this over the root of a block's channels; default: sqrt(3) "
+        "with init released, else 1",
+    )
     clamp: PositiveFloat | Literal["default", "none"] = Field(
         default="default",
         description="elementwise bound on recurrent weights; default: 0.5 with init language_model, else none",
@@ -64,15 +73,15 @@ class CellMixerConfig(EntryConfig):
 class CellInputs(nn.Module):
     """i_k = B_k v + b_k for each of a cell's inputs; B_k block-diagonal, ``weight`` (inputs, heads, out, in)."""
 
-    def __init__(self, channels: int, n_inputs: int, n_heads: int, init: str, gate_spread: float | None) -> None:
+    def __init__(self, config: CellMixerConfig, channels: int, n_inputs: int, n_heads: int, released: bool) -> None:
         super().__init__()
         width = channels // n_heads
         self.weight = nn.Parameter(torch.empty(n_inputs, n_heads, width, width))
         self.bias = nn.Parameter(torch.empty(n_inputs, channels))
-        released = init == "released"
         # Xavier's bound √(6/(in + out)) with in = out; torch's Kaiming bound 1/√in.
-        declare(self, "weight", uniform(math.sqrt((3.0 if released else 1.0) / width)), decay=True)
-        spread = gate_spread if gate_spread is not None else -1.0 if released else 0.0
+        bound = config.input_bound if config.input_bound is not None else math.sqrt(3.0) if released else 1.0
+        declare(self, "weight", uniform(bound / math.sqrt(width)), decay=True)
+        spread = config.gate_spread if config.gate_spread is not None else -1.0 if released else 0.0
         declare(self, "bias", partial(_spread_first_gate, spread), decay=False)
 
     def forward(self, v: Tensor) -> tuple[Tensor, ...]:
@@ -107,7 +116,7 @@ class CellMixer(Mixer):
         self.in_proj = Linear(d_model, 2 * channels)
         self.conv_weight = nn.Parameter(torch.empty(channels, config.d_conv))
         self.conv_bias = nn.Parameter(torch.empty(channels))
-        self.inputs = CellInputs(channels, len(self.cell.inputs), n_heads, init, config.gate_spread)
+        self.inputs = CellInputs(config, channels, len(self.cell.inputs), n_heads, init == "released")
         self.recurrent = nn.ParameterDict({name: nn.Parameter(torch.empty(channels)) for name in self.cell.params})
         self.norm = GatedRMSNorm(channels, context.norm_eps)
         self.out_proj = Linear(channels, d_model, output_std(channels, context.n_layers))
