@@ -74,6 +74,12 @@ def test_the_size_is_the_stated_one(name: str) -> None:
     assert (plan.state_elements is None) == name.startswith("transformer")
 
 
+@pytest.mark.parametrize(("name", "heads"), [("transformer_7b", 32), ("transformer_1.3b", 16)])
+def test_large_baselines_have_llama_2s_heads_of_128(name: str, heads: int) -> None:
+    (mixer, *_) = build_model(load_config(f"model/{name}").config.model, 4096, seed=0, device="meta").mixers
+    assert (mixer.n_heads, mixer.n_kv_heads, mixer.d_head) == (heads, heads, 128)
+
+
 def test_the_state_that_is_planned_is_the_state_that_is() -> None:
     heads = [f"model.mixer.{key}=2" for key in ("n_heads", "n_attention_heads")]
     config = load_config("model/titans_mag_10m", ["model.d_model=32", "model.n_layers=2", *heads]).config
