@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,13 +12,19 @@ from paralm.models.parameters import declare, linear_std, normal
 
 
 class Linear(nn.Module):
-    """y = x Wᵀ, W (out, in) normal with standard deviation ``std`` (default √(2/(5 in)))."""
+    """y = x Wᵀ, W (out, in) normal with standard deviation ``std`` (default √(2/(5 in))).
 
-    def __init__(self, in_features: int, out_features: int, std: float | None = None) -> None:
+    ``out_features``: of several maps of one x, whose rows lie below each other in W, those of each.
+    """
+
+    def __init__(self, in_features: int, out_features: int | Sequence[int], std: float | None = None) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        declare(self, "weight", normal(linear_std(in_features) if std is None else std), decay=True)
+        self.maps = () if isinstance(out_features, int) else tuple(out_features)
+        self.in_features = in_features
+        self.out_features = out_features if isinstance(out_features, int) else sum(out_features)
+        self.weight = nn.Parameter(torch.empty(self.out_features, in_features))
+        start = normal(linear_std(in_features) if std is None else std)
+        declare(self, "weight", start, decay=True, maps=self.maps)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) → (..., out)."""

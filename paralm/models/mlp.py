@@ -21,7 +21,7 @@ class SwiGLU(nn.Module):
     def __init__(self, config: MLPConfig, d_model: int, n_layers: int) -> None:
         super().__init__()
         self.d_ff = config.d_ff or default_d_ff(d_model)
-        self.gate_up = Linear(d_model, 2 * self.d_ff)
+        self.gate_up = Linear(d_model, (self.d_ff, self.d_ff))
         std = wang_std(d_model, n_layers) if config.down_init == "wang" else output_std(self.d_ff, n_layers)
         self.down = Linear(self.d_ff, d_model, std)
 

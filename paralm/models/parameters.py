@@ -29,13 +29,15 @@ Init = Callable[[Tensor, torch.Generator], Any]
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """One parameter's initial value, whether it decays, its elementwise bound (None: none), and whether its last two
-    dimensions are a linear map between hidden vectors (which Muon treats as a whole)."""
+    """One parameter's initial value, whether it decays, its elementwise bound (None: none), whether its last two
+    dimensions are a linear map between hidden vectors (which Muon treats as a whole), and the rows of each map where
+    several lie below each other in them (which it treats each as a whole)."""
 
     init: Init
     decay: bool
     clamp: float | None = None
     matrix: bool = False
+    maps: tuple[int, ...] = ()
 
 
 def _normal(tensor: Tensor, generator: torch.Generator, std: float) -> None:
@@ -76,17 +78,22 @@ def declare(
     decay: bool,
     clamp: float | None = None,
     matrix: bool | None = None,
+    maps: tuple[int, ...] = (),
 ) -> None:
     """State how ``module.NAME`` (a parameter of the module itself) starts and is optimized.
 
     A bound holds from the start: the initial values are clamped to it too. ``matrix``: see :class:`ParameterSpec`;
-    default: whether it decays and has two dimensions or more. Embeddings and heads say False.
+    default: whether it decays and has two dimensions or more. Embeddings and heads say False. ``maps``: there too.
+    Raises ValueError for maps that are not all the rows.
     """
     parameter = getattr(module, name, None)
     if not isinstance(parameter, nn.Parameter):
         raise AttributeError(f"{type(module).__name__} has no parameter '{name}' to declare")
     whole = decay and len(_shape(parameter)) >= 2 if matrix is None else matrix
-    module.__dict__.setdefault("parameter_specs", {})[name] = ParameterSpec(init, decay, clamp, whole)
+    if maps and (len(_shape(parameter)) < 2 or sum(maps) != _shape(parameter)[-2]):
+        shape = tuple(_shape(parameter))
+        raise ValueError(f"{type(module).__name__}.{name} is {shape}; maps of {maps} rows are not it")
+    module.__dict__.setdefault("parameter_specs", {})[name] = ParameterSpec(init, decay, clamp, whole, maps)
 
 
 def _shape(parameter: nn.Parameter) -> torch.Size:
@@ -195,10 +202,10 @@ def initialize(model: nn.Module, seed: int) -> None:
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Optimizer groups ``{"params", "names", "weight_decay": bool, "clamp": float | None, "matrix": bool}``.
+    """Optimizer groups ``{"params", "names", "weight_decay": bool, "clamp": float | None, "matrix": bool, "maps"}``.
 
-    One group for each (weight_decay, clamp, matrix) that occurs, in a fixed order; every trainable parameter is in
-    exactly one.
+    ``maps``: of the names that have some, the rows of each. One group for each (weight_decay, clamp, matrix) that
+    occurs, in a fixed order; every trainable parameter is in exactly one.
     """
     groups: dict[tuple[bool, float | None, bool], dict[str, Any]] = {}
     for name, parameter, spec in specs(model):
@@ -212,9 +219,12 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
                 "weight_decay": spec.decay,
                 "clamp": spec.clamp,
                 "matrix": spec.matrix,
+                "maps": {},
             },
         )
         group["params"].append(parameter)
         group["names"].append(name)
+        if spec.maps:
+            group["maps"][name] = spec.maps
     order = sorted(groups, key=lambda key: (not key[2], not key[0], key[1] is not None, key[1] or 0.0))
     return [groups[key] for key in order]

@@ -48,7 +48,8 @@ class MatrixUpdate:
 
     ``fragments``: this rank's, of parameters with two or more dimensions; the last two are the matrix's, those
     before count matrices. ``device``: where the products are made (the pieces may be offloaded). ``whole``: every
-    rank has all of it (stage 0), and makes the update itself.
+    rank has all of it (stage 0), and makes the update itself. ``maps``: of parameters that are several maps below
+    each other, the rows of each.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class MatrixUpdate:
         shapes: Mapping[str, tuple[int, ...]],
         device: torch.device,
         whole: bool = False,
+        maps: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
         self.device = device
         self.rank, self.world_size = (0, 1) if whole else (dist.get_rank(), dist.get_world_size())
@@ -67,7 +69,8 @@ class MatrixUpdate:
             dist.all_gather_object(everyone, self.mine)
         names = sorted({name for part in everyone for name, _, _ in part})
         self.shapes = {name: shapes[name] for name in names}
-        self.owner = _owners(self.shapes, self.world_size)
+        self.maps = {name: (maps or {}).get(name) or shapes[name][-2:-1] for name in names}
+        self.owner = _owners(self.shapes, self.maps, self.world_size)
         # What goes where, in an order both sides know: by owner, then by (name, offset).
         self.order = sorted(range(len(self.mine)), key=lambda i: (self.owner[self.mine[i][0]], self.mine[i]))
         self.sent = [sum(n for name, _, n in self.mine if self.owner[name] == r) for r in range(self.world_size)]
@@ -77,7 +80,7 @@ class MatrixUpdate:
     def __call__(
         self, pieces: Sequence[torch.Tensor], update: Callable[[torch.Tensor], torch.Tensor]
     ) -> list[torch.Tensor]:
-        """``update`` of the whole matrices, cut as ``pieces`` are (1-D, in the order of the fragments)."""
+        """``update`` of the whole maps, cut as ``pieces`` are (1-D, in the order of the fragments)."""
         device, dtype = self.device, torch.float32
         outgoing = torch.cat([pieces[i] for i in self.order]) if pieces else torch.empty(0)
         outgoing = outgoing.to(device, dtype)
@@ -93,7 +96,8 @@ class MatrixUpdate:
             whole[name][offset : offset + numel] = incoming[at : at + numel]
             at += numel
         for name, flat in whole.items():
-            flat.copy_(update(flat.view(self.shapes[name])).reshape(-1))
+            made = [update(part) for part in flat.view(self.shapes[name]).split(self.maps[name], dim=-2)]
+            flat.copy_(torch.cat(made, dim=-2).reshape(-1))
         at = 0
         for name, offset, numel in (piece for part in self.arriving for piece in part):
             incoming[at : at + numel] = whole[name][offset : offset + numel]
@@ -109,16 +113,17 @@ class MatrixUpdate:
             dist.all_to_all_single(into, source, into_sizes, sizes)
 
 
-def _owners(shapes: Mapping[str, tuple[int, ...]], ranks: int) -> dict[str, int]:
+def _owners(shapes: Mapping[str, tuple[int, ...]], maps: Mapping[str, Sequence[int]], ranks: int) -> dict[str, int]:
     """An owner for each matrix: the dearest first, each to the rank with the least work so far."""
 
-    def work(shape: tuple[int, ...]) -> int:
-        return math.prod(shape) * min(shape[-2:])
+    def work(name: str) -> int:
+        *count, _, columns = shapes[name]
+        return math.prod(count) * sum(rows * columns * min(rows, columns) for rows in maps[name])
 
     loads = [(0, rank) for rank in range(ranks)]
     owner = {}
-    for name in sorted(shapes, key=lambda n: (-work(shapes[n]), n)):
+    for name in sorted(shapes, key=lambda n: (-work(n), n)):
         load, rank = heapq.heappop(loads)
         owner[name] = rank
-        heapq.heappush(loads, (load + work(shapes[name]), rank))
+        heapq.heappush(loads, (load + work(name), rank))
     return owner

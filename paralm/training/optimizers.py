@@ -53,6 +53,8 @@ class Partitioned(torch.optim.Optimizer):
     skip = False
     steps_taken = 0
     noise: GradientNoise | None = None
+    maps: Mapping[str, tuple[int, ...]] = {}
+    """Of parameters that are several linear maps below each other, the rows of each."""
     layout: dict[torch.Tensor, list[Fragment]]
 
     def bind(self, fragments: EngineFragments, shapes: Mapping[str, tuple[int, ...]], device: torch.device) -> None:
@@ -88,9 +90,10 @@ class Muon(Partitioned, torch.optim.AdamW):
 
         m ← μ m + (1 − μ) g        u = NS₅((1 − μ) g + μ m)        W ← (1 − lr·wd) W − lr · 0.2 √max(rows, columns) · u
 
-    NS₅: five Newton–Schulz steps towards the nearest orthogonal matrix. The scale makes the update's RMS that of
-    AdamW (Moonlight, arXiv 2502.16982, eq. 4), so one learning rate and weight decay serve both. A matrix that is cut
-    over ranks is put together on one of them for NS₅ (:mod:`paralm.training.muon`).
+    NS₅: five Newton–Schulz steps towards the nearest orthogonal matrix, of each linear map by itself: in a stack of
+    several (q, k, v; gate and up; Mamba2's z, x, B, C, dt) those with small gradients would hardly move. The scale
+    makes the update's RMS that of AdamW (Moonlight, arXiv 2502.16982, eq. 4), so one learning rate and weight decay
+    serve both. A matrix that is cut over ranks is put together on one of them for NS₅ (:mod:`paralm.training.muon`).
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], *, momentum: float, steps: int, **adam: Any) -> None:
@@ -101,7 +104,7 @@ class Muon(Partitioned, torch.optim.AdamW):
     def bind(self, fragments: EngineFragments, shapes: Mapping[str, tuple[int, ...]], device: torch.device) -> None:
         super().bind(fragments, shapes, device)
         self._updates = {  # in the order of the flat tensors, which is the same on every rank
-            flat: MatrixUpdate(self.layout[flat], shapes, device, whole=fragments.stage == 0)
+            flat: MatrixUpdate(self.layout[flat], shapes, device, whole=fragments.stage == 0, maps=self.maps)
             for flat, group in zip(fragments.flats, fragments.groups, strict=True)
             if self.param_groups[group]["matrix"]
         }
@@ -172,8 +175,8 @@ def build_optimizer(
     """An optimizer over the model's explicit groups.
 
     ``groups``: as from ``LanguageModel.parameter_groups()``: ``params``, ``names``, ``weight_decay`` (whether
-    the group decays), ``clamp`` (bound or None) and ``matrix``. ``seed``: of the gradient noise. ``offloaded``: the
-    states are on the host.
+    the group decays), ``clamp`` (bound or None), ``matrix`` and ``maps``. ``seed``: of the gradient noise.
+    ``offloaded``: the states are on the host.
     """
     prepared = [
         {
@@ -187,6 +190,7 @@ def build_optimizer(
     ]
     fused = is_fused(config, torch.cuda.is_available(), offloaded)
     optimizer = OPTIMIZERS[config.name](prepared, config, {"fused": True} if fused else {})
+    optimizer.maps = {name: rows for group in groups for name, rows in group.get("maps", {}).items()}
     if config.gradient_noise.eta > 0:
         optimizer.noise = GradientNoise(config.gradient_noise.eta, config.gradient_noise.gamma, seed)
     return optimizer

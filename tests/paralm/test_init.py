@@ -144,6 +144,32 @@ def test_an_embedding_may_be_left_undecayed_and_flops_stay(tied: bool) -> None:
     assert flops_per_token(without, 16) == flops_per_token(with_it, 16)
 
 
+@pytest.mark.parametrize(
+    ("mixer", "parameter", "maps"),
+    [
+        ({"name": "paragru", "expand": 2}, "in_proj", (128, 128)),
+        ({"name": "mamba2", "d_state": 16, "n_groups": 2}, "in_proj", (128, 128, 32, 32, 2)),
+        ({"name": "mlstm", "n_heads": 2}, "in_proj", (32, 32, 64, 64)),
+        ({"name": "lstm"}, "in_proj", (64, 64, 64, 64)),
+        ({"name": "attention", "n_heads": 4, "n_kv_heads": 2}, "qkv_proj", (64, 32, 32)),
+        ({"name": "window_attention", "n_heads": 4, "n_kv_heads": 2}, "attention.qkv_proj", (64, 32, 32)),
+        ({"name": "titans_mag", "n_heads": 2, "decay": False}, "memory.gates", (2, 2)),
+    ],
+)
+def test_what_lies_in_one_matrix_is_told_apart(mixer: dict[str, object], parameter: str, maps: tuple[int, ...]) -> None:
+    model = build_model(ModelConfig(d_model=64, n_layers=1, mixer=mixer), 100, 0, device="meta")
+    (group,) = [g for g in model.parameter_groups() if g["matrix"]]
+    assert group["maps"][f"blocks.0.mixer.{parameter}.weight"] == maps
+    d_ff = model.layers[0].mlp.d_ff
+    assert group["maps"]["blocks.0.mlp.gate_up.weight"] == (d_ff, d_ff)
+
+
+def test_maps_that_are_not_the_matrix_are_refused() -> None:
+    linear = nn.Linear(4, 6)
+    with pytest.raises(ValueError, match=r"Linear.weight is \(6, 4\); maps of \(2, 3\) rows"):
+        declare(linear, "weight", constant(0.0), decay=True, maps=(2, 3))
+
+
 def test_an_undeclared_parameter_is_named() -> None:
     class Raw(nn.Module):
         def __init__(self) -> None:

@@ -15,7 +15,7 @@ from paralm.config import Config, OptimizerConfig
 from paralm.training.fragments import EngineFragments, Fragment
 from paralm.training.loop import train
 from paralm.training.metrics import read_metrics
-from paralm.training.muon import MatrixUpdate, newton_schulz
+from paralm.training.muon import MatrixUpdate, newton_schulz, orthogonalized_update
 from paralm.training.optimizers import OPTIMIZERS, GradientNoise, build_optimizer, is_fused
 from paralm.training.rendezvous import start_distributed
 from paralm.training.replicated import Replicated
@@ -34,12 +34,12 @@ class Small(nn.Module):
             setattr(self, name, nn.Parameter(torch.randn(shape, generator=generator) / 4))
 
 
-def make(config: OptimizerConfig) -> tuple[Small, Replicated]:
+def make(config: OptimizerConfig, **maps: tuple[int, ...]) -> tuple[Small, Replicated]:
     """A few parameters under a stage-0 optimizer, bound as the engine's is."""
     start_distributed(60.0)
     model = Small()
     groups = [
-        {"params": [model.w, model.heads], "weight_decay": True, "clamp": None, "matrix": True},
+        {"params": [model.w, model.heads], "weight_decay": True, "clamp": None, "matrix": True, "maps": maps},
         {"params": [model.vector], "weight_decay": False, "clamp": None, "matrix": False},
         {"params": [model.bound], "weight_decay": False, "clamp": 0.1, "matrix": False},
     ]
@@ -180,6 +180,23 @@ def test_muon_is_torchs_muon_on_whole_matrices() -> None:
         reference.step()
     moved, expected = (model.w - start).detach(), (copy - start).detach()
     assert float((moved - expected).norm() / expected.norm()) < 0.02
+
+
+def test_muon_levels_each_of_stacked_maps_by_itself() -> None:
+    """One with gradients a hundred times smaller moves as far as the others: as a stack it would hardly move."""
+    config = OptimizerConfig(name="muon", lr=0.02, weight_decay=0.0, clip_grad_norm=0.0)
+    model, optimizer = make(config, w=(16, 6, 2), heads=(5, 3))
+    before, generator = [p.detach().clone() for p in (model.w, model.heads)], torch.Generator().manual_seed(6)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    model.w.grad[16:] /= 100
+    grads = [p.grad.clone() for p in (model.w, model.heads)]
+    optimizer.step()
+    for start, parameter, grad, rows in zip(before, (model.w, model.heads), grads, ((16, 6, 2), (5, 3)), strict=True):
+        moved = ((parameter.detach() - start) / -0.02).split(rows, dim=-2)
+        for found, part in zip(moved, grad.split(rows, dim=-2), strict=True):
+            torch.testing.assert_close(found, orthogonalized_update(part, 5), rtol=1e-3, atol=1e-4)
+            assert float(found.square().mean().sqrt()) == pytest.approx(0.2, rel=0.25)
 
 
 @pytest.mark.parametrize("cut", [1, 65_536, 100_000, 199_999])

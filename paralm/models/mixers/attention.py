@@ -53,7 +53,7 @@ class Attention(Mixer):
         if self.n_heads % self.n_kv_heads:
             raise ConfigError(f"model.mixer.n_kv_heads: {self.n_kv_heads} must divide n_heads, which is {self.n_heads}")
         self.d_head = d_model // self.n_heads
-        self.qkv_proj = Linear(d_model, (self.n_heads + 2 * self.n_kv_heads) * self.d_head)
+        self.qkv_proj = Linear(d_model, [n * self.d_head for n in (self.n_heads, self.n_kv_heads, self.n_kv_heads)])
         self.out_proj = Linear(d_model, d_model, output_std(d_model, context.n_layers))
 
     def forward(self, x: Tensor, state: State | None = None, reset: Tensor | None = None) -> tuple[Tensor, State]:

@@ -74,7 +74,7 @@ class DenseMixer(Mixer):
             self.n_heads = config.n_heads or max(1, d_model // config.d_head)
         width = self.n_heads * self.d_head
         n_biases = self.gates + (self.kind == "gru")  # n has a bias of its recurrent product as well
-        self.in_proj = Linear(d_model, self.gates * width)
+        self.in_proj = Linear(d_model, [width] * self.gates)
         self.recurrent = nn.Parameter(torch.empty(self.gates, self.n_heads, self.d_head, self.d_head))
         self.bias = nn.Parameter(torch.empty(n_biases, self.n_heads, self.d_head))
         self.out_proj = Linear(width, d_model, output_std(width, context.n_layers))

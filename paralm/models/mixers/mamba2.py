@@ -61,14 +61,15 @@ class Mamba2Config(EntryConfig):
 
 
 class Mamba2Projection(nn.Module):
-    """y = x Wᵀ + b, W uniform in ±``scale``/√in, which at 1 is as torch has it; b, if any, starts at 0."""
+    """y = x Wᵀ + b, W uniform in ±``scale``/√in, which at 1 is as torch has it; b, if any, starts at 0. ``maps``: the
+    rows of each of several maps in W."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, scale: float = 1.0) -> None:
+    def __init__(self, in_features: int, maps: tuple[int, ...], bias: bool, scale: float = 1.0) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        declare(self, "weight", uniform(scale / math.sqrt(in_features)), decay=True)
-        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.in_features, self.out_features = in_features, sum(maps)
+        self.weight = nn.Parameter(torch.empty(self.out_features, in_features))
+        declare(self, "weight", uniform(scale / math.sqrt(in_features)), decay=True, maps=maps)
+        self.bias = nn.Parameter(torch.empty(self.out_features)) if bias else None
         if bias:
             declare(self, "bias", constant(0.0), decay=False)
 
@@ -126,14 +127,14 @@ class Mamba2(Mixer):
         self.sizes = (d_inner, d_inner + 2 * bc, self.n_heads)  # z, xBC, dt
         self.conv_sizes = (d_inner, bc, bc)  # x, B, C
         channels = self.sizes[1]
-        self.in_proj = Mamba2Projection(d_model, sum(self.sizes), config.bias)
+        self.in_proj = Mamba2Projection(d_model, (d_inner, *self.conv_sizes, self.n_heads), config.bias)
         self.conv_weight = nn.Parameter(torch.empty(channels, config.d_conv))
         self.conv_bias = nn.Parameter(torch.empty(channels)) if config.conv_bias else None
         self.dt_bias = nn.Parameter(torch.empty(self.n_heads))
         self.A_log = nn.Parameter(torch.empty(self.n_heads))
         self.D = nn.Parameter(torch.empty(self.n_heads))
         self.norm = GateThenRMSNorm(d_inner, config.n_groups, config.norm_eps or context.norm_eps)
-        self.out_proj = Mamba2Projection(d_inner, d_model, config.bias, scale=context.n_layers**-0.5)
+        self.out_proj = Mamba2Projection(d_inner, (d_model,), config.bias, scale=context.n_layers**-0.5)
         declare(self, "conv_weight", uniform(config.d_conv**-0.5), decay=False)
         if config.conv_bias:
             declare(self, "conv_bias", uniform(config.d_conv**-0.5), decay=False)

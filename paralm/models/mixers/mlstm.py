@@ -89,12 +89,12 @@ class MLSTM(Mixer):
         self.n_heads = _heads(config, self.qk_dim, self.v_dim)
         self.scale = (self.qk_dim // self.n_heads) ** -0.5
         self.sizes = (self.qk_dim, self.qk_dim, self.v_dim, self.v_dim)  # q, k, v, o
-        self.in_proj = Linear(d_model, sum(self.sizes))
+        self.in_proj = Linear(d_model, self.sizes)
         self.gates = MLSTMGates(d_model, self.n_heads, config.gate_soft_cap, config.input_gate_bias)
         self.norm = HeadLayerNorm(self.n_heads, self.v_dim // self.n_heads, config.norm_eps or context.norm_eps)
         self.out_proj = Linear(self.v_dim, d_model, wang_std(d_model, context.n_layers))
         start = partial(_zero_last_rows, std=linear_std(d_model), rows=self.v_dim)
-        declare(self.in_proj, "weight", start, decay=True)
+        declare(self.in_proj, "weight", start, decay=True, maps=self.sizes)
 
     @property
     def joins_shards(self) -> bool:

@@ -122,7 +122,8 @@ class MemoryGates(nn.Module):
         self.max_rate = max_rate
         self.weight = nn.Parameter(torch.empty(len(self.kinds) * n_heads, d_model))
         self.bias = nn.Parameter(torch.empty(len(self.kinds) * n_heads))
-        declare(self, "weight", normal(linear_std(d_model) / 4), decay=True)
+        each = (n_heads,) * len(self.kinds)
+        declare(self, "weight", normal(linear_std(d_model) / 4), decay=True, maps=each)
         declare(self, "bias", partial(_gate_bias, self.kinds, rate / max_rate), decay=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -113,7 +113,7 @@ class CellMixer(Mixer):
             )
         init = config.init or context.init
         self.channels = channels
-        self.in_proj = Linear(d_model, 2 * channels)
+        self.in_proj = Linear(d_model, (channels, channels))
         self.conv_weight = nn.Parameter(torch.empty(channels, config.d_conv))
         self.conv_bias = nn.Parameter(torch.empty(channels))
         self.inputs = CellInputs(config, channels, len(self.cell.inputs), n_heads, init == "released")

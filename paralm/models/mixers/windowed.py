@@ -62,7 +62,7 @@ class Heads(nn.Module):
         if n_heads % self.n_kv_heads:
             raise ConfigError(f"model.mixer.n_kv_heads: {self.n_kv_heads} must divide n_heads, which is {n_heads}")
         self.rope_theta, self.n_persistent = rope_theta, n_persistent
-        self.qkv_proj = Linear(d_model, (n_heads + 2 * self.n_kv_heads) * self.d_head)
+        self.qkv_proj = Linear(d_model, [n * self.d_head for n in (n_heads, self.n_kv_heads, self.n_kv_heads)])
         if n_persistent:
             self.persistent = nn.Parameter(torch.empty(n_persistent, d_model))
             declare(self, "persistent", normal(1.0), decay=False)  # of the size of the normed tokens beside them
