@@ -10,8 +10,12 @@ time is :func:`paralm_kernels.chunkwise`.
 
 Initial values as in the released code: A uniform in A_range; dt log-uniform in [dt_min, dt_max], at least dt_floor,
 through the inverse softplus; D = 1; W_in and the convolution with torch's defaults (uniform in ±1/√fan_in, the biases
-of the maps 0); W_out likewise, over √n_layers. No weight decay on A_log, dt_bias and D (nor on convolution, norm and
-biases, as everywhere here).
+of the maps 0); W_out likewise, over √n_layers (the released code has √(2 n_layers) beside MLPs). No weight decay on
+A_log, dt_bias and D (nor on convolution, norm and biases, as everywhere here).
+
+With ``precision: bf16`` these three are bf16 roundings of fp32 masters like all weights; the released models were
+trained under autocast, with fp32 weights. *Measured*, compare/mamba2 after 300 steps, held-out text in windows of
+1,024: A_log and dt_bias rounded cost 3e-5 nats a token, all weights 1.2e-4.
 """
 
 from __future__ import annotations
