@@ -29,7 +29,7 @@ from paralm.training.control import Control
 from paralm.training.lockstep import Lockstep
 from paralm.training.metrics import memory_bytes, peak_flops
 from paralm.training.rendezvous import rank_and_world
-from paralm.training.schedule import lr_factor
+from paralm.training.schedule import learning_rate
 from paralm.training.session import Session
 from paralm.training.step import StepResult
 from paralm.training.watch import note, watching
@@ -86,9 +86,7 @@ def _run(session: Session, control: Control, profiler: Profiler, on_progress: Pr
         last = session.step + 1 == training.max_steps
         if not last:
             session.ahead.read(session.loader, session.step + 1)
-        lr = session.config.optimizer.lr * lr_factor(
-            session.config.optimizer.schedule, session.step, training.max_steps
-        )
+        lr = learning_rate(session.config, session.step)
         logged = last or (session.step + 1) % training.log_every == 0
         with session.over_time():
             result = session.stepper.run(batch, session.step, lr, lambda: _stop_request(session, control), timed=logged)

@@ -33,6 +33,7 @@ from paralm.training.metrics import MetricsWriter
 from paralm.training.rendezvous import device, rank_and_world, start_distributed
 from paralm.training.run_folder import RunFolder
 from paralm.training.saving import Saver
+from paralm.training.schedule import rate_change
 from paralm.training.step import Stepper
 from paralm.training.together import broadcast, gather
 from paralm.training.verification import FindDamage, choose_together, first_on_node, verify_stores
@@ -309,6 +310,9 @@ class Session:
             self.fragments.load(source.read, source.optimizer_kinds, manifest["optimizer"]["scalars"])
         if self.forked:
             self.loader.start_at(self.step)
+            change = rate_change(source.directory.parent.parent, self.config, self.step)
+            if change is not None and self.rank == 0:
+                self.say(change)
         else:
             self.loader.load_state_dict(manifest["loader"])
             self.bad_steps, self.bad_in_row = manifest["bad_steps"], manifest["bad_in_row"]

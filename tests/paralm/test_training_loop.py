@@ -260,6 +260,21 @@ def test_init_from_takes_weights_only_and_fork_from_everything(make: Any) -> Non
         train(make("wide", model={"d_model": 64}, training={"init_from": str(parent.run_dir)}), say=quiet)
 
 
+def test_a_fork_says_where_its_learning_rate_leaves_that_of_the_run_before(make: Any) -> None:
+    """A decay of a fifth of max_steps, meant for the steps that are left, begins before the fork."""
+    stable = {"schedule": {"kind": "wsd", "warmup": 1, "decay": 0}, "lr": 1e-3}
+    parent = make("parent", training={"max_steps": 3}, optimizer=stable)
+    train(parent, say=quiet)
+    told: dict[float, list[str]] = {0.5: [], 1: []}
+    for decay, lines in told.items():
+        schedule = {**stable["schedule"], "decay": decay}  # of 4 steps: 2, and 1
+        training = {"max_steps": 4, "fork_from": str(parent.run_dir)}
+        train(make(f"fork-{decay}", training=training, optimizer={**stable, "schedule": schedule}), say=lines.append)
+    change = f"the next learning rate is 0.0005; in {parent.run_dir} it was 0.001"
+    assert [line for line in told[0.5] if "learning rate" in line] == [change]
+    assert not [line for line in told[1] if "learning rate" in line]
+
+
 def test_a_run_goes_on_without_the_run_it_began_from(make: Any) -> None:
     """With other rows a step: a fork counts on from the tokens there were."""
     parent = make("parent", training={"max_steps": 2})
