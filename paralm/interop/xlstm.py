@@ -50,16 +50,18 @@ def _model_config(keys: Keys) -> tuple[ModelConfig, int]:
         "chunk_size": keys.integer("chunk_size", 64),
     }
     factor = keys.number("ffn_proj_factor", _FFN_FACTOR)
+    d_ff = _rounded_up(d_model * factor, keys.integer("ffn_round_up_to_multiple_of", _FFN_MULTIPLE))
     config = ModelConfig(
         d_model=d_model,
         n_layers=_named_twice(keys, "num_hidden_layers", "num_blocks", 32),
         mixer=mixer,
-        mlp=MLPConfig(d_ff=_rounded_up(d_model * factor, keys.integer("ffn_round_up_to_multiple_of", _FFN_MULTIPLE))),
+        mlp=MLPConfig(d_ff=d_ff, down_init="wang"),
         vocab_size=vocab_size,
         tie_embeddings=False,
         norm_eps=norm_eps,
         logit_cap=keys.number("output_logit_soft_cap", 30.0),
         embedding_std=math.sqrt(2 / (5 * d_model)),
+        embedding_decay=False,
     )
     return config, vocab_size
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from paralm.config import ModelConfig
+from paralm.config_files import load_config
 from paralm.errors import ConfigError
 from paralm.interop import load_transformers, save_transformers
 from paralm.interop.xlstm import XLSTM
@@ -192,6 +193,10 @@ def test_the_published_7b_is_read_from_its_names_alone() -> None:
     model = build_model(config, vocab, seed=0, device="meta")
     assert sum(p.numel() for p in model.parameters()) == 6_865_424_896
     assert XLSTM.keys(model)["ffn_proj_factor"] == 2.667
+    preset = load_config("model/xlstm_7b").config.model  # going on from it is trained as the preset is
+    for key in ("embedding_decay", "norm_eps", "logit_cap", "tie_embeddings"):
+        assert getattr(config, key) == getattr(preset, key), key
+    assert config.mlp.down_init == preset.mlp.down_init
 
 
 def _config(**changes: Any) -> Callable[[Path], None]:
