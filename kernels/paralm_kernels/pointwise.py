@@ -4,9 +4,9 @@
     def scaled(a, b):
         return a * b + b
 
-    scaled(compiled, a, b)
+    scaled(fused, a, b)
 
-As they stand on a CPU; where ``compiled`` is true, as torch's compiler writes them (a Triton kernel on a GPU); in a dry
+As they stand on a CPU; where ``fused`` is true, as torch's compiler writes them (a Triton kernel on a GPU); in a dry
 run (:mod:`.dry`) told like a kernel. They are called where no gradient is recorded.
 """
 
@@ -27,27 +27,34 @@ from .dry import observer
 _FORMS = 64
 """Kernels of one function, of which torch by itself makes 8 and then no more in a process: a form of a call is which
 arguments are None, their dtypes, which sizes are 1 and which are equal. Two models and an evaluation need twenty."""
-MORE_FORMS: dict[str, Any] = (
-    {"recompile_limit": _FORMS} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
-)
-"""For ``torch.compile``, where it takes it."""
+
+
+def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """As ``torch.compile``, for more forms of a call than torch makes by itself. torch 2.11 has one limit for all
+    that a process compiles, and no keyword: there it is raised for all."""
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        options["recompile_limit"] = _FORMS
+    else:
+        config = torch._dynamo.config
+        config.recompile_limit = max(config.recompile_limit, _FORMS)
+    return torch.compile(function, **options)
 
 
 def pointwise(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with ``compiled`` before its arguments."""
+    """The function with ``fused`` before its arguments."""
 
     @functools.cache
     def as_compiled() -> Callable[..., Any]:
         # Sizes are arguments of the kernel, not a kernel each: tiles at the end of a sequence have their own.
-        return torch.compile(function, dynamic=True, **MORE_FORMS)
+        return compiled(function, dynamic=True)
 
     @functools.wraps(function)
-    def run(compiled: bool, *arguments: Any) -> Any:
+    def run(fused: bool, *arguments: Any) -> Any:
         tensors = [x for x in pytree.tree_leaves(arguments) if isinstance(x, Tensor)]
-        told = observer() if compiled and tensors[0].is_meta else None
+        told = observer() if fused and tensors[0].is_meta else None
         if told is not None:
             return _told(told, function, arguments, tensors)
-        return as_compiled()(*arguments) if compiled else function(*arguments)
+        return as_compiled()(*arguments) if fused else function(*arguments)
 
     return run
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from paralm_kernels.pointwise import MORE_FORMS
+from paralm_kernels.pointwise import compiled
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -66,8 +66,8 @@ class Block(nn.Module):
         x = x + self._drop(y)
         if self.mlp is not None:
             # Compiled for training only: other calls have other shapes, and what is compiled anew is not kept.
-            compiled = self._compiled if torch.is_grad_enabled() else None
-            x = (compiled or self.feed_forward)(x)
+            feed_forward = self._compiled if torch.is_grad_enabled() else None
+            x = (feed_forward or self.feed_forward)(x)
         return x, state
 
     def feed_forward(self, x: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class Block(nn.Module):
     def compile_feed_forward(self) -> None:
         """Run the second half, in training, as torch compiles it: norm, gate and sum as few kernels. One graph a shape,
         so that what is computed depends on nothing that ran before."""
-        self._compiled = torch.compile(self.feed_forward, dynamic=False, fullgraph=True, **MORE_FORMS)
+        self._compiled = compiled(self.feed_forward, dynamic=False, fullgraph=True)
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x

@@ -165,17 +165,22 @@ def test_compiled_is_the_loop(kind: dict[str, Any], monkeypatch: pytest.MonkeyPa
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] or kind
 
 
-def test_more_forms_of_a_call_than_torch_compiles_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("limit", ["of a function", "of a process"])
+def test_more_forms_of_a_call_than_torch_compiles_by_itself(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """After 8 it would run every new one as it stands: a training, its validation and a question need as many."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    compiler = functools.partial(torch.compile, backend="eager")
+    before_2_12 = lambda function, *, dynamic: compiler(function, dynamic=dynamic)  # noqa: E731, no recompile_limit
+    monkeypatch.setattr(torch, "compile", compiler if limit == "of a function" else before_2_12)
+    torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
 
     @pointwise
     def scaled(x: Tensor, kind: str) -> Tensor:
         return x * len(kind)
 
-    for n in range(12):
-        assert torch.equal(scaled(True, torch.ones(3), "x" * n), torch.full((3,), float(n)))
+    with torch._dynamo.config.patch(recompile_limit=8):
+        for n in range(12):
+            assert torch.equal(scaled(True, torch.ones(3), "x" * n), torch.full((3,), float(n)))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 12
 
 
