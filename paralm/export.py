@@ -3,7 +3,7 @@
     model-00001-of-00003.safetensors …   the weights, each once, in one dtype
     model.safetensors.index.json         which tensor is in which file
     tokenizer.model                      the sentencepiece model
-    my_cell.py …                         the .py files of the run's ``imports:``
+    my_cell.py …                         the .py files of the run's ``imports:``, and what they import beside them
     config.json                          the model section, vocabulary, format, and every file's size and SHA-256
 
 Whatever world size and ZeRO stage wrote the checkpoint, its fragments are read by pieces and appended to the shard in
@@ -29,7 +29,7 @@ from paralm.errors import CheckpointError
 from paralm.training import checkpoint as ckpt
 from paralm.training.fragments import MASTER
 from paralm.training.tensor_file import TensorFile, TensorSpec
-from paralm.user_modules import is_file, loaded_files
+from paralm.user_modules import helpers, is_file, loaded_files
 from paralm.weight_files import INDEX, OnProgress, Read, check_target, chosen_dtype, new_folder, write_weights
 
 FORMAT = "paralm export 1"
@@ -72,7 +72,7 @@ def export(
     source = open_run_model(run, None, warn)
     chosen = dtype or source.config.training.precision
     chosen_dtype(chosen)
-    modules = _carried(source.config.imports)
+    modules, beside = _carried(source.config.imports)
     for name in source.config.imports:
         if name not in modules:
             warn(f"imports: {name} is not in the export, being no .py file; install it where the export is loaded")
@@ -81,24 +81,29 @@ def export(
             target,
             source.shapes,
             lambda name, low, count: source.checkpoint.read(MASTER, name, low, count),
-            {**_describe(source.config, source.checkpoint, chosen), "modules": modules},
+            {**_describe(source.config, source.checkpoint, chosen), "modules": modules, "helpers": beside},
             source.own_tokenizer.proto if source.own_tokenizer is not None else None,
             max_shard_size,
             on_progress,
         )
 
 
-def _carried(imports: list[str]) -> dict[str, str]:
-    """Of each .py file among ``imports`` the name of its copy in an export; two files of one name get two."""
+def _carried(imports: list[str]) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Of each .py file among ``imports`` the name of its copy in an export, and its helpers, which keep their names;
+    two files of one name get two."""
+    names = list(dict.fromkeys(filter(is_file, imports)))
+    beside = {name: helpers(Path(name)) for name in names}
+    taken = set().union(*beside.values())
     modules: dict[str, str] = {}
-    for name in dict.fromkeys(filter(is_file, imports)):
+    for name in names:
         path, number = Path(name), 1
         copy = path.name
-        while copy in modules.values():
+        while copy in taken:
             number += 1
             copy = f"{path.stem}_{number}.py"
         modules[name] = copy
-    return modules
+        taken.add(copy)
+    return modules, beside
 
 
 def write_export(
@@ -111,17 +116,22 @@ def write_export(
     on_progress: OnProgress | None = None,
 ) -> ExportResult:
     """Write an export's folder. ``content``: what ``config.json`` says besides the files; its dtype is the weights',
-    and its modules are copied. ``tokenizer``: of a sentencepiece model, or None. Raises RunError, one line."""
+    and its modules and helpers are copied. ``tokenizer``: of a sentencepiece model, or None. Raises RunError, one line.
+    """
     specs = [TensorSpec(name, chosen_dtype(content["dtype"]), shape) for name, shape in shapes.items()]
     with new_folder(target) as folder:
         written = write_weights(folder, specs, read, max_shard_size, on_progress)
         if tokenizer is not None:
             write_file(folder / TOKENIZER, tokenizer)
-        for source, name in content.get("modules", {}).items():
-            write_file(folder / name, Path(source).read_bytes())
+        copies = {copy: Path(name) for name, copy in content.get("modules", {}).items()}
+        for name, beside in content.get("helpers", {}).items():
+            copies = {helper: Path(name).resolve().parent / helper for helper in beside} | copies
+        for copy, original in copies.items():
+            (folder / copy).parent.mkdir(parents=True, exist_ok=True)
+            write_file(folder / copy, original.read_bytes())
         files = dict(written.files)
         own = (TOKENIZER,) if tokenizer is not None else ()
-        for name in (INDEX, *own, *content.get("modules", {}).values()):
+        for name in (INDEX, *own, *copies):
             path = folder / name
             files[name] = {"bytes": path.stat().st_size, "sha256": ckpt.sha256_file(path)}
         write_file(folder / CONFIG, ckpt.seal({**content, "files": files}).encode())
@@ -180,19 +190,26 @@ class Exported:
         self.step: int = self.content["step"]
 
     def _module(self, name: str) -> str:
-        """Where one of the run's imports is loaded from: the file that was exported if it is still there as it was,
-        or if a copy of it is loaded already (what is in it must not register twice), else the export's copy.
-        Raises CheckpointError, one line, for one that is not as it was written."""
+        """Where one of the run's imports is loaded from: the file that was exported if it and its helpers are still
+        there as they were, or if a copy of it is loaded already (what is in it must not register twice), else the
+        export's copy. Raises CheckpointError, one line, for one that is not as it was written."""
         copy = self.content.get("modules", {}).get(name)
         if copy is None:
             return name
-        entry = self.content["files"][copy]
+        beside = self.content.get("helpers", {}).get(name, [])
         for path in (Path(name), *loaded_files()):
-            if ckpt.file_damage(path, entry["bytes"], entry["sha256"]) is None:
+            originals = {copy: path} | {helper: path.resolve().parent / helper for helper in beside}
+            if not any(self._differs(original, file) for file, original in originals.items()):
                 return str(path)
-        if found := self._damage_of(copy):
-            raise CheckpointError(found)
+        for file in (copy, *beside):
+            if found := self._damage_of(file):
+                raise CheckpointError(found)
         return str(self.path / copy)
+
+    def _differs(self, path: Path, file: str) -> str | None:
+        """How ``path`` differs from a file of the export, or None."""
+        entry = self.content["files"][file]
+        return ckpt.file_damage(path, entry["bytes"], entry["sha256"])
 
     def damage(self, share: int = 0, shares: int = 1) -> str | None:
         """The first file that is missing or not as it was written, or None. ``share`` of ``shares`` splits the files
@@ -200,8 +217,7 @@ class Exported:
         return next(filter(None, map(self._damage_of, sorted(self.content["files"])[share::shares])), None)
 
     def _damage_of(self, name: str) -> str | None:
-        entry = self.content["files"][name]
-        found = ckpt.file_damage(self.path / name, entry["bytes"], entry["sha256"])
+        found = self._differs(self.path / name, name)
         return f"damaged export: {found.replace('the manifest', CONFIG)}" if found else None
 
     def verify(self) -> Exported:

@@ -18,7 +18,7 @@ from paralm.synthetic import task_of
 from paralm.training.checkpoint import Checkpoint
 from paralm.training.run_folder import RunFolder
 from paralm.training.session import open_checkpoint, parse_run
-from paralm.user_modules import load_modules
+from paralm.user_modules import digests, edited, load_modules
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,8 @@ def open_run_model(run: str | Path, step: int | None, warn: Callable[[str], None
     # The run may have been moved since: what the folder holds is found relative to it.
     data_dir = config.data.dir if config.data.dir is not None else path / "data"
     source = open_checkpoint(path, step if step is not None else named, warn)
+    if found := edited(digests(config.imports), source.manifest):
+        warn(f"{source.directory}: {found}")
     task = task_of(config.data)
     if task is not None:
         if task.fingerprint != source.manifest["tokenizer_sha256"]:

@@ -59,6 +59,7 @@ def manifest(session: Session) -> dict[str, Any]:
         "loader": session.loader.state_dict(),
         "tokenizer_sha256": session.tokenizer_sha256,
         "vocab_size": session.vocab_size,
+        "modules": session.modules,
     }
 
 

@@ -7,6 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from paralm.training.step import Stepper
 from paralm.training.together import broadcast, gather
 from paralm.training.verification import FindDamage, choose_together, first_on_node, verify_stores
 from paralm.training.watch import note
-from paralm.user_modules import load_modules
+from paralm.user_modules import digests, edited, load_modules
 
 
 def parse_run(text: str | Path, root: Path | None = None) -> tuple[Path, int | None]:
@@ -81,6 +82,7 @@ class Session:
         self.spikes = 0
         self.owes_validation = False  # of the step that was saved
         self._metrics_refused = False
+        self.modules = digests(config.imports)  # of what this attempt computes with
         self.started = time.monotonic()
         self.metrics: MetricsWriter | None = None
         self.stores: list[TokenStore] = []  # of text: those that are trained and validated on
@@ -104,7 +106,7 @@ class Session:
             session._find_checkpoint()
             session._set_threads()
             session._together(session._open_data)
-            session._check_alike(*broadcast((config, session.loader.state_dict())))
+            session._check_alike(*broadcast((config, session.loader.state_dict(), session.modules)))
             reads = first_on_node(session.rank)
             session._together(lambda: verify_stores(config, session.stores, reads, session.say))
             session._together(session._open_metrics)
@@ -133,12 +135,14 @@ class Session:
         if found:
             raise RunError(found[0])
 
-    def _check_alike(self, config: Config, read: dict[str, Any]) -> None:
+    def _check_alike(self, config: Config, read: dict[str, Any], modules: dict[str, str]) -> None:
         """Refuse ranks that were told otherwise than rank 0, or read otherwise: nothing would tell from the losses."""
 
         def compare() -> None:
             different, mine = rank_differences(config, self.config), self.loader.state_dict()
             different += [(f"its data's {key}", read.get(key), mine[key]) for key in mine if read.get(key) != mine[key]]
+            files = zip_longest(modules.values(), self.modules.values())
+            different += [("the SHA-256 of a file of imports", theirs, own) for theirs, own in files if theirs != own]
             if different:
                 key, theirs, own = different[0]
                 raise RunError(
@@ -301,6 +305,8 @@ class Session:
             return
         source, manifest = self.checkpoint, self.checkpoint.manifest
         self._check_shapes(source)
+        if self.rank == 0 and (found := edited(self.modules, manifest)):
+            self.warn(f"{source.directory}: {found}")
         if manifest["optimizer"]["name"] != self.config.optimizer.name:
             raise CheckpointError(
                 f"{source.directory}: made with optimizer '{manifest['optimizer']['name']}', "

@@ -236,7 +236,7 @@ class CarriedOfExportTest(paralm_kernels.Cell):
 
 def forget_files() -> None:
     """As in another process: no module of ``imports:`` is loaded."""
-    for name in [name for name in sys.modules if name.startswith("paralm_user_")]:
+    for name in [name for name in sys.modules if name.startswith(("paralm_user_", "helpers_of_export_test"))]:
         del sys.modules[name]
 
 
@@ -245,7 +245,10 @@ def test_a_model_of_a_users_cell_is_loaded_where_its_file_is_not(corpus: Path, p
         (tmp_path / name).mkdir()
     first, second = tmp_path / "a/own.py", tmp_path / "b/own.py"
     first.write_text(_OWN)
-    second.write_text("ran = True")
+    helper = tmp_path / "b/helpers_of_export_test/own.py"  # a package without __init__.py
+    second.write_text("from helpers_of_export_test.own import ran")
+    helper.parent.mkdir()
+    helper.write_text("ran = 1")
     load_modules([str(first)])
     imports = [str(first), str(second), "json"]
     model = write_run(corpus, prepared, tmp_path / "run", 1, model={"mixer": {"name": "carried_of_export_test"}})
@@ -258,7 +261,7 @@ def test_a_model_of_a_users_cell_is_loaded_where_its_file_is_not(corpus: Path, p
     assert paralm.load(out).config.imports == imports  # all there as they were
 
     first.unlink()
-    second.write_text("raise SystemExit('not what was exported')")
+    helper.write_text("raise SystemExit('not what was exported')")
     moved = out.rename(tmp_path / "moved")
     forget_files()
     loaded = paralm.load(moved)
@@ -268,9 +271,10 @@ def test_a_model_of_a_users_cell_is_loaded_where_its_file_is_not(corpus: Path, p
     assert paralm.load(again).config.imports == loaded.config.imports  # loaded already: not registered twice
 
     forget_files()
-    (moved / "own_2.py").write_text("raise SystemExit('nor this')")
-    with pytest.raises(CheckpointError, match=r"damaged export: .*own_2.py"):
-        saved_config(moved)
+    for name in ("helpers_of_export_test/own.py", "own_2.py"):
+        (moved / name).write_text("raise SystemExit('nor this')")
+        with pytest.raises(CheckpointError, match=rf"damaged export: .*{name}"):
+            saved_config(moved)
 
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"

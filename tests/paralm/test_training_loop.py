@@ -225,6 +225,7 @@ def test_keys_that_must_not_change_are_refused_with_both_values(make: Any) -> No
         ({"optimizer": {"lr": 0.5}}, {}, "rank 0 on .*: optimizer.lr is 0.003, of rank 0 0.5"),
         ({"checkpoint": {"every": 7}, "run": {"root": "/there"}, "data": {"dir": "/there"}}, {}, "checkpoint.every is"),
         ({"run": {"root": "/there"}, "parallel": {"nvme_path": "/disk"}}, {"store": "other"}, "data's store is"),
+        ({}, {"modules": {"/there/own.py": "1f"}}, "the SHA-256 of a file of imports is None, of rank 0 '1f'"),
     ],
 )
 def test_a_rank_that_was_told_or_reads_something_else_is_refused(
@@ -232,7 +233,8 @@ def test_a_rank_that_was_told_or_reads_something_else_is_refused(
 ) -> None:
     def of_rank_0(value: Any) -> Any:
         if isinstance(value, tuple) and isinstance(value[0], Config):
-            return make("a", **told), {**value[1], **read}
+            modules = read.pop("modules", value[2])
+            return make("a", **told), {**value[1], **read}, modules
         return broadcast(value)
 
     monkeypatch.setattr("paralm.training.session.broadcast", of_rank_0)
