@@ -29,7 +29,7 @@ from paralm_data.preparation import Execution, is_prepared, prepare
 from paralm_data.progress import Progress
 from paralm_data.sampling import Draw, sample_of
 from paralm_data.scratch import NAME as SCRATCH
-from paralm_data.sources import shards
+from paralm_data.sources import check_apart, shards
 from paralm_data.specs import SourceSpec, TokenizerSpec
 from paralm_data.stages import Stages
 from paralm_data.steps import StepsSpec
@@ -112,7 +112,9 @@ def prepare_mixture(
 def _work_left(plan: _Plan) -> bool:
     """Whether anything is missing. DataError, before a byte is written, for a folder or a text that will not do."""
     there = plan.there()
+    _check_held_out(there)
     _check_fractions(plan, there)
+    _check_validation(plan, there)
     have = has_tokenizer(plan.out, _tokenizer_spec(plan, _given(plan, there)))
     model = plan.out / MODEL_NAME if have else plan.tokenizer.model
     texts, further = plan.texts(), plan.validation
@@ -153,6 +155,36 @@ def _make(plan: _Plan, executor: Executor) -> bool:
     skipped = not _union(plan, model, executor) and skipped
     executor.clear(plan.out / SCRATCH)  # also what processes that shared an earlier part of it have left
     return skipped
+
+
+def _check_held_out(there: Mapping[str, TokenStore]) -> None:
+    """DataError for a source that was held out to be scored."""
+    for name, store in there.items():
+        if store.manifest.source.get("split") == "held_out":
+            raise DataError(
+                f"data.mixture.sources.{name}: {store.path} is held-out text: trained on, it measures nothing; give "
+                f"{store.path.parent}, or its train (prepared with a lower data.held_out_fraction, to train on more)"
+            )
+
+
+def _check_validation(plan: _Plan, there: Mapping[str, TokenStore]) -> None:
+    """DataError for a validation set, still to be made, that a source trains on."""
+    texts = plan.texts()
+    made = next((plan.folder(name) / "validation" for name in texts), plan.out)
+    for name, validation in plan.validation.items():
+        if not (made / name).exists():
+            for source in (*texts.values(), *filter(None, map(_text_of, there.values()))):
+                check_apart(source, name, validation)
+
+
+def _text_of(store: TokenStore) -> SourceSpec | None:
+    """What a store was made from, if that is there to be read."""
+    try:
+        spec = SourceSpec(**store.manifest.source["source"])
+        shards(spec)
+    except (KeyError, TypeError, DataError):
+        return None
+    return spec
 
 
 def _check_fractions(plan: _Plan, there: Mapping[str, TokenStore]) -> None:

@@ -34,7 +34,7 @@ from paralm_data.executors import Executor, make_executor
 from paralm_data.progress import Progress
 from paralm_data.sampling import sample_of
 from paralm_data.scratch import NAME as SCRATCH
-from paralm_data.sources import shards
+from paralm_data.sources import check_apart, shards
 from paralm_data.specs import SourceSpec, TokenizerSpec
 from paralm_data.split import Counts
 from paralm_data.stages import SPLITS, Stages, Survey
@@ -165,6 +165,7 @@ class _Plan:
         for name in missing:
             if name not in SPLITS:
                 shards(self.validation[name])
+                check_apart(self.source, name, self.validation[name])
         return bool(missing) or not have_tokenizer
 
 

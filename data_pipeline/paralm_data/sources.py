@@ -108,6 +108,45 @@ def documents(spec: SourceSpec) -> Iterator[Document]:
     return itertools.islice(stream, spec.max_documents)
 
 
+def check_apart(source: SourceSpec, name: str, validation: SourceSpec) -> None:
+    """DataError, one line, if validation set ``name`` is read from where the source is: it would be trained on."""
+    common = _common(source, validation)
+    if common is not None:
+        raise DataError(
+            f"validation set '{name}': {common} is read by the source, too: it would be trained on, and scored as text "
+            "that was not; leave it out of one of them (the source's held-out part is a validation set already), or "
+            "give a copy of it, to score what was trained on"
+        )
+
+
+def _common(one: SourceSpec, other: SourceSpec) -> str | None:
+    """What two sources both read, in words, or None. Another field of the same records is other text."""
+    if one.kind == other.kind == "python-stdlib":
+        same = one.subset is None or other.subset is None or one.subset == other.subset
+        return "the standard library" if same else None
+    if one.kind == other.kind and one.kind != "text" and one.text_key != other.text_key:
+        return None
+    if one.kind == other.kind == "datasets":
+        same = (one.dataset, one.subset, one.split) == (other.dataset, other.subset, other.split)
+        return f"{one.dataset}[{one.split}]" if same else None
+    if one.kind not in SUFFIXES or other.kind not in SUFFIXES:
+        return None
+    known: dict[tuple[int, int], list[Path]] = {}
+    for path, size, modified in _files(one):
+        known.setdefault((size, modified), []).append(path)
+    for path, size, modified in _files(other):
+        if any(path == there or path.samefile(there) for there in known.get((size, modified), [])):
+            return str(path)
+    return None
+
+
+def _files(spec: SourceSpec) -> Iterator[tuple[Path, int, int]]:
+    """Path, size and time of each file of a source."""
+    for path in find_files(spec.paths, SUFFIXES[spec.kind]):
+        part = _whole(path)
+        yield path, part.size, part.modified
+
+
 def _whole(path: Path) -> Part:
     try:
         found = path.stat()

@@ -57,7 +57,8 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("big")
     lines = [json.dumps({"text": text}) + "\n" for text in corpus_texts()]
     (folder / "a.jsonl").write_text("".join(lines[:140]))
-    (folder / "b.jsonl.gz").write_bytes(gzip.compress("".join(lines[140:]).encode(), mtime=0))
+    for name in ("b.jsonl.gz", ".whole.jsonl.gz"):  # hidden: not of the source
+        (folder / name).write_bytes(gzip.compress("".join(lines[140:]).encode(), mtime=0))
     (folder / "c.jsonl").write_text("\n")
     return folder
 
@@ -67,7 +68,7 @@ def run(folder: Path, out: Path, executor: str | LocalExecutor, workers: int, **
     source = SourceSpec("jsonl", paths=(str(folder),))
     asked: dict[str, Any] = {
         "steps": STEPS, "execution": Execution(executor, workers, shard_bytes=SHARD_BYTES),
-        "validation": {"whole": SourceSpec("jsonl", paths=(str(folder / "b.jsonl.gz"),))}, **changes,
+        "validation": {"whole": SourceSpec("jsonl", paths=(str(folder / ".whole.jsonl.gz"),))}, **changes,
     }  # fmt: skip
     return prepare(source, SPEC, out, 0.2, **asked)
 
@@ -328,7 +329,7 @@ def test_workers_that_died_between_two_stages_are_replaced(monkeypatch: pytest.M
 
 def test_an_error_of_a_worker_is_the_error_of_the_call(big: Path, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
-    for name in ("a.jsonl", "b.jsonl.gz"):
+    for name in ("a.jsonl", ".whole.jsonl.gz"):
         (tmp_path / "in" / name).write_bytes((big / name).read_bytes())
     bad = tmp_path / "in" / "a.jsonl"
     lines = bad.read_text().splitlines(keepends=True)

@@ -132,10 +132,31 @@ def test_a_source_prepared_before_is_used_where_it_is(
 def test_validation_sets_lie_beside_the_first_text(
     two: dict[str, SourceSpec], given: TokenizerSpec, tmp_path: Path
 ) -> None:
-    make(two, tmp_path / "data", given, validation={"more": two["two"]})
+    shutil.copy(two["two"].paths[0], tmp_path / "more.jsonl")
+    more = SourceSpec("jsonl", paths=(str(tmp_path / "more.jsonl"),))
+    make(two, tmp_path / "data", given, validation={"more": more})
     store = TokenStore.open(tmp_path / "data" / "mixture" / "one" / "validation" / "more")
     assert store.n_documents == 50
     assert store.tokenizer_sha256 == Tokenizer.load(tmp_path / "data" / "tokenizer.model").sha256
+
+
+def test_a_validation_set_that_a_source_trains_on_is_refused(
+    two: dict[str, SourceSpec], prepared: Prepared, given: TokenizerSpec, tmp_path: Path
+) -> None:
+    line = r"^validation set 'more': .* is read by the source, too"
+    for spec in (SPEC, given):
+        with pytest.raises(DataError, match=line):
+            make(two, tmp_path / "data", spec, validation={"more": two["two"]})
+    of_old = SourceSpec(**prepared.train.manifest.source["source"])
+    with pytest.raises(DataError, match=line):
+        make({"old": prepared.path, "new": two["one"]}, tmp_path / "data", given, validation={"more": of_old})
+    assert not (tmp_path / "data").exists()
+
+
+def test_held_out_text_is_no_source(two: dict[str, SourceSpec], prepared: Prepared, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"sources\.old: .*held_out is held-out text: .*; give .*, or its train"):
+        make({"old": prepared.path / "held_out", "new": two["one"]}, tmp_path / "data")
+    assert not (tmp_path / "data").exists()
 
 
 def test_steps_and_workers_are_those_of_every_source(

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from paralm_data import (
     is_prepared,
     prepare,
 )
+from paralm_data.sources import check_apart
 from paralm_data.split import digest, is_held_out
 from paralm_data.stages import Stages
 
@@ -150,9 +152,31 @@ def test_validation_sets_are_whole(tmp_path: Path, source: SourceSpec, texts: li
     result = prepare(source, SPEC, tmp_path / "out", 0.2, {"extra": jsonl(tmp_path / "e.jsonl", extra)})
     assert decoded(result.validation["extra"], result.tokenizer) == [texts[0], "new", "new"]
     assert result.validation["extra"].path == tmp_path / "out" / "validation" / "extra"
-    later = {"extra": SourceSpec("jsonl", paths=(str(tmp_path / "e.jsonl"),)), "second": source}
+    second = jsonl(tmp_path / "second.jsonl", texts)  # what the source trains on, but another file
+    later = {"extra": SourceSpec("jsonl", paths=(str(tmp_path / "e.jsonl"),)), "second": second}
     assert not prepare(source, SPEC, tmp_path / "out", 0.2, later).skipped
     assert (tmp_path / "out" / "validation" / "second").is_dir()
+
+
+def test_a_validation_set_of_what_is_trained_on_is_refused(tmp_path: Path, texts: list[str]) -> None:
+    (tmp_path / "a").mkdir()
+    first, second = jsonl(tmp_path / "a/1.jsonl", texts), jsonl(tmp_path / "a/2.jsonl", texts[:9])
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "a/2.jsonl")
+    os.utime(tmp_path / "a/1.jsonl", ns=(7, 7))
+    source = SourceSpec("jsonl", paths=(str(tmp_path / "a"),))
+    link = SourceSpec("jsonl", paths=(str(tmp_path / "link.jsonl"),))
+    for validation, told in ((first, "a/1.jsonl"), (link, "link.jsonl"), (SourceSpec("text", paths=second.paths), "2")):
+        with pytest.raises(DataError, match=f"^validation set 'v': .*{told}.* is read by the source, too: it would be"):
+            prepare(source, SPEC, tmp_path / "out", 0.2, {"v": validation})
+    with pytest.raises(DataError, match="the standard library is read by the source"):
+        prepare(SourceSpec(), SPEC, tmp_path / "out", 0.2, {"v": SourceSpec(subset="docs")})
+    hub = SourceSpec("datasets", dataset="d", split="train")
+    with pytest.raises(DataError, match=r"d\[train\] is read by the source"):
+        check_apart(hub, "v", hub)
+    check_apart(hub, "v", replace(hub, split="test"))
+    check_apart(SourceSpec(subset="code"), "v", SourceSpec(subset="docs"))
+    check_apart(source, "v", replace(second, text_key="title"))  # other text of the same records
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_given_model_is_used_as_it_is(tmp_path: Path, source: SourceSpec, prepared: Prepared) -> None:
