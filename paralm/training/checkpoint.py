@@ -319,9 +319,26 @@ class Checkpoint:
 
 
 def steps(checkpoints: Path) -> list[int]:
-    """Steps that have a manifest, ascending."""
-    found = [p.parent.name for p in checkpoints.glob(f"step_*/{MANIFEST}")]
-    return sorted(int(name.removeprefix("step_")) for name in found if name.removeprefix("step_").isdigit())
+    """Steps that have a manifest, ascending, and those whose folder cannot be looked at: reading says what they are.
+
+    Raises CheckpointError, one line, when ``checkpoints`` itself cannot be.
+    """
+    found = []
+    try:
+        names = [entry.name for entry in checkpoints.iterdir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise CheckpointError(f"{checkpoints}: cannot be read: {error.strerror or error}") from None
+    for name in names:
+        number = name.removeprefix("step_")
+        if number == name or not number.isdecimal():
+            continue
+        with contextlib.suppress(OSError):  # a file handle that another node has made stale, say
+            if not (checkpoints / name / MANIFEST).exists():
+                continue
+        found.append(int(number))
+    return sorted(found)
 
 
 def has_steps(checkpoints: Path) -> bool:
@@ -385,28 +402,41 @@ def pass_over(checkpoints: Path, step: int) -> None:
                 (checkpoints / step_name(later) / PASSED_OVER).touch()
 
 
-def remove(directory: Path) -> None:
-    """Remove a checkpoint so that no reader ever sees half of it: the manifest goes first."""
-    with contextlib.suppress(OSError):  # storage that refuses a removal refuses nothing that matters
+def remove(directory: Path) -> str | None:
+    """Remove a checkpoint so that no reader ever sees half of it: the manifest goes first. Returns why the storage
+    refuses, or None."""
+    try:
         (directory / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(directory, ignore_errors=True)
+    except NotADirectoryError:
+        return None
+    except OSError as error:  # storage that refuses a removal refuses nothing that matters
+        return f"{directory / MANIFEST}: {error.strerror or error}"
+    shutil.rmtree(directory, ignore_errors=True)
+    return f"{directory}: what is in it stays" if os.path.lexists(directory) else None
 
 
 def apply_retention(
-    checkpoints: Path, keep_last: int, keep_every: int, step: int, passed_over: Collection[int] = ()
+    checkpoints: Path,
+    keep_last: int,
+    keep_every: int,
+    step: int,
+    passed_over: Collection[int] = (),
+    refused: Callable[[int, str], object] = lambda step, why: None,
 ) -> list[int]:
     """Of the checkpoints up to ``step``, remove all but the newest ``keep_last`` and multiples of ``keep_every``.
 
     Later ones, and those in ``passed_over``, are what an earlier course of the run left, damaged perhaps; they never
-    count against the good ones, and go when the run has come as far. Returns the removed steps.
+    count against the good ones, and go when the run has come as far. ``refused``: told of each that the storage does
+    not remove, and why. Returns the removed steps.
     """
     there = [s for s in steps(checkpoints) if s <= step]
     good = [s for s in there if s not in passed_over]
     kept = set(good[-keep_last:]) | {s for s in good if keep_every and s % keep_every == 0}
-    removed = [s for s in there if s not in kept]
-    for step in removed:
-        remove(checkpoints / step_name(step))
-    return removed
+    failed = {s: remove(checkpoints / step_name(s)) for s in there if s not in kept}
+    for old, why in failed.items():
+        if why is not None:
+            refused(old, why)
+    return [old for old, why in failed.items() if why is None]
 
 
 def remove_unfinished(checkpoints: Path, but: Path | None = None) -> None:
@@ -415,7 +445,8 @@ def remove_unfinished(checkpoints: Path, but: Path | None = None) -> None:
     ``but``: the folder that is being written. Never while another write is going on that is to succeed.
     """
     for directory in [*checkpoints.glob(".step_*"), *checkpoints.glob("step_*")]:
-        if directory.is_dir() and directory != but:
-            hidden = directory.name.startswith(".")
-            if hidden or not (directory / MANIFEST).exists():
-                shutil.rmtree(directory, ignore_errors=True)
+        with contextlib.suppress(OSError):  # one that cannot be looked at is no reason to leave the others
+            if directory.is_dir() and directory != but:
+                hidden = directory.name.startswith(".")
+                if hidden or not (directory / MANIFEST).exists():
+                    shutil.rmtree(directory, ignore_errors=True)

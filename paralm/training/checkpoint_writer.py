@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from paralm_data.atomic import write_file
 
+from paralm.errors import CheckpointError
 from paralm.training import checkpoint as ckpt
 
 _CHUNK = 1 << 30  # bytes, of many matrices; like all pieces a power of two, to which pinned memory is rounded up
@@ -205,7 +206,7 @@ class CheckpointWrite:
             self.superseded = True
             return "a later attempt at this run has begun"
         refused = ckpt.install(plan.folder, plan.checkpoints, plan.step)
-        with contextlib.suppress(OSError):  # nor is it one to call a whole checkpoint not written
+        with contextlib.suppress(OSError, CheckpointError):  # nor is it one to call a whole checkpoint not written
             plan.retention()
         if refused:  # by a disk that was full until now, perhaps
             self.remark = ckpt.name_latest(plan.checkpoints, plan.step)

@@ -95,6 +95,8 @@ class Saver:
         self._said = False
         self.buffer: HostBuffer | None = None
         self.passed_over: set[int] = set()  # on rank 0: steps of checkpoints beyond the one that is gone on from
+        self.refused: dict[int, str] = {}  # steps of old checkpoints that the storage does not remove, and why
+        self._told: set[int] = set()  # of these
 
     def prepare(self) -> None:
         """Look at what is there, and allocate the buffer of asynchronous saves, when the session is set up."""
@@ -159,7 +161,7 @@ class Saver:
         self.passed_over.discard(step)
         keep = self.session.config.checkpoint
         folder = self.session.folder.checkpoints
-        ckpt.apply_retention(folder, keep.keep_last, keep.keep_every, step, self.passed_over)
+        ckpt.apply_retention(folder, keep.keep_last, keep.keep_every, step, self.passed_over, self.refused.setdefault)
 
     def _settle(self) -> bool:
         """Wait for the write on its way, if there is one, and agree on its outcome; a collective."""
@@ -205,6 +207,9 @@ class Saver:
             self._say_failure()
 
     def _say_failure(self) -> None:
+        for step in self.refused.keys() - self._told:
+            self._told.add(step)
+            self._warn(f"checkpoint of step {step} is old and cannot be removed, it stays: {self.refused[step]}")
         write = self.write
         if write is None or (write.problem or write.remark) is None or write.superseded or self._said:
             return

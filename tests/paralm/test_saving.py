@@ -215,6 +215,34 @@ def test_an_old_checkpoint_that_cannot_be_looked_at_makes_no_new_one_less(
     ckpt.Checkpoint(tmp_path / ckpt.step_name(2)).verify()
 
 
+def test_an_old_checkpoint_that_cannot_be_removed_ends_no_retention(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folder's handle is stale for good: the others go, one line says so, and a later start passes it over."""
+    config = make("a", training={"max_steps": 6}, checkpoint={"every": 1, "keep_last": 1})
+    stale = config.run_dir / "checkpoints" / ckpt.step_name(2)
+    original, unlink = Path.stat, Path.unlink
+    seen: list[int] = []
+
+    def refuse(path: Path) -> None:
+        if 3 in seen and path.is_relative_to(stale):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+    def stat(path: Path, **options: Any) -> os.stat_result:
+        refuse(path)
+        return original(path, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    monkeypatch.setattr(Path, "unlink", lambda path, **options: [refuse(path), unlink(path, **options)])
+    said: list[str] = []
+    train(config, lambda row: seen.append(row["step"]), said.append)
+    line = "warning: checkpoint of step 2 is old and cannot be removed, it stays"
+    assert said == [f"{line}: {stale}/manifest.json: Stale file handle"]
+    there = sorted(path.name for path in (config.run_dir / "checkpoints").glob("step_*"))
+    assert there == [ckpt.step_name(2), ckpt.step_name(6)]
+    assert train(config, say=said.append).step == 6
+
+
 def test_until_all_have_written_there_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     looks, look = [], CheckpointWrite._progress
     monkeypatch.setattr(CheckpointWrite, "_progress", lambda write: looks.append(1) or look(write))
