@@ -188,9 +188,11 @@ def train_run(config: Config) -> None:
         rank = os.environ.get("RANK", "0")
         result = launcher(config, lambda row: _show_step(line, row), line.say if rank == "0" else lambda text: None)
     bad = f", {result.bad_steps} steps skipped" if result.bad_steps else ""
+    # The steps and tokens are the run's; where another start made some of them, the time is not.
+    since = f" since step {result.first_step:,}" if result.first_step else ""
     say(
         f"training: {result.step:,} steps, {quantity(result.tokens)} tokens, {quantity(result.parameters)} parameters, "
-        f"{duration(result.seconds)}{bad} → {result.run_dir}"
+        f"{duration(result.seconds)}{since}{bad} → {result.run_dir}"
     )
 
 

@@ -46,8 +46,9 @@ class TrainResult:
     tokens: int
     loss: float | None  # of the last step; None when there was nothing left to do
     parameters: int
-    seconds: float
+    seconds: float  # of this call
     bad_steps: int
+    first_step: int = 0  # that this call went on from: of a run that continues, or a fork
 
 
 def train(config: Config, on_progress: Progress | None = None, say: Callable[[str], None] = print) -> TrainResult:
@@ -71,7 +72,7 @@ def train(config: Config, on_progress: Progress | None = None, say: Callable[[st
 def _run(session: Session, control: Control, profiler: Profiler, on_progress: Progress) -> TrainResult:
     training = session.config.training
     recorder = Recorder(session, on_progress)
-    loss = None
+    loss, first_step = None, session.step
     if session.owes_validation:  # the attempt before was asked to stop and saved first
         note("validation", session.step)
         recorder.validation()
@@ -126,6 +127,7 @@ def _run(session: Session, control: Control, profiler: Profiler, on_progress: Pr
         session.parameters,
         time.monotonic() - session.started,
         session.bad_steps,
+        first_step,
     )
 
 

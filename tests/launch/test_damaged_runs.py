@@ -7,6 +7,7 @@ the inputs that must never end in a traceback.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -184,6 +185,14 @@ def test_one_line_names_the_culprit_and_nothing_is_overwritten(
     # The attempt itself may be noted, and the same configuration with its new keys; nothing else may differ.
     noted = {key for key in after if "/attempts/" in key or key.endswith(("environment.json", "tiny/config.yaml"))}
     assert {k: v for k, v in after.items() if k not in noted} == {k: v for k, v in before.items() if k not in noted}
+
+
+def test_undamaged_it_goes_on_and_says_which_steps_the_time_is_of(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(trained / "runs", tmp_path / "runs")
+    assert cli.run(["train", str(trained / "run.yaml"), f"run.root={tmp_path / 'runs'}"]) == 0
+    assert re.search(r"training: 2 steps, 256 tokens, .* parameters, \d+s since step 1 → ", capsys.readouterr().out)
 
 
 def test_more_than_fifty_damaged_inputs_are_tried() -> None:
