@@ -429,6 +429,46 @@ def test_lines_of_setup_may_use_variables_that_are_not_set(tmp_path: Path, scrip
     assert (done.returncode, done.stderr) == (7, "")
 
 
+@pytest.mark.parametrize("template", ["train", "train_ray"])
+@pytest.mark.parametrize(
+    ("code", "saves", "again"), [(137, True, True), (4, True, True), (137, False, False), (4, False, False)]
+)
+def test_a_job_that_lost_ranks_is_queued_again_if_it_has_saved(
+    sbatch: Path, tmp_path: Path, template: str, code: int, saves: bool, again: bool
+) -> None:
+    """Killed for its memory at its first step, say, it would be killed there again and again."""
+    latest = tmp_path / "runs/run/checkpoints/latest"
+    for folder in (latest.parent, tmp_path / "runs/run/jobs"):
+        folder.mkdir(parents=True)
+    latest.write_text("step_00000100\n")
+    programs = {
+        "srun": 'while [ "$1" != bash ]; do shift; done; "$@"',
+        "paralm": f"{f'echo step_00000200 >{latest}' if saves else ''}\nexit {code}",
+        "scontrol": f'echo "$*" >{sbatch}/scontrol',
+        "ray": "exit 0",
+    }
+    for name, text in programs.items():
+        (sbatch.parent / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (sbatch.parent / "bin" / name).chmod(0o755)
+    made = {"cluster": {"start": "ray" if template == "train_ray" else "torchrun", "setup": [":"]}}
+    script = plan.plan_slurm(Config.model_validate({"run": {"root": tmp_path / "runs"}, **made}), ["train"])[0].script
+    given = {"JOB_ID": "7", "NNODES": "1", "JOB_NODELIST": "node1", "NODEID": "0", "PROCID": "0", "CPUS_PER_TASK": "1"}
+    done = subprocess.run(
+        ["bash"],
+        input=script,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "TMPDIR": str(tmp_path), **{f"SLURM_{name}": value for name, value in given.items()}},
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == (75 if again else code)
+    assert (sbatch / "scontrol").exists() == again
+    (events,) = (tmp_path / "runs/run/jobs").glob("*.events")
+    kinds = [" ".join(line.split()[3:]) for line in events.read_text().splitlines()]
+    assert kinds[1:] == ([f"lost code={code}", "requeue code=75"] if again else [f"end code={code}"])
+
+
 @pytest.mark.parametrize(
     ("agents", "code"), [((75, 137), 75), ((139, 75), 75), ((75, 75), 75), ((4, 137), 137), ((4, 2), 4), ((0, 0), 0)]
 )

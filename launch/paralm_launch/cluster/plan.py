@@ -164,6 +164,7 @@ def _train(config: Config, draft: Planned) -> Planned:
         "cpus-per-task": ranks * cluster.cpus_per_rank,
     }
     settings = {**_common(config, draft), "ranks_per_node": str(ranks), "scratch": cluster.scratch}
+    settings["latest"] = shlex.quote(str(config.run_dir.absolute() / "checkpoints" / "latest"))
     if "nvme" in (config.parallel.offload_optimizer, config.parallel.offload_parameters):
         settings["nvme"] = shlex.quote(str(config.parallel.nvme_path))
     template = "train_ray" if cluster.start == "ray" else "train"
