@@ -16,6 +16,7 @@ from paralm.export import TOKENIZER, Exported, is_export
 from paralm.models import LanguageModel, build_model
 from paralm.synthetic import task_of
 from paralm.training.checkpoint import Checkpoint
+from paralm.training.rng import whole_float32
 from paralm.training.run_folder import RunFolder
 from paralm.training.session import open_checkpoint, parse_run
 from paralm.user_modules import digests, edited, load_modules
@@ -176,6 +177,7 @@ def _load_export(path: Path, step: int | None, device: torch.device, dtype: torc
 
 def _empty(config: Config, vocab_size: int, device: torch.device, dtype: torch.dtype | None) -> LanguageModel:
     """The model in eval mode, without values yet."""
+    whole_float32()
     default = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
     model = build_model(config.model, vocab_size, seed=0, device="meta", dtype=dtype or default)
     model.to_empty(device=device)

@@ -22,7 +22,7 @@ from paralm.errors import RunError
 
 _BLOCK = 1 << 16  # bytes read at once from the end
 
-# Dense peaks of bf16 and of fp32 products, FLOP/s (vendors' data sheets). In fp32 torch uses no TF32 unless told.
+# Dense peaks of bf16 and of fp32 products, FLOP/s (vendors' data sheets). In fp32 no TF32: rng.whole_float32.
 _PEAK_FLOPS = {
     "H100 PCIe": (756e12, 51.2e12),
     "H100": (989.4e12, 66.9e12),

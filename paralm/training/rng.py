@@ -1,4 +1,4 @@
-"""The random number generators of one rank, as tensors that go into its part of a checkpoint."""
+"""The random number generators of one rank, as tensors that go into its part of a checkpoint; and float32 as it is."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ import random
 
 import numpy as np
 import torch
+
+
+def whole_float32() -> None:
+    """Take products of float32 as they are. Where the environment has torch round their factors to TF32, as NVIDIA's
+    containers do (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE), ``training.precision`` would not say what is computed, and MFU
+    would be of another peak."""
+    torch.set_float32_matmul_precision("highest")
 
 
 def derive(seed: int, *purpose: int | str) -> int:

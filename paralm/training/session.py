@@ -271,6 +271,7 @@ class Session:
     def _build(self) -> None:
         """The engine, its weights still zero, and what is known of the model from its shapes alone."""
         config = self.config
+        rng.whole_float32()
         rng.seed_all(config.run.seed, "build")
         self.blueprint = build_model(config.model, self.vocab_size, seed=config.run.seed, device="meta")
         check_states(config, self.blueprint)

@@ -393,6 +393,15 @@ def test_a_profile_that_is_not_whole_is_not_called_written(
     assert not list((tmp_path / "profile").iterdir())
 
 
+def test_products_of_float32_are_whole_whatever_the_environment_says(make: Any) -> None:
+    """As in NVIDIA's containers, whose TORCH_ALLOW_TF32_CUBLAS_OVERRIDE is this setting."""
+    config = make("a", training={"max_steps": 1})
+    for computes in (lambda: train(config, say=quiet), lambda: load_model(config.run_dir)):
+        torch.set_float32_matmul_precision("high")
+        computes()
+        assert torch.get_float32_matmul_precision() == "highest"
+
+
 def test_load_model_gives_the_checkpoint_of_the_step_asked_for(make: Any) -> None:
     config = make("a", training={"max_steps": 4}, checkpoint={"every": 2})
     train(config, say=quiet)
