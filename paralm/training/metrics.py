@@ -25,13 +25,15 @@ _BLOCK = 1 << 16  # bytes read at once from the end
 # Dense peaks of bf16 and of fp32 products, FLOP/s (vendors' data sheets). In fp32 no TF32: rng.whole_float32.
 _PEAK_FLOPS = {
     "H100 PCIe": (756e12, 51.2e12),
+    "H100 NVL": (835.5e12, 60e12),
+    "H200 NVL": (835.5e12, 60e12),
     "H100": (989.4e12, 66.9e12),
     "H200": (989.4e12, 66.9e12),
     "H800": (989.4e12, 66.9e12),
     "A100": (312e12, 19.5e12),
     "A800": (312e12, 19.5e12),
     "MI300X": (1307.4e12, 163.4e12),
-    "MI250X": (383e12, 95.7e12),
+    "MI250X": (191.5e12, 47.85e12),  # of one of its two dies, each of which is a device
 }
 
 

@@ -67,6 +67,16 @@ def test_the_peak_of_a_run_is_the_plans_in_the_runs_precision(monkeypatch: pytes
     assert peak_flops(torch.device("cpu"), precision) is None
 
 
+@pytest.mark.parametrize(
+    ("name", "bf16", "fp32"), [("AMD Instinct MI250X", 191.5e12, 47.85e12), ("NVIDIA H200 NVL", 835.5e12, 60e12)]
+)
+def test_the_peak_is_of_one_device_as_torch_sees_it(
+    monkeypatch: pytest.MonkeyPatch, name: str, bf16: float, fp32: float
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert [peak_flops(torch.device("cuda"), precision) for precision in ("bf16", "fp32")] == [bf16, fp32]
+
+
 def test_clamp_holds_after_every_update_and_only_in_its_group() -> None:
     free, bound = torch.nn.Parameter(torch.ones(5)), torch.nn.Parameter(torch.full((5,), 0.49))
     groups = [
