@@ -2,8 +2,9 @@
 
 Chunks of the neural memory count from a row's own start, so rows of a batch are at different places in theirs, and a
 reset moves one row's chunks but not another's. A row is cut where a chunk starts, where a tile starts inside a chunk,
-and at resets; slot n of the batch is the n-th piece of each row, padded to the longest of them. A batch without resets
-whose rows are at one place in their chunk is only sliced.
+and at resets; slot n of the batch is the n-th piece of each row, padded to the longest of them. So that these are of
+about one length, the sequences between a row's first reset and its last, none of which another one's state is of, are
+taken longest first. A batch without resets whose rows are at one place in their chunk is only sliced.
 """
 
 from __future__ import annotations
@@ -121,6 +122,11 @@ def _ragged(begin: Tensor, reset: Tensor | None, time: int, chunk: int, tile: in
         start = torch.where(reset, index, -1).cummax(1).values
         read = torch.where(start >= 0, index - start, read)
     phase = read % chunk
+    after = (phase[:, -1] + 1) % chunk
+    order = None
+    if reset is not None and batch > 1:
+        order = _longest_first(reset, index)
+        phase, reset = phase.gather(1, order), reset.gather(1, order)
     cut = phase % tile == 0
     if reset is not None:
         cut = cut | reset
@@ -137,7 +143,7 @@ def _ragged(begin: Tensor, reset: Tensor | None, time: int, chunk: int, tile: in
     edges = [0, *ends_at.tolist()]
     target = begins[piece] + offset
     source = torch.zeros(batch, edges[-1], dtype=torch.int64, device=device)
-    source = source.scatter(1, target, index.expand(batch, -1))
+    source = source.scatter(1, target, index.expand(batch, -1))  # of the order in which they are taken, so far
     own = torch.zeros(batch, edges[-1], dtype=torch.bool, device=device).scatter(1, target, True)
     final = source.gather(1, begins + (lengths - 1).clamp(min=0))
     ends = (phase.gather(1, final) == chunk - 1) & (lengths > 0)
@@ -148,4 +154,17 @@ def _ragged(begin: Tensor, reset: Tensor | None, time: int, chunk: int, tile: in
         Slot(*edge, ends[:, n], lengths[:, n], fresh[:, n] if fresh is not None and n else None)
         for n, edge in enumerate(pairwise(edges))
     ]
-    return Layout(slots, (phase[:, -1] + 1) % chunk, source, target, own)
+    if order is not None:
+        source, target = order.gather(1, source), torch.empty_like(target).scatter(1, order, target)
+    return Layout(slots, after, source, target, own)
+
+
+def _longest_first(reset: Tensor, index: Tensor) -> Tensor:
+    """(batch, time): the tokens of each row in the order in which they are taken. What it begins with may go on from a
+    state, and what it ends with makes one: these stay where they are."""
+    time = len(index)
+    number = reset.cumsum(1)
+    lengths = number.new_zeros(len(number), time + 1).scatter_add(1, number, torch.ones_like(number))
+    rank = time - lengths.gather(1, number)
+    rank = torch.where(number == number[:, :1], -1, torch.where(number == number[:, -1:], time, rank))
+    return (rank * (time + 1) + number).argsort(dim=1, stable=True)
