@@ -60,6 +60,7 @@ def manifest(session: Session) -> dict[str, Any]:
         "tokenizer_sha256": session.tokenizer_sha256,
         "vocab_size": session.vocab_size,
         "modules": session.modules,
+        "draws": session.draws,
     }
 
 

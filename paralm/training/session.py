@@ -330,13 +330,16 @@ class Session:
             self.stepper.noise.load(manifest.get("state_noise"))
         if source.world_size == self.world_size:
             rng.restore(source.rank_tensors(self.rank, "rng"))
-        elif self.config.model.dropout and self.rank == 0:
+        mine = self.draws
+        before = {**mine, "ranks": source.world_size, **manifest.get("draws", {})}
+        other = [f"{key} {before[key]} before, {mine[key]} now" for key in mine if before[key] != mine[key]]
+        if self.config.model.dropout and other and self.rank == 0:
             self.warn(
-                f"{source.world_size} ranks before, {self.world_size} now: model.dropout draws other numbers from here "
-                "on; without dropout the losses would be the same"
+                f"{', '.join(other)}: model.dropout draws other numbers from here on; without dropout the losses would "
+                "be the same"
             )
-        theirs, mine = manifest["loader"], self.loader.state_dict()
-        same_order = all(theirs.get(key) == mine[key] for key in mine if key != "step")
+        theirs, ours = manifest["loader"], self.loader.state_dict()
+        same_order = all(theirs.get(key) == ours[key] for key in ours if key != "step")
         if self.stepper.carry and manifest["carried"] and same_order:
             self._restore_carried(source)
 
@@ -405,6 +408,13 @@ class Session:
         if parts:
             leaves = [torch.cat(parts[key]) for key in sorted(parts)]
             self.stepper.set_carried(leaves, self.model.initial_state(1, self.device))
+
+    @property
+    def draws(self) -> dict[str, int]:
+        """By which numbers a row's dropout is decided, beside the step."""
+        config = self.config
+        time, micro = config.parallel.time, config.training.micro_batch_size
+        return {"ranks": self.world_size, "parallel.time": time, "training.micro_batch_size": micro}
 
     # -- saving ----------------------------------------------------------------------------------------------
 

@@ -71,6 +71,21 @@ def test_stopped_and_continued_equals_uninterrupted_with_dropout(make: Any) -> N
     assert [row["grad_norm"] for row in rows(part)] == [row["grad_norm"] for row in rows(whole)]
 
 
+@pytest.mark.parametrize(("dropout", "micro", "says"), [(0.2, 4, True), (0.0, 4, False), (0.2, 2, False)])
+def test_a_run_that_goes_on_with_other_draws_says_so(make: Any, dropout: float, micro: int, says: bool) -> None:
+    whole = make("whole", model={"dropout": dropout}, training={"max_steps": 2})
+    train(whole, say=quiet)
+    section = {"model": {"dropout": dropout}, "training": {"max_steps": 2, "stop_after_seconds": 1e-9}}
+    with pytest.raises(StoppedError):
+        train(make("part", **section), say=quiet)
+    section["training"] = {"max_steps": 2, "micro_batch_size": micro}
+    said: list[str] = []
+    train(part := make("part", **section), say=said.append)
+    exact = [row["loss"] for row in rows(part)] == pytest.approx([row["loss"] for row in rows(whole)], rel=1e-6)
+    assert exact != says
+    assert any("training.micro_batch_size 2 before, 4 now: model.dropout draws other" in line for line in said) == says
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_deterministic_runs_are_equal_to_the_last_bit(make: Any, optimizer: str) -> None:
     found = []
