@@ -14,6 +14,7 @@ from typing import Any
 
 from paralm.errors import CheckpointError, RunError, StoppedError, UserError
 from paralm.evaluation.cells import load_steps
+from paralm.evaluation.scoring import scoring_version
 from paralm.evaluation.suite import Evaluation, Outcome, Progress, read_settings, run_suite
 from paralm.evaluation.target import checkpoint_digest
 from paralm.export import is_export
@@ -67,7 +68,7 @@ def follow(
             continue
         step, waiting_since = todo[0], time.monotonic()
         seen.add(step)
-        if _measured(evaluation, settings.model_dump(mode="json"), path, step):
+        if _measured(evaluation, settings.model_dump(mode="json"), path, step, config.model.vocab_size):
             continue
         try:
             yield run_suite(
@@ -85,12 +86,17 @@ def follow(
             warn(f"step {step}: {'removed before its turn' if gone else error}; not evaluated")
 
 
-def _measured(evaluation: type[Evaluation], settings: dict[str, Any], run: Path, step: int) -> bool:
-    """Whether a step has results of these settings and of this very checkpoint."""
+def _measured(
+    evaluation: type[Evaluation], settings: dict[str, Any], run: Path, step: int, vocab_size: int | None
+) -> bool:
+    """Whether a step has results of these settings and of this very checkpoint, as they are measured now."""
     found = load_steps(run, evaluation.name).get(step)
     if found is None or found.basis.get("settings") != settings or found.basis.get("version") != evaluation.version:
         return False
     try:
+        n_tokens = ckpt.open_step(run / "checkpoints", step).manifest["vocab_size"]
+        if found.basis.get("scoring", 1) != scoring_version(vocab_size or n_tokens, n_tokens):
+            return False
         return found.basis.get("checkpoint") == checkpoint_digest(run, step)[1]
     except CheckpointError:
         return False

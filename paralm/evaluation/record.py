@@ -21,6 +21,7 @@ class Basis(BaseModel):
     settings: EvalConfig
     reset_every: int | None
     stores: dict[str, str]  # fingerprints by set, held_out first
+    scoring: int = 1  # scoring_version
 
 
 class Record(BaseModel):

@@ -28,6 +28,7 @@ from paralm.evaluation.record import Basis, Record
 from paralm.evaluation.report import ResultSet, read_results, write_report
 from paralm.evaluation.result import Result
 from paralm.evaluation.samples import samples
+from paralm.evaluation.scoring import scoring_version
 from paralm.evaluation.suite_report import write_suite_report
 from paralm.evaluation.target import checkpoint_digest
 from paralm.export import is_export
@@ -101,6 +102,7 @@ def run_evaluation(
             or (settings or config.eval).reset_every
             or (None if _bounded(config) else config.training.seq_len),
             stores={name: store.manifest.fingerprint for name, store in stores.items()},
+            scoring=max(_scoring(config, store) for store in stores.values()),
         )
         done = _done(path, basis) if not again else None
         if done is None:
@@ -123,6 +125,11 @@ def _open_stores(config: Config, run: Path) -> dict[str, TokenStore]:
     data_dir = config.data.dir if config.data.dir is not None else run / "data"
     paths = validation_paths(config.data, data_dir)
     return {name: TokenStore.open(path, verify=config.data.verify) for name, path in paths.items()}
+
+
+def _scoring(config: Config, store: TokenStore) -> int:
+    tokens = store.manifest.vocab_size
+    return scoring_version(config.model.vocab_size or tokens, tokens)
 
 
 def _bounded(config: Config) -> bool:

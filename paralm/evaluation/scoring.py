@@ -21,6 +21,15 @@ BUCKETS = 48  # of positions, [2ᵇ, 2ᵇ⁺¹): no document reaches 2⁴⁸ tok
 DETAILED = 1 << 17  # documents whose sums by position are kept one by one (100 MB); of more, only those of all
 
 
+def scoring_version(vocab_size: int, n_tokens: int) -> int:
+    """Of what a score is, of models with so many rows for so many tokens: results of another are measured again. Raise
+    it with what changes scores, for the models whose scores change.
+
+    2: probabilities are over the tokens alone; they were over the padding, too.
+    """
+    return 2 if vocab_size > n_tokens else 1
+
+
 @dataclass(frozen=True)
 class Scores:
     """Sums in float64 over the scored documents, one entry a document, and over all by position."""

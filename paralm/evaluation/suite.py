@@ -38,6 +38,7 @@ from paralm.evaluation import result as results
 from paralm.evaluation.cells import Cells, SuiteRecord, file_digest
 from paralm.evaluation.parts import Part
 from paralm.evaluation.result import Result, eval_dir
+from paralm.evaluation.scoring import scoring_version
 from paralm.evaluation.target import Target, checkpoint_digest, weights_digest
 from paralm.key_values import read_key_values
 from paralm.registry import nearest
@@ -274,9 +275,11 @@ def run_suite(
 def _basis(running: Evaluation) -> dict[str, Any]:
     """What cells and results follow from."""
     target = running.target
+    scoring = scoring_version(target.model.vocab_size, target.model.n_tokens)
     return {
         "evaluation": running.name,
         "version": running.version,
+        **({"scoring": scoring} if scoring > 1 else {}),
         "step": target.step,
         "checkpoint": target.digest,
         "dtype": str(target.dtype).removeprefix("torch."),

@@ -78,7 +78,7 @@ def _over_steps(steps: dict[int, StepRecord]) -> list[str]:
     """The numbers of several checkpoints measured in the same way, newest last; at most the last 20."""
     if not steps:
         return []
-    kinds = [(record.basis.get("settings"), record.basis.get("version")) for record in steps.values()]
+    kinds = [tuple(record.basis.get(key) for key in ("settings", "version", "scoring")) for record in steps.values()]
     same = {step: record for (step, record), kind in zip(steps.items(), kinds) if kind == kinds[-1]}
     if len(same) < 2:
         return []

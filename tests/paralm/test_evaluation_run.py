@@ -180,7 +180,9 @@ def test_evaluating_again_does_nothing_until_something_changed(run: Path, monkey
     (run / "eval" / "samples.json").unlink()
     assert not run_evaluation(f"{run}@4", other).skipped
     assert not run_evaluation(f"{run}@4", other, again=True).skipped
-    assert len(loads) == 4
+    monkeypatch.setattr(run_module, "scoring_version", lambda vocab_size, n_tokens: 9)
+    assert not run_evaluation(f"{run}@4", other).skipped
+    assert len(loads) == 5
 
 
 @pytest.mark.usefixtures("no_report")

@@ -155,15 +155,23 @@ def test_measured_again_is_what_is_written(tmp_path: Path, monkeypatch: pytest.M
     assert b'"a":1.0' in (eval_dir(tmp_path) / "norms_of_tests.json").read_bytes().replace(b" ", b"")
 
 
-@pytest.mark.parametrize("change", ["settings", "weights", "version"])
+@pytest.mark.parametrize("change", ["settings", "weights", "version", "scoring"])
 def test_a_changed_basis_discards(tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     run_suite(Norms.name, target(tmp_path), part=Part(1, 2))
     if change == "version":
         monkeypatch.setattr(Norms, "version", 2)
+    if change == "scoring":
+        monkeypatch.setattr(suite, "scoring_version", lambda vocab_size, n_tokens: 9)
     found = run_suite(
         Norms.name, target(tmp_path, seed=int(change == "weights")), ["power=3"] if change == "settings" else []
     )
     assert (found.discarded, found.measured, found.kept) == (2, 4, 0)
+
+
+def test_scores_are_of_another_version_where_the_vocabulary_is_padded(tmp_path: Path) -> None:
+    config = ModelConfig(d_model=16, n_layers=1, mixer={"name": "paragru", "n_heads": 2}, vocab_size=64)
+    padded = Target.of(build_model(config, 40, 0), run_dir=tmp_path)
+    assert [suite._basis(Norms(t, NormsSettings())).get("scoring") for t in (target(tmp_path), padded)] == [None, 2]
 
 
 def test_cells_of_another_basis_are_never_combined_whoever_writes_them(tmp_path: Path) -> None:
