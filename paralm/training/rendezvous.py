@@ -12,6 +12,7 @@ import contextlib
 import os
 import socket
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 
 import torch
@@ -79,8 +80,10 @@ def start_distributed(timeout: float, refusal: Exception | None = None) -> None:
     backend = "nccl" if where.type == "cuda" else "gloo"
     if world == 1:
         # A store in memory: a lone process opens no port, so any number of them can share a machine.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=group_timeout(timeout))
+        with _on_loopback():
+            dist.init_process_group(
+                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=group_timeout(timeout)
+            )
     else:
         if os.environ.get("MASTER_ADDR") in ("127.0.0.1", "localhost"):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -97,6 +100,19 @@ def _refuse(rank: int, world: int, timeout: float, refusal: Exception) -> None:
     """Let the others know, as soon as they come; they would wait for this rank until their time is over."""
     with contextlib.suppress(RunError):  # what they say of it, or that they never came
         meet(_store(rank, world, timeout), rank, world, timeout, refusal=" ".join(str(refusal).split()))
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Within it gloo takes the loopback, unless it was told otherwise; what this process starts later may be a rank
+    that others must reach."""
+    told = "GLOO_SOCKET_IFNAME" in os.environ
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    try:
+        yield
+    finally:
+        if not told:
+            del os.environ["GLOO_SOCKET_IFNAME"]
 
 
 def _cannot_join(rank: int, world: int, error: Exception) -> str:

@@ -122,6 +122,22 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+@pytest.mark.parametrize("told", [None, "eth1"])
+def test_a_lone_process_leaves_the_environment_as_it_was(told: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it starts later may be a rank of several nodes, which gloo would look for on the loopback."""
+    seen: list[str | None] = []
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    if told is not None:
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", told)
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: seen.append(os.environ.get("GLOO_SOCKET_IFNAME")))
+    monkeypatch.setattr(rendezvous.atexit, "register", seen.append)
+    rendezvous.start_distributed(1.0)
+    assert seen == [told or "lo", rendezvous.leave]
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == told
+
+
 def test_agents_that_count_their_starts_differently_meet(free_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """An agent counts only those for ranks of its own that were lost; of another it joins the next attempt."""
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
