@@ -110,7 +110,9 @@ class DataConfig(Section):
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
     dir: Path | None = Field(default=None, description="tokenizer and stores; default: the run's folder, data/")
     held_out_fraction: float = Field(default=0.02, gt=0, lt=0.5, description="of documents, by content hash")
-    validation: dict[str, SourceConfig] = Field(default_factory=dict, description="further validation sets, by name")
+    validation: dict[str, SourceConfig] = Field(
+        default_factory=dict, description="further sets, by name; not of files trained on"
+    )
     steps: StepsConfig = Field(default_factory=StepsConfig)
     executor: Literal["local", "shared", "ray", "mpi"] = Field(
         default="local",

@@ -91,7 +91,7 @@ def digests(names: Iterable[str]) -> dict[str, str]:
     for name in names:
         if is_file(name):
             files += [name, *(str(Path(name).resolve().parent / helper) for helper in helpers(Path(name)))]
-        elif (file := getattr(sys.modules.get(name), "__file__", None)) is not None:
+        elif (file := getattr(sys.modules.get(name), "__file__", None)) is not None and Path(file).is_file():
             files.append(file)
     return {file: hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files}
 
@@ -148,11 +148,15 @@ def _check_helpers(path: Path, full: Path) -> None:
     for helper in helpers(full):
         name = ".".join(Path(helper).with_suffix("").parts).removesuffix(".__init__")
         loaded = getattr(sys.modules.get(name), "__file__", None)
-        if loaded is not None and Path(loaded).read_bytes() != (full.parent / helper).read_bytes():
+        if loaded is not None and not _same(Path(loaded), full.parent / helper):
             raise ConfigError(
                 f"imports: {path}: it imports '{name}', {full.parent / helper}, and another '{name}' is loaded from "
                 f"{loaded}; rename one, or load the file in a process of its own"
             )
+
+
+def _same(one: Path, other: Path) -> bool:
+    return one.is_file() and one.read_bytes() == other.read_bytes()
 
 
 @contextlib.contextmanager

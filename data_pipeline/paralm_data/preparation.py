@@ -184,7 +184,8 @@ def prepare(
 
     ``steps``: what is done to the source's documents; ``execution``: who does the work, with ``threads`` of
     sentencepiece in each task; the result depends on neither of the last two. Raises DataError for input that cannot
-    be used, a folder made from other specs, or an empty split; what is there already is then as it was.
+    be used, a validation set that is read from where the source is, a folder made from other specs, or an empty split;
+    what is there already is then as it was.
     """
     execution = execution or Execution(threads=threads)
     plan = _plan(source, tokenizer, out, held_out_fraction, validation, steps, execution, progress)
