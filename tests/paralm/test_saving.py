@@ -219,7 +219,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_ends_no_retention(
     make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its folder's handle is stale for good: the others go, one line says so, and a later start passes it over."""
-    config = make("a", training={"max_steps": 6}, checkpoint={"every": 1, "keep_last": 1})
+    config = make("a", training={"max_steps": 6}, checkpoint={"every": 1, "keep_last": 1, "asynchronous": False})
     stale = config.run_dir / "checkpoints" / ckpt.step_name(2)
     original, unlink = Path.stat, Path.unlink
     seen: list[int] = []
