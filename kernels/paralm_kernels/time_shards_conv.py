@@ -82,12 +82,11 @@ class _Conv(torch.autograd.Function):
         shards, call = ctx.shards, conv.Call(x, weight, bias, before, reset, ctx.dtype, ctx.by_kernels)
         before = before.to(ctx.dtype)
         reach = before.shape[1]
-        if shards.first:  # nobody needs it
-            to_before = torch.zeros_like(before)
-        else:
+        to_before: Tensor | None = torch.zeros_like(before)
+        if not shards.first:  # nobody needs it
             first = _first_steps(replace(call, state=before))
             to_before = first.gradients(None if grad_y is None else grad_y[:, :reach], None)[3]
-            assert to_before is not None
+        assert to_before is not None
         message = shards.pass_on("convolution, gradient", to_before, -1)
         grads = call.gradients(grad_y, None, of_state=shards.first and ctx.needs_input_grad[8])
         tail, last = message.taken(), grads[0][:, x.shape[1] - reach :]

@@ -47,6 +47,7 @@ _USED = frozenset(
         "add_compensated",
         "advance",
         "ahead",
+        "alive",
         "at",
         "back",
         "batch",

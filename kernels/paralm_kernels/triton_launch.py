@@ -173,9 +173,10 @@ def default_launches(cell: Cell, dtypes: Sequence[str] = ("bf16", "fp32")) -> li
     """Every kernel of a cell in its default configurations, for each dtype of the inputs."""
     made, names = module(cell), names_of(derive(cell))
     tile, tile_block, tile_warps = tile_shape(names)
-    walks = ("walk_kernel", "decode_kernel", "segments_join_kernel", "segments_finish_kernel")
+    walks = ("decode_kernel", "segments_join_kernel", "segments_finish_kernel")
     back = ("backward_kernel", "backward_maps_kernel", "backward_join_kernel")
     every: list[tuple[str, str, int, dict[str, Any]]] = [(name, name, 0, {}) for name in (*walks, *back)]
+    every += [("walk_kernel", "walk_kernel", 0, {"FEW": False}), ("walk_kernel few", "walk_kernel", 0, {"FEW": True})]
     every += [("tile_kernel", "tile_kernel", tile_warps, {"TILE": tile, "BLOCK": tile_block})]
     every += [("segments_kernel first", "segments_kernel", 0, {"AGAIN": False})]
     every += [("segments_kernel again", "segments_kernel", 0, {"AGAIN": True})]

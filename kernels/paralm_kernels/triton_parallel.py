@@ -160,7 +160,7 @@ def _walk(names: Names, again: bool, jacobian: bool, indent: int) -> list[str]:
         *names.row(names.state, "_check"),
         *("reset_row", "start", "stop", "mask", "tol", "X_STEP", "H_STEP"),
     ]
-    args += ["HAS_RESET", "True", str(jacobian), str(again), "COMPUTE", "CHECK"]
+    args += ["HAS_RESET", "True", str(jacobian), str(again), "COMPUTE", "CHECK", *([] if again else ["False"])]
     products = names.product if jacobian else [f"_{m}" for m in names.product]
     return lines + assign([*names.state, *products, "t", "met"], "walk_again" if again else "walk_piece", args, indent)
 

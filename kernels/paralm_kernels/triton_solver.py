@@ -20,7 +20,7 @@ from .errors import ArgumentError
 from .newton import NewtonOptions
 from .problem import Problem, SolveInfo
 from .triton_launch import CHECK, COMPUTE, TINY, Kernels, Launch, default_launches, tile_shape
-from .triton_table import ROUNDS, Choice, choose, pieces_for
+from .triton_table import FEW, ROUNDS, Choice, choose, pieces_for
 
 __all__ = [
     "Adjoint",
@@ -77,7 +77,7 @@ def solve_triton(problem: Problem, method: str, options: NewtonOptions) -> tuple
     kernels.more(zip(names.ptr(names.state), states, strict=True))
     kernels.more(zip(names.ptr(names.state, "_final"), final, strict=True))
     if choice.method == "walk":
-        kernels.run("walk_kernel")
+        kernels.run("walk_kernel", FEW=kernels.programs(kernels.walk_block) * kernels.walk_warps <= FEW)
         return states, final, problem.info(0, 0.0, "triton-walk")
     run = _tile if choice.method == "tile" else _segments
     tol = options.tol if options.tol is not None else (1e-12 if problem.dtype == torch.float64 else 1e-6)

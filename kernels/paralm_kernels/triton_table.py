@@ -15,8 +15,11 @@ from dataclasses import dataclass
 MEASURED: dict[tuple[str, int, int, int], str] = {}
 STEP = 105e-9
 """Seconds a step of a walk takes from state to state: 165 to 195 cycles of ParaGRU's compiled loop, at 1.75 GHz."""
-WARPS = 132 * 16
-"""Warps that the device runs side by side before they slow each other down."""
+WARPS = 132 * 14
+"""Warps that the device runs side by side: more wait until the first are through. ParaLSTM's walk of a piece takes 137
+registers of a thread, which leaves room for 14 on a multiprocessor."""
+FEW = 132 * 8
+"""Warps up to which a walk waits for its loads, and asks for them early at the price of registers."""
 LANES = 32
 BANDWIDTH = 3e12
 """Bytes a second."""

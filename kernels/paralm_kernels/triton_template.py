@@ -239,7 +239,12 @@ def keep(names: Names) -> str:
 
 
 def walk_piece(names: Names, name: str, unroll: int) -> str:
-    """A walk over some steps, which are fetched in groups of `unroll`."""
+    """A walk over some steps, which are fetched in groups of `unroll`.
+
+    NVIDIA's compiler moves the loads of the next group behind most steps of this one, where they come too late (in
+    sm_90's code of ParaGRU 13 of 16). Many warps hide that from each other. For FEW the steps wait for a maximum over
+    the threads, which no load passes; that takes registers (of ParaGRU 141, not 107).
+    """
     carried = [*names.state, *names.product]
     x_rows, rows, checks = names.row(names.inputs), names.row(names.state), names.row(names.state, "_check")
 
@@ -275,6 +280,9 @@ def walk_piece(names: Names, name: str, unroll: int) -> str:
     for u in range(unroll):
         lines += load(u, f" + {times(unroll + u, 'X_STEP')}", "some", 8, f"_{u}")
         lines += [f"        cuts = with_flag(cuts, {u}, reset_row, t + {unroll + u}, more, HAS_RESET)"]
+    if name == "walk_piece":
+        lines += ["        if FEW:", "            alive = tl.max((mask & (t >= start)).to(tl.int32), 0) > 0  # always"]
+        lines += [f"            {state} = tl.where(alive, {state}, 0.0)" for state in names.state]
     for u in range(unroll):
         lines += step([f"now_{x}_{u}" for x in names.inputs], f"flag_of(now_cuts, {u})", times(u, "H_STEP"))
     lines += further(unroll)
@@ -286,6 +294,7 @@ def walk_piece(names: Names, name: str, unroll: int) -> str:
             *(*carried, *x_rows, *names.params, *rows, *checks, "reset_row", "start", "stop", "mask", "tol"),
             *("X_STEP: tl.constexpr", "H_STEP: tl.constexpr", "HAS_RESET: tl.constexpr", "PIECES: tl.constexpr"),
             *("JACOBIAN: tl.constexpr", "MEET: tl.constexpr", "COMPUTE: tl.constexpr", "CHECK: tl.constexpr"),
+            *(["FEW: tl.constexpr"] if name == "walk_piece" else []),
         ],
         "Walks from start to stop, with MEET until the state meets the stored one. With PIECES it keeps a checkpoint\n"
         "    every CHECK steps (start is a multiple of that), with JACOBIAN the product of Jacobians.",
@@ -349,7 +358,7 @@ def walk_kernel(names: Names) -> str:
             *rows,
         ),
         *("reset_row", "0", "time", "mask", "0.0", "X_STEP", "H_STEP", "HAS_RESET", "False", "False", "False"),
-        *("COMPUTE", "1"),
+        *("COMPUTE", "1", "FEW"),
     ]
     lines += assign([*names.state, *(f"_{m}" for m in names.product), "_t", "_met"], "walk_piece", walked)
     lines += [f"    tl.store({h}_final_ptr + here, {h}, mask=mask)" for h in names.state]
@@ -357,7 +366,7 @@ def walk_kernel(names: Names) -> str:
     pointers += [*names.ptr(names.state), *names.ptr(names.state, "_final"), "reset_ptr"]
     return function(
         "walk_kernel",
-        [*pointers, *SIZES, *STEPS, "HAS_RESET: tl.constexpr", "COMPUTE: tl.constexpr", "BLOCK: tl.constexpr"],
+        [*pointers, *SIZES, *STEPS, *(f"{name}: tl.constexpr" for name in ("HAS_RESET", "COMPUTE", "BLOCK", "FEW"))],
         "The sequential walk: one program a batch row and block of channels, the state in registers.",
         lines,
     )

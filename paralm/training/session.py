@@ -82,7 +82,7 @@ class Session:
         self.spikes = 0
         self.owes_validation = False  # of the step that was saved
         self._metrics_refused = False
-        self.modules = digests(config.imports)  # of what this attempt computes with
+        self.modules: dict[str, str] = {}  # digests of what this attempt computes with
         self.started = time.monotonic()
         self.metrics: MetricsWriter | None = None
         self.stores: list[TokenStore] = []  # of text: those that are trained and validated on
@@ -160,6 +160,7 @@ class Session:
     def _check_before_anything(self) -> None:
         """What can be refused without writing a byte."""
         load_modules(self.config.imports)
+        self.modules = digests(self.config.imports)
         check_ranks(self.config, self.world_size)
         self.folder.check_same_run(self.config, frozen_differences)
         check_sources(self.config)

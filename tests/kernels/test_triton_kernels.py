@@ -94,9 +94,13 @@ def test_several_tiles_and_pieces_with_resets(registered, method):
     assert_same(outcome(case, by(method, **options(method))), outcome(case, reference))
 
 
-@pytest.mark.parametrize(("method", "tile"), [("triton-walk", None), ("triton-segments", 36)])
-def test_several_groups_of_steps_and_a_rest(registered, method, tile):
-    """What a walk fetches ahead: two whole groups (16 steps at most), and steps that make none."""
+@pytest.mark.parametrize(("method", "tile"), [("triton-walk", None), ("triton-walk", "many"), ("triton-segments", 36)])
+def test_several_groups_of_steps_and_a_rest(registered, method, tile, monkeypatch):
+    """What a walk fetches ahead: two whole groups (16 steps at most), and steps that make none. Many: as where more
+    warps walk than wait for their loads."""
+    if tile == "many":
+        monkeypatch.setattr(triton_solver, "FEW", 0)
+        tile = None
     case = random_case(registered, batch=1, time=40, channel=2, weights=1.0, resets=0.1, seed=6)
     assert_same(outcome(case, by(method, tile=tile)), outcome(case, reference))
 

@@ -200,7 +200,7 @@ def walk_piece(
     u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, x_u_row, x_v_row, x_o_row, a_u, b, a_v, a_o,
     p, q, u_row, v_row, h_row, u_check_row, v_check_row, h_check_row, reset_row, start, stop, mask, tol,
     X_STEP: tl.constexpr, H_STEP: tl.constexpr, HAS_RESET: tl.constexpr, PIECES: tl.constexpr, JACOBIAN: tl.constexpr,
-    MEET: tl.constexpr, COMPUTE: tl.constexpr, CHECK: tl.constexpr,
+    MEET: tl.constexpr, COMPUTE: tl.constexpr, CHECK: tl.constexpr, FEW: tl.constexpr,
 ):
     """Walks from start to stop, with MEET until the state meets the stored one. With PIECES it keeps a checkpoint
     every CHECK steps (start is a multiple of that), with JACOBIAN the product of Jacobians."""
@@ -395,6 +395,11 @@ def walk_piece(
         x_v_15 = tl.load(x_v_row + 31 * X_STEP, mask=some, other=0.0)
         x_o_15 = tl.load(x_o_row + 31 * X_STEP, mask=some, other=0.0)
         cuts = with_flag(cuts, 15, reset_row, t + 31, more, HAS_RESET)
+        if FEW:
+            alive = tl.max((mask & (t >= start)).to(tl.int32), 0) > 0  # always
+            u = tl.where(alive, u, 0.0)
+            v = tl.where(alive, v, 0.0)
+            h = tl.where(alive, h, 0.0)
         u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h = advance(
             u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, now_x_u_0, now_x_v_0, now_x_o_0,
             a_u, b, a_v, a_o, p, q, flag_of(now_cuts, 0), u_row, v_row, h_row, 0, mask, HAS_RESET, JACOBIAN, COMPUTE,
@@ -702,6 +707,7 @@ def walk_kernel(
     x_u_ptr, x_v_ptr, x_o_ptr, a_u_ptr, b_ptr, a_v_ptr, a_o_ptr, p_ptr, q_ptr, u_first_ptr, v_first_ptr, h_first_ptr,
     u_ptr, v_ptr, h_ptr, u_final_ptr, v_final_ptr, h_final_ptr, reset_ptr, time, channels, x_stride_batch,
     X_STEP: tl.constexpr, H_STEP: tl.constexpr, HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+    FEW: tl.constexpr,
 ):
     """The sequential walk: one program a batch row and block of channels, the state in registers."""
     blocks = tl.cdiv(channels, BLOCK)
@@ -726,6 +732,7 @@ def walk_kernel(
     ) = walk_piece(
         u, v, h, u, u, u, u, u, u, u, u, u, x_u_row, x_v_row, x_o_row, a_u, b, a_v, a_o, p, q, u_row, v_row, h_row,
         u_row, v_row, h_row, reset_row, 0, time, mask, 0.0, X_STEP, H_STEP, HAS_RESET, False, False, False, COMPUTE, 1,
+        FEW,
     )
     tl.store(u_final_ptr + here, u, mask=mask)
     tl.store(v_final_ptr + here, v, mask=mask)
@@ -1015,7 +1022,7 @@ def segments_kernel(
             ) = walk_piece(
                 u, v, h, m_u_u, m_u_v, m_u_h, m_v_u, m_v_v, m_v_h, m_h_u, m_h_v, m_h_h, x_u_row, x_v_row, x_o_row, a_u,
                 b, a_v, a_o, p, q, u_row, v_row, h_row, u_check_row, v_check_row, h_check_row, reset_row, start, stop,
-                mask, tol, X_STEP, H_STEP, HAS_RESET, True, False, False, COMPUTE, CHECK,
+                mask, tol, X_STEP, H_STEP, HAS_RESET, True, False, False, COMPUTE, CHECK, False,
             )
             tl.store(u_end_ptr + at, u, mask=mask)
             tl.store(v_end_ptr + at, v, mask=mask)

@@ -165,6 +165,7 @@ def walk_piece(
     c, h, m_c_c, m_c_h, m_h_c, m_h_h, x_f_row, x_c_row, x_o_row, a_f, a_c, a_o, p_f, p_o, c_row, h_row, c_check_row,
     h_check_row, reset_row, start, stop, mask, tol, X_STEP: tl.constexpr, H_STEP: tl.constexpr, HAS_RESET: tl.constexpr,
     PIECES: tl.constexpr, JACOBIAN: tl.constexpr, MEET: tl.constexpr, COMPUTE: tl.constexpr, CHECK: tl.constexpr,
+    FEW: tl.constexpr,
 ):
     """Walks from start to stop, with MEET until the state meets the stored one. With PIECES it keeps a checkpoint
     every CHECK steps (start is a multiple of that), with JACOBIAN the product of Jacobians."""
@@ -358,6 +359,10 @@ def walk_piece(
         x_c_15 = tl.load(x_c_row + 31 * X_STEP, mask=some, other=0.0)
         x_o_15 = tl.load(x_o_row + 31 * X_STEP, mask=some, other=0.0)
         cuts = with_flag(cuts, 15, reset_row, t + 31, more, HAS_RESET)
+        if FEW:
+            alive = tl.max((mask & (t >= start)).to(tl.int32), 0) > 0  # always
+            c = tl.where(alive, c, 0.0)
+            h = tl.where(alive, h, 0.0)
         c, h, m_c_c, m_c_h, m_h_c, m_h_h = advance(
             c, h, m_c_c, m_c_h, m_h_c, m_h_h, now_x_f_0, now_x_c_0, now_x_o_0, a_f, a_c, a_o, p_f, p_o,
             flag_of(now_cuts, 0), c_row, h_row, 0, mask, HAS_RESET, JACOBIAN, COMPUTE,
@@ -636,7 +641,7 @@ def walk_again(
 def walk_kernel(
     x_f_ptr, x_c_ptr, x_o_ptr, a_f_ptr, a_c_ptr, a_o_ptr, p_f_ptr, p_o_ptr, c_first_ptr, h_first_ptr, c_ptr, h_ptr,
     c_final_ptr, h_final_ptr, reset_ptr, time, channels, x_stride_batch, X_STEP: tl.constexpr, H_STEP: tl.constexpr,
-    HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr, FEW: tl.constexpr,
 ):
     """The sequential walk: one program a batch row and block of channels, the state in registers."""
     blocks = tl.cdiv(channels, BLOCK)
@@ -656,7 +661,7 @@ def walk_kernel(
     h = tl.load(h_first_ptr + here, mask=mask, other=0.0)
     c, h, _m_c_c, _m_c_h, _m_h_c, _m_h_h, _t, _met = walk_piece(
         c, h, c, c, c, c, x_f_row, x_c_row, x_o_row, a_f, a_c, a_o, p_f, p_o, c_row, h_row, c_row, h_row, reset_row, 0,
-        time, mask, 0.0, X_STEP, H_STEP, HAS_RESET, False, False, False, COMPUTE, 1,
+        time, mask, 0.0, X_STEP, H_STEP, HAS_RESET, False, False, False, COMPUTE, 1, FEW,
     )
     tl.store(c_final_ptr + here, c, mask=mask)
     tl.store(h_final_ptr + here, h, mask=mask)
@@ -880,7 +885,7 @@ def segments_kernel(
             c, h, _m_c_c, _m_c_h, _m_h_c, _m_h_h, t, met = walk_piece(
                 c, h, m_c_c, m_c_h, m_h_c, m_h_h, x_f_row, x_c_row, x_o_row, a_f, a_c, a_o, p_f, p_o, c_row, h_row,
                 c_check_row, h_check_row, reset_row, start, stop, mask, tol, X_STEP, H_STEP, HAS_RESET, True, False,
-                False, COMPUTE, CHECK,
+                False, COMPUTE, CHECK, False,
             )
             tl.store(c_end_ptr + at, c, mask=mask)
             tl.store(h_end_ptr + at, h, mask=mask)

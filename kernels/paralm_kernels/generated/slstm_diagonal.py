@@ -252,7 +252,7 @@ def walk_piece(
     s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, x_i_row, x_f_row, x_z_row, x_o_row, r_i,
     r_f, r_z, r_o, s_row, y_row, h_row, s_check_row, y_check_row, h_check_row, reset_row, start, stop, mask, tol,
     X_STEP: tl.constexpr, H_STEP: tl.constexpr, HAS_RESET: tl.constexpr, PIECES: tl.constexpr, JACOBIAN: tl.constexpr,
-    MEET: tl.constexpr, COMPUTE: tl.constexpr, CHECK: tl.constexpr,
+    MEET: tl.constexpr, COMPUTE: tl.constexpr, CHECK: tl.constexpr, FEW: tl.constexpr,
 ):
     """Walks from start to stop, with MEET until the state meets the stored one. With PIECES it keeps a checkpoint
     every CHECK steps (start is a multiple of that), with JACOBIAN the product of Jacobians."""
@@ -328,6 +328,11 @@ def walk_piece(
         x_z_3 = tl.load(x_z_row + 7 * X_STEP, mask=some, other=0.0)
         x_o_3 = tl.load(x_o_row + 7 * X_STEP, mask=some, other=0.0)
         cuts = with_flag(cuts, 3, reset_row, t + 7, more, HAS_RESET)
+        if FEW:
+            alive = tl.max((mask & (t >= start)).to(tl.int32), 0) > 0  # always
+            s = tl.where(alive, s, 0.0)
+            y = tl.where(alive, y, 0.0)
+            h = tl.where(alive, h, 0.0)
         s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h = advance(
             s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, now_x_i_0, now_x_f_0, now_x_z_0,
             now_x_o_0, r_i, r_f, r_z, r_o, flag_of(now_cuts, 0), s_row, y_row, h_row, 0, mask, HAS_RESET, JACOBIAN,
@@ -494,6 +499,7 @@ def walk_kernel(
     x_i_ptr, x_f_ptr, x_z_ptr, x_o_ptr, r_i_ptr, r_f_ptr, r_z_ptr, r_o_ptr, s_first_ptr, y_first_ptr, h_first_ptr,
     s_ptr, y_ptr, h_ptr, s_final_ptr, y_final_ptr, h_final_ptr, reset_ptr, time, channels, x_stride_batch,
     X_STEP: tl.constexpr, H_STEP: tl.constexpr, HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+    FEW: tl.constexpr,
 ):
     """The sequential walk: one program a batch row and block of channels, the state in registers."""
     blocks = tl.cdiv(channels, BLOCK)
@@ -519,6 +525,7 @@ def walk_kernel(
     ) = walk_piece(
         s, y, h, s, s, s, s, s, s, s, s, s, x_i_row, x_f_row, x_z_row, x_o_row, r_i, r_f, r_z, r_o, s_row, y_row, h_row,
         s_row, y_row, h_row, reset_row, 0, time, mask, 0.0, X_STEP, H_STEP, HAS_RESET, False, False, False, COMPUTE, 1,
+        FEW,
     )
     tl.store(s_final_ptr + here, s, mask=mask)
     tl.store(y_final_ptr + here, y, mask=mask)
@@ -817,7 +824,7 @@ def segments_kernel(
             ) = walk_piece(
                 s, y, h, m_s_s, m_s_y, m_s_h, m_y_s, m_y_y, m_y_h, m_h_s, m_h_y, m_h_h, x_i_row, x_f_row, x_z_row,
                 x_o_row, r_i, r_f, r_z, r_o, s_row, y_row, h_row, s_check_row, y_check_row, h_check_row, reset_row,
-                start, stop, mask, tol, X_STEP, H_STEP, HAS_RESET, True, False, False, COMPUTE, CHECK,
+                start, stop, mask, tol, X_STEP, H_STEP, HAS_RESET, True, False, False, COMPUTE, CHECK, False,
             )
             tl.store(s_end_ptr + at, s, mask=mask)
             tl.store(y_end_ptr + at, y, mask=mask)

@@ -102,7 +102,7 @@ def keep(h, h_check_row, here, mask, tol, MEET: tl.constexpr):
 def walk_piece(
     h, m_h_h, x_row, a, h_row, h_check_row, reset_row, start, stop, mask, tol, X_STEP: tl.constexpr,
     H_STEP: tl.constexpr, HAS_RESET: tl.constexpr, PIECES: tl.constexpr, JACOBIAN: tl.constexpr, MEET: tl.constexpr,
-    COMPUTE: tl.constexpr, CHECK: tl.constexpr,
+    COMPUTE: tl.constexpr, CHECK: tl.constexpr, FEW: tl.constexpr,
 ):
     """Walks from start to stop, with MEET until the state meets the stored one. With PIECES it keeps a checkpoint
     every CHECK steps (start is a multiple of that), with JACOBIAN the product of Jacobians."""
@@ -197,6 +197,9 @@ def walk_piece(
         cuts = with_flag(cuts, 14, reset_row, t + 30, more, HAS_RESET)
         x_15 = tl.load(x_row + 31 * X_STEP, mask=some, other=0.0)
         cuts = with_flag(cuts, 15, reset_row, t + 31, more, HAS_RESET)
+        if FEW:
+            alive = tl.max((mask & (t >= start)).to(tl.int32), 0) > 0  # always
+            h = tl.where(alive, h, 0.0)
         h, m_h_h = advance(h, m_h_h, now_x_0, a, flag_of(now_cuts, 0), h_row, 0, mask, HAS_RESET, JACOBIAN, COMPUTE)
         h, m_h_h = advance(
             h, m_h_h, now_x_1, a, flag_of(now_cuts, 1), h_row, H_STEP, mask, HAS_RESET, JACOBIAN, COMPUTE,
@@ -373,7 +376,7 @@ def walk_again(
 @triton.jit(do_not_specialize=["time"])
 def walk_kernel(
     x_ptr, a_ptr, h_first_ptr, h_ptr, h_final_ptr, reset_ptr, time, channels, x_stride_batch, X_STEP: tl.constexpr,
-    H_STEP: tl.constexpr, HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+    H_STEP: tl.constexpr, HAS_RESET: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr, FEW: tl.constexpr,
 ):
     """The sequential walk: one program a batch row and block of channels, the state in registers."""
     blocks = tl.cdiv(channels, BLOCK)
@@ -389,7 +392,7 @@ def walk_kernel(
     h = tl.load(h_first_ptr + here, mask=mask, other=0.0)
     h, _m_h_h, _t, _met = walk_piece(
         h, h, x_row, a, h_row, h_row, reset_row, 0, time, mask, 0.0, X_STEP, H_STEP, HAS_RESET, False, False, False,
-        COMPUTE, 1,
+        COMPUTE, 1, FEW,
     )
     tl.store(h_final_ptr + here, h, mask=mask)
 
@@ -548,7 +551,7 @@ def segments_kernel(
             m_h_h = h_entry
             h, _m_h_h, t, met = walk_piece(
                 h, m_h_h, x_row, a, h_row, h_check_row, reset_row, start, stop, mask, tol, X_STEP, H_STEP, HAS_RESET,
-                True, False, False, COMPUTE, CHECK,
+                True, False, False, COMPUTE, CHECK, False,
             )
             tl.store(h_end_ptr + at, h, mask=mask)
 
