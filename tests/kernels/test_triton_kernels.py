@@ -409,7 +409,7 @@ def test_the_choice_among_the_algorithms(monkeypatch):
     assert triton_table.choose("paragru", 8, 2048, 4096, 8).method == "walk"
     long = triton_table.choose("paragru", 1, 1 << 20, 1024, 8)
     assert long.method == "segments"
-    assert long.pieces * 32 >= triton_table.WARPS
+    assert 0.9 * triton_table.WARPS <= long.pieces * 32 <= triton_table.WARPS  # one more would wait for all others
     assert triton_table.choose("paragru", 1, 64, 16, 8).method == "walk"
     monkeypatch.setitem(triton_table.MEASURED, ("paragru", 8, 2048, 4096), "tile")
     assert triton_table.choose("paragru", 8, 2048, 4096, 8) == triton_table.Choice("tile")
