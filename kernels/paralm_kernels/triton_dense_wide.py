@@ -8,6 +8,7 @@ run, and under the interpreter, whose programs run one after the other, every st
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -29,15 +30,17 @@ SPLIT = 8
 MOST_LAUNCHES = 4
 """Launches one after the other up to which "auto" takes these kernels: a step of the loop in torch takes longer than
 that many of theirs, and does any number of rows at once."""
-_BLOCKS_B, _BLOCKS_N = (16, 32), {"cuda": (8, 16, 32), "hip": (16, 32)}
-"""Rows and columns of a program: at least what a matrix unit takes."""
+_BLOCKS_B = {"cuda": {2: (4, 8, 16, 32), 4: (4, 8), 8: (16,)}, "hip": {2: (16, 32), 4: (16, 32)}}
+_BLOCKS_N = {"cuda": (8, 16, 32), "hip": (16, 32)}
+"""Rows, by the bytes of a number, and columns of a program: on AMD's at least what a matrix unit takes, on NVIDIA's in
+float32 no more rows than its compiler has registers for. Float64 is for the interpreter only."""
+_HELD = 4
+"""Tiles of 16 columns of a warp, for every gate, that a program of 16 columns has registers for besides."""
 _SUMS = 64
 """Registers of a thread for the sums of a step's products."""
-_READ = {2: (1 << 17, 1 << 17), 4: (48 << 10, 16 << 10), 8: (1 << 20, 1 << 20)}
-"""Bytes of the others' h, and backward of δ, that a program reads at once at most, by those of a number: float32's go
-through registers. Float64 is for the interpreter only."""
-_SLICE32 = 1 << 17
-"""Bytes of R in float32, held as two TF32 parts, above which NVIDIA's compiler spills."""
+_READ = {2: 1 << 17, 4: 1 << 15, 8: 1 << 20}
+"""Bytes of the others' h or δ that a program reads at once at most, by those of a number: float32's go through
+registers."""
 _COUNTER = 32
 """Whole numbers a counter takes: a line of the cache for each."""
 
@@ -57,19 +60,21 @@ H100 = Chip(132, 232_448)
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of one kernel. block_b, block_n: rows and columns of a program. block_k, chunks: a warp's columns in a product
-    are chunks · block_k. stage: tiles of h or δ that are read at once. programs: of a head and block of rows. pairs: of
-    a head and a block of rows in one launch, of which there are `launches`. shared: bytes that a program takes."""
+    """Of one kernel. block_b, block_n: rows and columns of a program. block_k, chunks, held: a warp's columns in a
+    product are chunks · block_k, whose R is in shared memory, and held · 16, whose R is in registers. stage: tiles of h
+    or δ that are read at once. shared: bytes that a program takes. programs: of a head and a block of rows. pairs: of a
+    head and a block of rows in one launch, of which there are `launches`."""
 
     block_b: int
     block_n: int
     block_k: int
     chunks: int
+    held: int
     stage: int
+    shared: int
     programs: int
     pairs: int
     launches: int
-    shared: int
 
 
 def chip(device: torch.device) -> Chip:
@@ -88,7 +93,7 @@ def sizes(kind: str, backward: bool, d_head: int, heads: int, batch: int, itemsi
     products."""
     products = KINDS[kind].recurrent
     found: list[tuple[float, Sizes]] = []
-    for block_b, block_n in product(_BLOCKS_B, _BLOCKS_N[on.vendor]):
+    for block_b, block_n in product(_BLOCKS_B[on.vendor][itemsize], _BLOCKS_N[on.vendor]):
         programs = triton.cdiv(d_head, block_n)
         if programs > on.multiprocessors or products * block_b * block_n > _SUMS * 32:
             continue
@@ -96,7 +101,7 @@ def sizes(kind: str, backward: bool, d_head: int, heads: int, batch: int, itemsi
         launches = triton.cdiv(heads * triton.cdiv(batch, block_b), pairs)
         fitting = _fitting(products, backward, d_head, block_b, block_n, itemsize, on)
         if fitting is not None:
-            one = Sizes(block_b, block_n, *fitting[:3], programs, pairs, launches, fitting[3])
+            one = Sizes(block_b, block_n, *fitting, programs, pairs, launches)
             read = block_b * d_head * itemsize * (products if backward else 1)
             found.append((launches * _clocks(read, products * d_head * block_n * itemsize, pairs * programs), one))
     return min(found, key=lambda pair: pair[0])[1] if found else None
@@ -110,23 +115,24 @@ def _clocks(read: int, kept: int, programs: int) -> float:
 
 def _fitting(
     products: int, backward: bool, d_head: int, block_b: int, block_n: int, itemsize: int, on: Chip
-) -> tuple[int, int, int, int] | None:
-    """(block_k, chunks, stage, bytes of shared memory) with the largest stage that fits."""
-    each = triton.cdiv(d_head, SPLIT * 16) * 16
-    block_k = min(64 if itemsize == 2 else 32, each & -each)
-    chunks = each // block_k
-    kept = products * each * SPLIT * block_n * itemsize
-    if itemsize == 4 and on.vendor == "cuda":
-        kept *= 2
-        if kept > _SLICE32:
-            return None
+) -> tuple[int, int, int, int, int] | None:
+    """block_k, chunks, held, stage and shared of `Sizes`: as few held and as large a stage as fit."""
+    least = 16 if itemsize == 8 else 32  # smaller tiles of R would fill registers
+    each = triton.cdiv(d_head, SPLIT * least) * least
+    twice = 2 if itemsize == 4 and on.vendor == "cuda" else 1
     sums = SPLIT * block_b * block_n * 4 * (1 if backward or products == 1 else 4)
-    tiles = chunks * (products if backward else 1)
-    for stage in range(tiles, 0, -1):
-        read = stage * SPLIT * block_b * block_k * itemsize
-        staged = read if itemsize == 2 else read // stage
-        if tiles % stage == 0 and read <= _READ[itemsize][backward] and kept + max(staged, sums) <= on.shared:
-            return block_k, chunks, stage, kept + max(staged, sums)
+    may_hold = itemsize == 2 and on.vendor == "cuda" and block_n == 16 and block_b in ((16,) if backward else (4, 16))
+    for held in range(0, min(_HELD + 1, each // 16) if may_hold else 1, 2):
+        shared = each - 16 * held
+        block_k = min(64 if itemsize == 2 else 32, shared & -shared)
+        chunks = shared // block_k
+        kept = products * shared * SPLIT * block_n * itemsize * twice
+        tiles = chunks * (products if backward else 1)
+        for stage in range(tiles, 0, -1):
+            read = stage * SPLIT * block_b * block_k * itemsize
+            all_of_it = kept + max(read if itemsize == 2 else read // stage, sums)
+            if tiles % stage == 0 and read <= _READ[itemsize] and all_of_it <= on.shared:
+                return block_k, chunks, held, stage, all_of_it
     return None
 
 
@@ -172,7 +178,7 @@ class Wide:
         given = {
             "x_ptr": inputs.contiguous(),
             "bias_ptr": state if bias is None else bias.to(plan.dtype).contiguous(),
-            "reset_ptr": state if reset is None else reset.contiguous().view(torch.uint8),
+            "reset_ptr": _bytes(reset, state),
             "y_ptr": y,
             "kept_ptr": kept,
             "state_ptr": state,
@@ -184,7 +190,7 @@ class Wide:
 
     def walk(self, weight: Tensor, reset: Tensor | None, came: Tensor | None) -> Walk:
         """See triton_dense.Way."""
-        kind = self.plan.kind
+        kind, resets, turned = self.plan.kind, _bytes(reset, weight), weight.mT.contiguous()
 
         def walk(rows: Tensor, before: Tensors, grads: Tensors, start: int, whole: int) -> Tensors:
             assert self.backwards is not None
@@ -194,13 +200,13 @@ class Wide:
             given = {
                 "rows_ptr": rows,
                 **{f"before{index}_ptr": part for index, part in enumerate(needed_before(kind, before, rows))},
-                "reset_ptr": rows if reset is None else reset.contiguous().view(torch.uint8),
+                "reset_ptr": resets,
                 "came_ptr": rows if came is None else came.contiguous(),
                 "grads_ptr": after,
                 "exchange_ptr": torch.zeros(exchange, dtype=weight.dtype, device=rows.device),
                 **{"whole": whole, "first": start, "HAS_RESET": reset is not None, "HAS_CAME": came is not None},
             }
-            self._launch(wide_backward_kernel, self.backwards, weight, given, time, time + 1)
+            self._launch(wide_backward_kernel, self.backwards, turned, given, time, time + 1)
             return after.unbind(0)
 
         return walk
@@ -227,6 +233,13 @@ class Wide:
                     kernel[grid](**given, group=group, start=start, stop=stop, **constants)
 
 
+def _bytes(reset: Tensor | None, beside: Tensor) -> Tensor:
+    """The resets as bytes, one of them where there are none."""
+    if reset is None:
+        return torch.zeros(1, dtype=torch.uint8, device=beside.device)
+    return reset.contiguous().view(torch.uint8)
+
+
 def _together(on: Chip) -> bool:
     """Whether programs run at the same time, and can wait for each other."""
     return on.vendor == "cuda" and not interpreted()
@@ -236,45 +249,49 @@ def _constants(
     kind: DenseKind, d_head: int, one: Sizes, dot: tl.dtype, compute: tl.dtype, vendor: str
 ) -> dict[str, Any]:
     blocks = {"BLOCK_B": one.block_b, "BLOCK_N": one.block_n, "BLOCK_K": one.block_k}
-    counts = {"CHUNKS": one.chunks, "SPLIT": SPLIT, "STAGE": one.stage}
+    counts = {"CHUNKS": one.chunks, "HELD": one.held, "SPLIT": SPLIT, "STAGE": one.stage}
     precision = "tf32x3" if dot == tl.float32 and vendor == "cuda" else "ieee"
     return {"KIND": kind.name, "D": d_head, "COMPUTE": compute, "DOT": dot, "PRECISION": precision, **blocks, **counts}
 
 
 _CHIPS = {"sm_80": Chip(108, 166_912), "sm_90": H100, "gfx942": Chip(304, 163_840, "hip")}
 """For which kernels are compiled by default."""
-_CHECKED = {"bf16": 1024, "fp16": 1024, "fp32": 512}
-"""d_head of the kernels compiled by default, of one head and a few rows."""
+_CHECKED = {"bf16": ((16, 1024), (1, 2048)), "fp16": ((16, 1024), (1, 2048)), "fp32": ((16, 512), (16, 768))}
+"""(rows, d_head) of the kernels compiled by default, of one head; 2048 where R fills registers as well."""
 _LIKE = {"x_ptr", "y_ptr", "weight_ptr", "exchange_ptr", "came_ptr"}
 """Arguments in the dtype of the inputs."""
 
 
-def default_launches(given: str) -> list[Launch]:
-    """Both kernels of every kind for inputs of a dtype, at the size in _CHECKED, for each target."""
-    if given not in _CHECKED:
-        return []
-    d_head = _CHECKED[given]
-    dot = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[given]
-    launches = []
+def checked(given: str) -> Iterator[tuple[str, str, bool, int, Sizes]]:
+    """(target, kind, backward, d_head, sizes) of the kernels compiled by default, for inputs of a dtype."""
     for target, on in _CHIPS.items():
-        for kind, (backward, kernel) in product(KINDS, enumerate((wide_forward_kernel, wide_backward_kernel))):
-            one = sizes(kind, bool(backward), d_head, 1, 1, 4 if given == "fp32" else 2, on)
-            assert one is not None
-            constants = _constants(KINDS[kind], d_head, one, dot, tl.float32, on.vendor)
-            constants |= {"HAS_BIAS": True, "HAS_RESET": True, "HAS_CAME": True, "KEEP": True}
-            constants["WAIT"] = on.vendor == "cuda"
-            signature = {name: _type(name, given) for name in kernel.arg_names}
-            launches.append(
-                Launch(
-                    f"{kernel.__name__} {kind} {d_head} {given}",
-                    kernel,
-                    signature,
-                    {name: constants[name] for name in signature if name.isupper()},
-                    SPLIT,
-                    aligned=tuple(name for name in signature if name.endswith("_ptr") and name != "reset_ptr"),
-                    targets=(target,),
-                )
+        for kind, (rows, d_head), backward in product(KINDS, _CHECKED.get(given, ()), (False, True)):
+            one = sizes(kind, backward, d_head, 1, rows, 4 if given == "fp32" else 2, on)
+            if one is not None and (one.held or d_head < 2048):
+                yield target, kind, backward, d_head, one
+
+
+def default_launches(given: str) -> list[Launch]:
+    """The kernels of `checked`."""
+    dot = {"bf16": tl.bfloat16, "fp16": tl.float16}.get(given, tl.float32)
+    launches = []
+    for target, kind, backward, d_head, one in checked(given):
+        kernel = wide_backward_kernel if backward else wide_forward_kernel
+        vendor = _CHIPS[target].vendor
+        constants = _constants(KINDS[kind], d_head, one, dot, tl.float32, vendor)
+        constants |= {"HAS_BIAS": True, "HAS_RESET": True, "HAS_CAME": True, "KEEP": True, "WAIT": vendor == "cuda"}
+        signature = {name: _type(name, given) for name in kernel.arg_names}
+        launches.append(
+            Launch(
+                f"{kernel.__name__} {kind} {d_head} {given}",
+                kernel,
+                signature,
+                {name: constants[name] for name in signature if name.isupper()},
+                SPLIT,
+                aligned=tuple(name for name in signature if name.endswith("_ptr") and name != "reset_ptr"),
+                targets=(target,),
             )
+        )
     return launches
 
 

@@ -14,7 +14,9 @@ step, and its end is the barrier: nothing else differs, since all that passes fr
 ends.
 
 In a product the SPLIT warps share out the sum over columns, not the result, so that each reads only its part of h and
-of R: operands are (SPLIT, …, BLOCK_K), CHUNKS of them, and the sums of the warps are added at the end, in order.
+of R: operands are (SPLIT, …, BLOCK_K), CHUNKS of them, and the sums of the warps are added at the end, in order. The
+compiler puts R's tiles into shared memory, but for HELD more of 16 columns, which stay in registers where shared memory
+alone is too small.
 """
 
 import triton
@@ -46,22 +48,22 @@ def slices(
     columns,
     D: tl.constexpr,
     PRODUCTS: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
+    FIRST: tl.constexpr,
     BLOCK_K: tl.constexpr,
     CHUNKS: tl.constexpr,
     SPLIT: tl.constexpr,
+    EACH: tl.constexpr,
 ):
-    """R's columns (out) of these gates as CHUNKS tiles (SPLIT, in, out) for each, or TRANSPOSED its columns (in) as
-    tiles (SPLIT, out, in); weight (gate, head, out, in)."""
-    k = tl.arange(0, SPLIT)[:, None, None] * (CHUNKS * BLOCK_K) + tl.arange(0, BLOCK_K)[None, :, None]
+    """What a product needs for these columns of its result: CHUNKS tiles (SPLIT, BLOCK_K, BLOCK_N) of these gates'
+    matrices, from each warp's number FIRST on; weight (gate, head, column of the result, column summed over)."""
+    k = tl.arange(0, SPLIT)[:, None, None] * EACH + FIRST + tl.arange(0, BLOCK_K)[None, :, None]
     n = columns[None, None, :]
     tiles = ()
     for gate in tl.static_range(PRODUCTS):
         for chunk in tl.static_range(CHUNKS):
             row = k + chunk * BLOCK_K
-            at = row * D + n if TRANSPOSED else n * D + row
             start = weight_ptr + (gate * heads + head).to(tl.int64) * D * D
-            tiles += (tl.load(start + at, mask=(row < D) & (n < D), other=0.0),)
+            tiles += (tl.load(start + n * D + row, mask=(row < D) & (n < D), other=0.0),)
     return tiles
 
 
@@ -83,12 +85,27 @@ def over_warps(a0, a1, a2, a3, PRODUCTS: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def row_limit(reset_ptr, rows, batches, HELD: tl.constexpr):
+    """The number of rows, for each of them; with HELD by way of a byte in memory that changes nothing: Triton takes
+    operands whose loads depend on bytes in groups of four, and only such tiles of R get into registers without going
+    through shared memory. Where a version does otherwise, the launch says so: it asks for more than there is."""
+    limit = batches + rows * 0
+    if HELD:
+        limit += tl.load(reset_ptr + rows * 0).to(tl.int32) & 256
+    return limit
+
+
+@triton.jit
 def products(
+    a0,
+    a1,
+    a2,
+    a3,
     source,
     gate_step,
     r,
     rows,
-    batches,
+    limit,
     cut,
     D: tl.constexpr,
     PRODUCTS: tl.constexpr,
@@ -97,30 +114,29 @@ def products(
     COMPUTE: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    FIRST: tl.constexpr,
     BLOCK_K: tl.constexpr,
     CHUNKS: tl.constexpr,
     SPLIT: tl.constexpr,
+    EACH: tl.constexpr,
     STAGE: tl.constexpr,
 ):
-    """For each of PRODUCTS gates, (SPLIT, BLOCK_B, BLOCK_N): parts of operand · R. source: (batch, d_head) in memory
-    that others write, one for all gates or OPERANDS = PRODUCTS of them, gate_step apart; rows that are `cut` are zeros.
-    STAGE tiles of it, which divides their number, are read at once."""
-    k = tl.arange(0, SPLIT)[:, None, None] * (CHUNKS * BLOCK_K) + tl.arange(0, BLOCK_K)[None, None, :]
+    """With what the tiles r add: for each of PRODUCTS gates, (SPLIT, BLOCK_B, BLOCK_N), parts of operand · R. source:
+    (batch, d_head) in memory that others write, one for all gates or OPERANDS = PRODUCTS of them, gate_step apart; rows
+    from their `limit` on and those that are `cut` are zeros. STAGE tiles, which divides their number, are read at
+    once."""
+    k = tl.arange(0, SPLIT)[:, None, None] * EACH + FIRST + tl.arange(0, BLOCK_K)[None, None, :]
     row = rows[None, :, None]
     at = row * D + k
-    inside = row < batches
+    inside = row < limit[None, :, None]
     if HAS_CUT:
         inside = inside & (cut[None, :, :] == 0)
-    a0 = tl.zeros((SPLIT, BLOCK_B, BLOCK_N), COMPUTE)
-    a1, a2, a3 = a0, a0, a0
     for stage in tl.static_range(OPERANDS * CHUNKS // STAGE):
         tiles = ()
         for index in tl.static_range(stage * STAGE, stage * STAGE + STAGE):
             start = source + (index // CHUNKS) * gate_step + (index % CHUNKS) * BLOCK_K
             mask = inside
-            if D < SPLIT * CHUNKS * BLOCK_K:
+            if D < SPLIT * EACH:
                 mask = inside & (k < D - (index % CHUNKS) * BLOCK_K)
             tiles += (tl.load(start + at, mask=mask, other=0.0, cache_modifier=".cg"),)
         for index in tl.static_range(stage * STAGE, stage * STAGE + STAGE):
@@ -209,12 +225,14 @@ def wide_forward_kernel(
     CHUNKS: tl.constexpr,
     SPLIT: tl.constexpr,
     STAGE: tl.constexpr,
+    HELD: tl.constexpr,
 ):
     """Steps start to stop of x (batch, time, gate, head, d_head); y (batch, time, head, d_head); bias (row, head,
-    d_head) in its public order; reset bytes (batch, time); kept (state, head, time, batch, d_head), written with KEEP.
-    state (state, head, batch, d_head) is the one before and becomes the one after. exchange (2, head, batch, d_head)
-    in the dtype of the products: h before step t is in copy t modulo 2. count: zeros, 32 whole numbers for each head
-    and block of rows; they are numbered with the head innermost, and the launch begins with number `group`."""
+    d_head) in its public order; reset bytes (batch, time), one where there are none; kept (state, head, time, batch,
+    d_head), written with KEEP. state (state, head, batch, d_head) is the one before and becomes the one after. exchange
+    (2, head, batch, d_head) in the dtype of the products: h before step t is in copy t modulo 2. count: zeros, 32 whole
+    numbers for each head and block of rows; they are numbered with the head innermost, and the launch begins with
+    number `group`."""
     pair = group + tl.program_id(1)
     head = pair % heads
     rows = (pair // heads) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -239,7 +257,12 @@ def wide_forward_kernel(
     reset_at = reset_ptr + rows.to(tl.int64) * time
     count_at = count_ptr + pair * 32
 
-    r = slices(weight_ptr, head, heads, columns, D, GATES, False, BLOCK_K, CHUNKS, SPLIT)
+    EACH: tl.constexpr = CHUNKS * BLOCK_K + HELD * 16
+    r = slices(weight_ptr, head, heads, columns, D, GATES, 0, BLOCK_K, CHUNKS, SPLIT, EACH)
+    if HELD:
+        held = slices(weight_ptr, head, heads, columns, D, GATES, CHUNKS * BLOCK_K, 16, HELD, SPLIT, EACH)
+    limit = row_limit(reset_ptr, rows, batches, HELD)
+    nothing = tl.zeros((SPLIT, BLOCK_B, BLOCK_N), COMPUTE)
     b0, b1, b2, b3 = biases(bias_ptr + head * D, columns, heads, D, COMPUTE, GATES, HAS_BIAS)
     zero = tl.zeros((BLOCK_B, BLOCK_N), COMPUTE)
     h = tl.load(state_at + tile, mask=inside, other=0.0)
@@ -257,10 +280,16 @@ def wide_forward_kernel(
             h, c, n, m = cut_state(cut, h, c, n, m, KIND)
         if WAIT:
             wait(count_at, (t - start) * tl.num_programs(0))
+        read_at = exchange_at + (t % 2) * size
         a0, a1, a2, a3 = products(
-            exchange_at + (t % 2) * size, 0, r, rows, batches, cut, D, GATES, 1, HAS_RESET,
-            COMPUTE, DOT, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K, CHUNKS, SPLIT, STAGE,
+            nothing, nothing, nothing, nothing, read_at, 0, r, rows, limit, cut, D, GATES, 1, HAS_RESET,
+            COMPUTE, DOT, PRECISION, 0, BLOCK_K, CHUNKS, SPLIT, EACH, STAGE,
         )  # fmt: skip
+        if HELD:
+            a0, a1, a2, a3 = products(
+                a0, a1, a2, a3, read_at, 0, held, rows, limit, cut, D, GATES, 1, HAS_RESET,
+                COMPUTE, DOT, PRECISION, CHUNKS * BLOCK_K, 16, HELD, SPLIT, EACH, HELD,
+            )  # fmt: skip
         a0, a1, a2, a3 = over_warps(a0, a1, a2, a3, GATES, PRECISION)
         a0 += x0.to(COMPUTE) + b0
         if KIND == "elman":
@@ -321,12 +350,14 @@ def wide_backward_kernel(
     CHUNKS: tl.constexpr,
     SPLIT: tl.constexpr,
     STAGE: tl.constexpr,
+    HELD: tl.constexpr,
 ):
     """The steps of a piece from its last, number 0, to its first, number time − 1, and what is left when those are
     done, number `time`: numbers start to stop. Arguments as of triton_dense_kernels.backward_kernel, whose start is
-    here `first`; but grads, the gradients of the state after the piece, become those of the state before it. In
-    between, that of h is without what comes through the recurrent product: the gradients δ of the rows before number j
-    are in copy j modulo 2 of exchange (2, row, head, batch, d_head), in the dtype of the products, zeros before 0."""
+    here `first`; but weight is (gate, head, in, out), resets are one byte where there are none, and grads, the
+    gradients of the state after the piece, become those of the state before it. In between, that of h is without what
+    comes through the recurrent product: the gradients δ of the rows before number j are in copy j modulo 2 of exchange
+    (2, row, head, batch, d_head), in the dtype of the products, zeros before 0."""
     pair = group + tl.program_id(1)
     head = pair % heads
     rows = (pair // heads) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -353,7 +384,12 @@ def wide_backward_kernel(
     reset_at = reset_ptr + rows.to(tl.int64) * whole + first
     count_at = count_ptr + pair * 32
 
-    r = slices(weight_ptr, head, heads, columns, D, PRODUCTS, True, BLOCK_K, CHUNKS, SPLIT)
+    EACH: tl.constexpr = CHUNKS * BLOCK_K + HELD * 16
+    r = slices(weight_ptr, head, heads, columns, D, PRODUCTS, 0, BLOCK_K, CHUNKS, SPLIT, EACH)
+    if HELD:
+        held = slices(weight_ptr, head, heads, columns, D, PRODUCTS, CHUNKS * BLOCK_K, 16, HELD, SPLIT, EACH)
+    limit = row_limit(reset_ptr, rows, batches, HELD)
+    nothing = tl.zeros((SPLIT, BLOCK_B, BLOCK_N), COMPUTE)
     zero = tl.zeros((BLOCK_B, BLOCK_N), COMPUTE)
     gh = tl.load(grads_at + tile, mask=inside, other=0.0)
     gc, gn, gm = zero, zero, zero
@@ -376,10 +412,16 @@ def wide_backward_kernel(
         live = inside & (back < time)
         if WAIT:
             wait(count_at, (back - start) * tl.num_programs(0))
+        read_at = exchange_at + (back % 2) * (size * PRODUCTS)
         a0, a1, a2, a3 = products(
-            exchange_at + (back % 2) * (size * PRODUCTS), size, r, rows, batches, live, D, PRODUCTS, PRODUCTS, False,
-            COMPUTE, DOT, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K, CHUNKS, SPLIT, STAGE,
+            nothing, nothing, nothing, nothing, read_at, size, r, rows, limit, live, D, PRODUCTS, PRODUCTS, False,
+            COMPUTE, DOT, PRECISION, 0, BLOCK_K, CHUNKS, SPLIT, EACH, STAGE,
         )  # fmt: skip
+        if HELD:
+            a0, a1, a2, a3 = products(
+                a0, a1, a2, a3, read_at, size, held, rows, limit, live, D, PRODUCTS, PRODUCTS, False,
+                COMPUTE, DOT, PRECISION, CHUNKS * BLOCK_K, 16, HELD, SPLIT, EACH, HELD * PRODUCTS,
+            )  # fmt: skip
         if PRODUCTS > 1:
             a0 += a1 + a2
         if PRODUCTS > 3:

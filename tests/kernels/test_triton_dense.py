@@ -76,10 +76,11 @@ def test_auto_takes_many_multiprocessors_where_one_has_less_shared_memory(kind, 
     ("kind", "dtype", "d_head", "heads", "batch", "launches"),
     [
         ("lstm", torch.bfloat16, 1536, 1, 16, 1),
-        ("lstm", torch.bfloat16, 2048, 1, 16, 0),  # R does not fit
-        ("gru", torch.bfloat16, 2048, 1, 1, 1),
-        ("lstm", torch.float32, 512, 1, 4, 1),
-        ("lstm", torch.float32, 768, 1, 4, 0),
+        ("lstm", torch.bfloat16, 2048, 1, 16, 1),
+        ("lstm", torch.bfloat16, 2064, 1, 16, 0),  # R does not fit
+        ("gru", torch.bfloat16, 2112, 1, 1, 1),
+        ("lstm", torch.float32, 768, 1, 4, 1),
+        ("lstm", torch.float32, 784, 1, 4, 0),
         ("slstm", torch.bfloat16, 256, 16, 16, 1),
         ("lstm", torch.bfloat16, 1024, 1, 256, 4),
         ("lstm", torch.bfloat16, 1024, 1, 257, 0),  # five rounds: the loop is likely faster
@@ -111,7 +112,7 @@ def test_programs_that_wait_for_each_other_are_all_on_the_device():
             assert one.programs * one.pairs <= on.multiprocessors
             assert one.shared <= on.shared
             assert (one.programs - 1) * one.block_n < d_head <= one.programs * one.block_n
-            assert d_head <= wide.SPLIT * one.block_k * one.chunks
+            assert d_head <= wide.SPLIT * (one.block_k * one.chunks + 16 * one.held)
             assert one.launches == -(-pairs[0] * -(-pairs[1] // one.block_b) // one.pairs)
             assert one.chunks * (KINDS[kind].recurrent if backward else 1) % one.stage == 0
 
@@ -138,28 +139,28 @@ def test_without_triton_the_method_is_refused_by_name(monkeypatch):
 
 @pytest.mark.parametrize("given", ["bf16", "fp32"])
 def test_the_shared_memory_that_large_heads_are_thought_to_take_is_what_they_take(given):
+    """At most it in float32, which goes through registers, and on AMD's, where R does."""
     from paralm_kernels import triton_dense_wide as wide
 
     rows = json.loads(Path(__file__).with_name("compiled.json").read_text(encoding="utf-8"))
     taken = {(row["kernel"], row["target"]): row["shared"] for row in rows if row["kernel"].startswith("wide_")}
-    d_head, checked = wide._CHECKED[given], 0
-    for target, on in wide._CHIPS.items():
-        for kind, name in itertools.product(KINDS, ("forward", "backward")):
-            one = wide.sizes(kind, name == "backward", d_head, 1, 1, {"bf16": 2, "fp32": 4}[given], on)
-            shared = taken[f"wide_{name}_kernel {kind} {d_head} {given}", target]
-            assert shared == one.shared if on.vendor == "cuda" else shared <= one.shared, (name, kind, target)
-            checked += 1
-    assert checked == 24
+    expected = list(wide.checked(given))
+    assert {(target, kind) for target, kind, *_ in expected} == set(itertools.product(wide._CHIPS, KINDS))
+    assert given == "fp32" or any(one.held for *_, one in expected)
+    for target, kind, backward, d_head, one in expected:
+        shared = taken[f"wide_{'backward' if backward else 'forward'}_kernel {kind} {d_head} {given}", target]
+        assert shared <= one.shared, (target, kind, backward, d_head)
+        assert shared == one.shared or given == "fp32" or target == "gfx942", (target, kind, backward, d_head)
 
 
 def test_a_head_too_large_for_the_device_is_refused_in_one_line(monkeypatch):
     from paralm_kernels import triton_dense
 
     monkeypatch.setattr(triton_dense, "check_device", lambda device: None)
-    inputs, weight = torch.zeros(1, 2, 4, 1, 2048).bfloat16(), torch.zeros(4, 1, 2048, 2048).bfloat16()
+    inputs, weight = (torch.zeros(*s, 2304, dtype=torch.bfloat16) for s in ((1, 2, 4, 1), (4, 1, 2304)))
     with pytest.raises(ArgumentError) as caught:
         dense_rnn("lstm", inputs, weight.requires_grad_(), method="triton")
     text = str(caught.value)
     assert "\n" not in text
-    for part in ("'lstm'", "torch.bfloat16", "d_head up to 1536", "132 multiprocessors", "got 2048", "method='auto'"):
+    for part in ("'lstm'", "torch.bfloat16", "d_head up to 2048", "132 multiprocessors", "got 2304", "method='auto'"):
         assert part in text

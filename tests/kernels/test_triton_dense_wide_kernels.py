@@ -96,7 +96,6 @@ def test_without_bias_state_and_resets(kind, together):
 def test_more_heads_and_rows_than_a_device_has_room_for(together, monkeypatch):
     """Two of four pairs of a head and a block of rows at once."""
     launches = seen(monkeypatch)
-    monkeypatch.setattr(triton_dense_wide, "_BLOCKS_B", (16,))
     monkeypatch.setattr(triton_dense_wide, "chip", lambda device: replace(CHIP, multiprocessors=5))
     inputs, weight, bias, state = arguments("lstm", 17, 3, 2, 12)
     given = ("lstm", inputs, weight, bias, state, resets(17, 3))
@@ -104,15 +103,12 @@ def test_more_heads_and_rows_than_a_device_has_room_for(together, monkeypatch):
     assert launches == [((2, 2), group, 0, steps) for steps in (3, 4) for group in (0, 2)]
 
 
-@pytest.mark.parametrize("stages", [1, 9])
-def test_tiles_of_what_the_others_wrote_are_read_in_stages(stages, together, monkeypatch):
-    """Several tiles of a warp's columns, all read at once or one after the other."""
-    monkeypatch.setattr(triton_dense_wide, "_READ", {8: (1 << 20, (1 << 20) if stages == 1 else 1 << 15)})
+@pytest.mark.parametrize(("chunks", "held", "stage"), [(3, 0, 3), (3, 0, 1), (1, 2, 1)])
+def test_tiles_of_a_warps_columns(chunks, held, stage, together, monkeypatch):
+    """Several of them, whose h or δ is read at once or one after the other, and some held in registers."""
     monkeypatch.setattr(triton_dense_wide, "_BLOCKS_N", {"cuda": (128,)})
     monkeypatch.setattr(triton_dense_wide, "_SUMS", 1 << 20)
-    monkeypatch.setattr(triton_dense_wide, "chip", lambda device: replace(CHIP, shared=1 << 30))
-    one = triton_dense_wide.sizes("gru", True, 260, 1, 2, 8, triton_dense_wide.chip(None))
-    assert (one.chunks, one.stage * stages) == (3, 9)
+    monkeypatch.setattr(triton_dense_wide, "_fitting", lambda *_: (16, chunks, held, stage, 0))
     inputs, weight, bias, state = arguments("gru", 2, 2, 1, 260)
     given = ("gru", inputs, weight / 4, bias, state)
     assert_same(outcome(dense_rnn, *given, method="triton"), outcome(reference_dense_rnn, *given))
