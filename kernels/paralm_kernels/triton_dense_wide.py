@@ -30,7 +30,10 @@ SPLIT = 8
 MOST_LAUNCHES = 4
 """Launches one after the other up to which "auto" takes these kernels: a step of the loop in torch takes longer than
 that many of theirs, and does any number of rows at once."""
-_BLOCKS_B = {"cuda": {2: (4, 8, 16, 32), 4: (4, 8), 8: (16,)}, "hip": {2: (16, 32), 4: (16, 32)}}
+_BLOCKS_B: dict[str, dict[int, tuple[int, ...]]] = {
+    "cuda": {2: (4, 8, 16, 32), 4: (4, 8), 8: (16,)},
+    "hip": {2: (16, 32), 4: (16, 32)},
+}
 _BLOCKS_N = {"cuda": (8, 16, 32), "hip": (16, 32)}
 """Rows, by the bytes of a number, and columns of a program: on AMD's at least what a matrix unit takes, on NVIDIA's in
 float32 no more rows than its compiler has registers for. Float64 is for the interpreter only."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -164,3 +165,37 @@ def test_a_head_too_large_for_the_device_is_refused_in_one_line(monkeypatch):
     assert "\n" not in text
     for part in ("'lstm'", "torch.bfloat16", "d_head up to 2048", "132 multiprocessors", "got 2304", "method='auto'"):
         assert part in text
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter is on")
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_the_barrier_that_is_compiled_orders_what_programs_exchange(backward):
+    """What no run under the interpreter can show: one thread acquires, all its program's then read past the first
+    cache; all have written before one releases."""
+    import triton
+    from paralm_kernels import triton_dense_wide as wide
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    name = f"wide_{'backward' if backward else 'forward'}_kernel elman 1024 bf16"
+    launch = next(x for x in wide.default_launches("bf16") if x.name == name and x.targets == ("sm_90",))
+    aligned = {(launch.function.arg_names.index(at),): [["tt.divisibility", 16]] for at in launch.aligned}
+    source = ASTSource(launch.function, dict(launch.signature), dict(launch.constexprs), aligned)
+    options = {"num_warps": launch.num_warps, "num_stages": 1}
+    text = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+    loop = text[text.index("Loop Header") :]
+    kinds = {
+        "acquire": r"(?:ld|atom)\.global\.gpu\.acquire",
+        "together": r"bar\.sync",
+        "read": r"ld\.global\.cg",
+        "write": r"st\.global",
+        "release": r"(?:red|atom)\.global\.gpu\.release",
+    }
+    found = re.findall("|".join(f"(?P<{kind}>{pattern})" for kind, pattern in kinds.items()), loop)
+    events = [next(kind for kind, match in zip(kinds, groups, strict=True) if match) for groups in found]
+    events = [kind for kind, _ in itertools.groupby(events)]
+    step = events[events.index("acquire") : events.index("release") + 1]
+    assert step[:3] == ["acquire", "together", "read"]
+    assert step[-3:] == ["write", "together", "release"]
+    assert step.count("write") == 1
+    assert "read" not in events[: events.index("acquire")] + events[events.index("release") :]
