@@ -37,8 +37,9 @@ _BLOCKS_B: dict[str, dict[int, tuple[int, ...]]] = {
 _BLOCKS_N = {"cuda": (8, 16, 32), "hip": (16, 32)}
 """Rows, by the bytes of a number, and columns of a program: on AMD's at least what a matrix unit takes, on NVIDIA's in
 float32 no more rows than its compiler has registers for. Float64 is for the interpreter only."""
-_HELD = 4
-"""Tiles of 16 columns of a warp, for every gate, that a program of 16 columns has registers for besides."""
+_HELD = 4 if triton.__version__.startswith("3.7.") else 0
+"""Tiles of 16 columns of a warp, for every gate, that a program of 16 columns has registers for besides. Triton 3.6
+would put them into shared memory all the same, where there is no room; what later ones do was not looked at."""
 _SUMS = 64
 """Registers of a thread for the sums of a step's products."""
 _READ = {2: 1 << 17, 4: 1 << 15, 8: 1 << 20}

@@ -77,7 +77,7 @@ def test_auto_takes_many_multiprocessors_where_one_has_less_shared_memory(kind, 
     ("kind", "dtype", "d_head", "heads", "batch", "launches"),
     [
         ("lstm", torch.bfloat16, 1536, 1, 16, 1),
-        ("lstm", torch.bfloat16, 2048, 1, 16, 1),
+        ("lstm", torch.bfloat16, 2048, 1, 16, 1),  # part of R in registers
         ("lstm", torch.bfloat16, 2064, 1, 16, 0),  # R does not fit
         ("gru", torch.bfloat16, 2112, 1, 1, 1),
         ("lstm", torch.float32, 768, 1, 4, 1),
@@ -88,8 +88,21 @@ def test_auto_takes_many_multiprocessors_where_one_has_less_shared_memory(kind, 
         ("lstm", torch.float64, 256, 1, 1, 0),
     ],
 )
-def test_what_auto_takes_of_an_h100(kind, dtype, d_head, heads, batch, launches):
+def test_what_auto_takes_of_an_h100(kind, dtype, d_head, heads, batch, launches, monkeypatch):
+    from paralm_kernels import triton_dense_wide
+
+    monkeypatch.setattr(triton_dense_wide, "_HELD", 4)  # as with Triton 3.7
+    triton_dense_wide.sizes.cache_clear()
     assert told_for(kind, dtype, d_head, heads, batch) == ["wide_forward_kernel"] * launches
+
+
+def test_another_triton_is_not_asked_to_hold_tiles_in_registers(monkeypatch):
+    from paralm_kernels import triton_dense_wide as wide
+
+    monkeypatch.setattr(wide, "_HELD", 0)
+    wide.sizes.cache_clear()
+    assert (wide.largest("lstm", 2, wide.H100), wide.largest("gru", 2, wide.H100)) == (1536, 2112)
+    wide.sizes.cache_clear()
 
 
 def test_a_large_head_backward_is_told_too():
@@ -158,6 +171,8 @@ def test_a_head_too_large_for_the_device_is_refused_in_one_line(monkeypatch):
     from paralm_kernels import triton_dense
 
     monkeypatch.setattr(triton_dense, "check_device", lambda device: None)
+    monkeypatch.setattr(triton_dense.triton_dense_wide, "_HELD", 4)  # as with Triton 3.7
+    triton_dense.triton_dense_wide.sizes.cache_clear()
     inputs, weight = (torch.zeros(*s, 2304, dtype=torch.bfloat16) for s in ((1, 2, 4, 1), (4, 1, 2304)))
     with pytest.raises(ArgumentError) as caught:
         dense_rnn("lstm", inputs, weight.requires_grad_(), method="triton")
