@@ -91,7 +91,7 @@ def wide(kind, moved):
         ((33, 300, 2, 256), torch.float32, 1e-5),  # several pieces and blocks of rows
         ((4, 300, 1, 512), torch.float32, 1e-5),
         ((16, 100, 1, 768), torch.float32, 1e-5),
-        ((16, 300, 16, 256), torch.float16, 0.01),
+        ((16, 200, 16, 256), torch.float16, 0.01),
         ((16, 600, 1, 768), torch.bfloat16, 0.05),
         ((16, 600, 1, 1024), torch.bfloat16, 0.05),
         ((5, 100, 1, 1536), torch.bfloat16, 0.05),
@@ -127,7 +127,7 @@ def test_large_heads_without_resets(kind, d_head):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", [(16, 2000, 1, 1024), (32, 2000, 4, 256), (1, 2000, 1, 2048)], ids=str)
+@pytest.mark.parametrize("shape", [(16, 1000, 1, 1024), (32, 500, 4, 256), (1, 2000, 1, 2048)], ids=str)
 def test_large_heads_give_the_same_numbers_every_time(kind, shape):
     """What a race between programs would change; also while other work comes and goes on the device."""
     moved = on_gpu(torch.bfloat16, *case(kind, shape, torch.bfloat16))
