@@ -6,7 +6,8 @@ W x is given, computed for the whole sequence at once; what is left is the loop 
 again at every step unless it stays on chip (FlashRNN, arXiv 2412.07752). With one head "lstm", "gru" and "elman" are
 `torch.nn.LSTM`, `torch.nn.GRU` and `torch.nn.RNN`; "slstm" is xLSTM's (arXiv 2405.04517). Faces with one result:
 `reference_dense_rnn`, the loop under autograd; "torch", the loop with its adjoint written out (dense_torch.py);
-"triton", one kernel for the whole sequence (triton_dense.py); "newton", a parallel solve (dense_newton.py).
+"triton", one kernel for the whole sequence (triton_dense.py; large heads: triton_dense_wide.py); "newton", a parallel
+solve (dense_newton.py).
 """
 
 from __future__ import annotations
@@ -59,12 +60,16 @@ def dense_rnn(
     for sLSTM's m. reset: bool (batch, time); where true the state before that step is the initial one and no gradient
     passes. Computed in at least float32; float64 does not mix.
 
-    method: "torch", "triton" (fused kernels on a GPU, R on the chip: d_head up to 128 where inputs and weights have 16
-    bits, 64 in float32; half of that for all but "elman" on NVIDIA's with 99 KiB of shared memory, as L40S), "newton"
-    (all steps of a tile at once, dense_newton.py; the backward pass is the loop), or "auto", the fastest: triton on a
-    GPU where R fits, else torch. Measured on a CPU (benchmarks/dense_rnn.py), "newton"
-    beats the loop only where a step is a few numbers and R is small, so "auto" never takes it. tol, max_iter, tile,
-    on_failure: of "newton", as in `solve`; it looks at every iteration, on a GPU as well.
+    method: "torch", "triton" (fused kernels on a GPU, R on the chip, on one multiprocessor or in slices on many), or
+    "newton" (all steps of a tile at once, dense_newton.py; the backward pass is the loop), or "auto", the fastest:
+    triton on a GPU where R fits, else torch. One multiprocessor takes d_head up to 128 where inputs and weights have 16
+    bits, 64 in float32; half of that for all but "elman" on NVIDIA's with 99 KiB of shared memory, as L40S. Many take,
+    on an H100 and 16 bits (in float32), d_head up to 2048 (768) of "lstm" and "slstm", 1536 with another Triton than
+    3.7; 2112 (1024) of "gru" and 3328 (1536) of "elman"; "auto" only on NVIDIA's, and where not more than four rounds
+    of them are needed for all heads and rows, beyond which the loop's matmuls are likely faster (by a model: no GPU has
+    measured these yet). Measured on a CPU (benchmarks/dense_rnn.py), "newton" beats the loop only where a step is a few
+    numbers and R is small, so "auto" never takes it. tol, max_iter, tile, on_failure: of "newton", as in `solve`; it
+    looks at every iteration, on a GPU as well.
 
     Returns y (batch, time, head, d_head) in the dtype of inputs, and the state in the compute dtype. A backward pass
     keeps the arguments and the states. sLSTM's m is part of the state and has its true gradient. Raises ArgumentError,
@@ -82,15 +87,12 @@ def dense_rnn(
         plan = replace(plan, solve=newton_run(NewtonOptions(tile, tol, max_iter), on_failure))
     if method == "triton" or (method == "auto" and fused.by_default(inputs)):
         kernels = fused.kernels("triton_dense", "dense_rnn: ")
-        largest = kernels.largest(inputs, weight)
-        if weight.shape[-1] <= largest:
-            result: tuple[Tensor, Tensors] = kernels.dense_triton(plan, inputs, weight, bias, begin, reset)
+        way = kernels.way(plan, inputs, weight, asked=method == "triton")
+        if not isinstance(way, str):
+            result: tuple[Tensor, Tensors] = kernels.dense_triton(way, inputs, weight, bias, begin, reset)
             return result
         if method == "triton":
-            raise ArgumentError(
-                f"dense_rnn: method 'triton' takes d_head up to {largest} for inputs in {inputs.dtype} and weights in "
-                f"{weight.dtype} on {weight.device.type}, got {weight.shape[-1]}; use method='auto'"
-            )
+            raise ArgumentError(f"dense_rnn: {way}")
     return dense_torch(plan, inputs, weight, bias, begin, reset)
 
 

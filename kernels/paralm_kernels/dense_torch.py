@@ -234,6 +234,13 @@ def before_of(
     return fresh(kind, tuple(shifted), None if cut is None else cut.t().unsqueeze(-1))
 
 
+def needed_before(kind: DenseKind, before: Tensors, filler: Tensor) -> Tensors:
+    """The parts of a state that a step's transpose looks at, contiguous, three with the filler: GRU's h, and all but h
+    of the others."""
+    needed = before if kind.name == "gru" else before[1:]
+    return (*(part.contiguous() for part in needed), filler, filler, filler)[:3]
+
+
 def _walk_back(
     kind: DenseKind,
     coefficients: Tensors,

@@ -1,5 +1,7 @@
 """Launches the dense recurrences' kernels (triton_dense_kernels.py): forward in one launch, backward in one a piece.
 
+Heads that one multiprocessor does not hold go to many, in triton_dense_wide.py.
+
 The backward pass is dense_torch.py's with its loop over time replaced: rows are made again with one matmul for a piece,
 the kernel turns them into their gradients from the last step to the first, and ∂R is one matmul of the piece; no atomic
 sums, so the same numbers every time. With inputs and weights in bfloat16 or float16 the products take h and δ rounded
@@ -11,19 +13,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import triton_dense_wide
 from .autocast import no_autocast
 from .dense_cells import KINDS, DenseKind, Tensors
-from .dense_torch import DensePlan, pull_back
+from .dense_torch import DensePlan, Walk, needed_before, pull_back
 from .once import once_differentiable
 from .triton_dense_kernels import backward_kernel, forward_kernel
-from .triton_launch import COMPUTE, Launch, on_device
+from .triton_launch import COMPUTE, DOT, Launch, on_device
 from .triton_solver import check_device, interpreted
 
 BLOCK_BATCH = 16
@@ -35,14 +38,31 @@ _GATE, _REST = 1 << 15, 1 << 13
 _MAXNREG = {("lstm", 64): 208, ("slstm", 32): 208}
 """Registers of a thread of backward in float32 on NVIDIA, by kind and BLOCK_D, where its compiler would rather spill
 one or two than take more than 128."""
-_DOT = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
 
 
-def largest(inputs: Tensor, weight: Tensor) -> int:
-    """The largest d_head that the kernels take with these dtypes and gates on this device; 0 for float64 on one."""
-    dtype = _operand(inputs, weight)
+def way(plan: DensePlan, inputs: Tensor, weight: Tensor, asked: bool) -> Way | str:
+    """How the kernels run these checked arguments, for `dense_triton`; or why they do not, or, unless they are asked
+    for, why something else is likely faster. Raises ArgumentError on a CPU that does not interpret."""
+    dtype, kind = _operand(inputs, weight), plan.kind.name
     if dtype == torch.float64 and weight.device.type != "cpu":
-        return 0
+        return "method 'triton' has no float64 on a GPU; use method='auto' or float32"
+    check_device(inputs.device)
+    fits = largest(weight, dtype)
+    if weight.shape[-1] <= fits:
+        return Small(plan, weight.shape[-1], dtype)
+    wide = triton_dense_wide.Wide(plan, inputs.shape, dtype, weight.device)
+    if not wide.fits:
+        most = max(fits, triton_dense_wide.largest(kind, dtype.itemsize, wide.on))
+        return (
+            f"method 'triton' keeps R on the chip: of {kind!r} with products in {dtype} d_head up to {most} on this "
+            f"device ({wide.on.multiprocessors} multiprocessors, {wide.on.shared} bytes of shared memory each), got "
+            f"{weight.shape[-1]}; use method='auto' or more heads"
+        )
+    return wide if asked or wide.fast else "the loop in torch takes as many rows at once as there are"
+
+
+def largest(weight: Tensor, dtype: torch.dtype) -> int:
+    """The largest d_head of which one multiprocessor of R's device holds R, in the dtype of the products."""
     fits = weight.shape[0] * _GATE + _REST <= _room(weight.device)
     return LARGEST[dtype.itemsize] // (1 if fits else 2)
 
@@ -61,20 +81,17 @@ def _operand(inputs: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def dense_triton(
-    plan: DensePlan, inputs: Tensor, weight: Tensor, bias: Tensor | None, state: Tensors, reset: Tensor | None
+    way: Way, inputs: Tensor, weight: Tensor, bias: Tensor | None, state: Tensors, reset: Tensor | None
 ) -> tuple[Tensor, Tensors]:
-    """y and the final state of checked arguments that fit, differentiable. Raises ArgumentError on a CPU that does not
-    interpret."""
-    check_device(inputs.device)
-    y, *end = _Dense.apply(plan, inputs, weight.to(_operand(inputs, weight)), bias, reset, *state)
+    """y and the final state of checked arguments, differentiable."""
+    y, *end = _Dense.apply(way, inputs, weight.to(_operand(inputs, weight)), bias, reset, *state)
     return y, tuple(end)
 
 
-def _options(weight: Tensor, plan: DensePlan) -> dict[str, Any]:
+def _options(plan: DensePlan, d_head: int, dtype: torch.dtype) -> dict[str, Any]:
     """The constants that both kernels share, and their warps."""
-    d_head = weight.shape[-1]
     vendor = "hip" if torch.version.hip else "cuda"
-    constants = _constants(plan.kind, d_head, _DOT[weight.dtype], COMPUTE[plan.dtype], vendor)
+    constants = _constants(plan.kind, d_head, DOT[dtype], COMPUTE[plan.dtype], vendor)
     if interpreted():
         constants["PRECISION"] = "wide"
     return {**constants, "num_warps": _warps(constants["BLOCK_D"], vendor), "num_stages": 1}
@@ -102,29 +119,73 @@ def _grid(batch: int, heads: int) -> tuple[int, int]:
     return triton.cdiv(batch, BLOCK_BATCH), heads
 
 
+class Way(Protocol):
+    """The loops over time by kernels, forward and backward: `Small` or triton_dense_wide.Wide."""
+
+    plan: DensePlan
+
+    def forward(
+        self, inputs: Tensor, weight: Tensor, bias: Tensor | None, reset: Tensor | None, begin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """y (batch, time, head, d_head), the trajectory (state, head, time, batch, d_head) if the plan keeps it, and
+        the last state. weight: in the dtype of the products; begin: (state, head, batch, d_head), as the last."""
+
+    def walk(self, weight: Tensor, reset: Tensor | None, came: Tensor | None) -> Walk:
+        """The loop over a piece for dense_torch.pull_back; came: the gradient of y."""
+
+
 class _Dense(torch.autograd.Function):
     """As dense_torch's, by the kernels."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        plan: DensePlan,
+        way: Way,
         inputs: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         reset: Tensor | None,
         *state: Tensor,
     ) -> tuple[Tensor, ...]:
+        begin = torch.stack([part.to(way.plan.dtype).transpose(0, 1) for part in state])
+        y, kept, end = way.forward(inputs, weight, bias, reset, begin)
+        ctx.way, ctx.state_dtypes = way, [part.dtype for part in state]
+        if way.plan.keep:
+            ctx.save_for_backward(inputs, weight, bias, reset, begin, kept)
+        ctx.set_materialize_grads(False)
+        return (y, *(part.transpose(0, 1).contiguous() for part in end.unbind(0)))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor | None, *grad_final: Tensor | None) -> tuple[Tensor | None, ...]:
+        inputs, weight, bias, reset, begin, kept = ctx.saved_tensors
+        walk = ctx.way.walk(weight, reset, grad_y)
+        trajectory = (begin.unbind(0), kept.unbind(0))
+        with no_autocast(inputs):
+            grads = pull_back(ctx.way.plan, inputs, weight, bias, reset, *trajectory, grad_y, grad_final, walk)
+        to_state = (grad.to(dtype) for grad, dtype in zip(grads[3], ctx.state_dtypes, strict=True))
+        return None, *grads[:3], None, *to_state
+
+
+class Small:
+    """Of heads whose R one multiprocessor holds: a program for a head and some rows."""
+
+    def __init__(self, plan: DensePlan, d_head: int, dtype: torch.dtype) -> None:
+        self.plan, self.options = plan, _options(plan, d_head, dtype)
+
+    def forward(
+        self, inputs: Tensor, weight: Tensor, bias: Tensor | None, reset: Tensor | None, begin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Way`."""
         batch, time, _, heads, d_head = inputs.shape
-        begin = torch.stack([part.to(plan.dtype).transpose(0, 1) for part in state])
         y = torch.empty((batch, time, heads, d_head), dtype=inputs.dtype, device=inputs.device)
-        steps = time if plan.keep else 1
-        kept = torch.empty((len(state), heads, steps, batch, d_head), dtype=plan.dtype, device=inputs.device)
+        steps = time if self.plan.keep else 1
+        kept = begin.new_empty((len(begin), heads, steps, batch, d_head))
         with on_device(inputs.device):
             forward_kernel[_grid(batch, heads)](
                 inputs.contiguous(),
                 weight.contiguous(),
-                begin if bias is None else bias.to(plan.dtype).contiguous(),
+                begin if bias is None else bias.to(self.plan.dtype).contiguous(),
                 begin,
                 begin if reset is None else reset.contiguous().view(torch.uint8),
                 y,
@@ -134,65 +195,46 @@ class _Dense(torch.autograd.Function):
                 heads,
                 HAS_BIAS=bias is not None,
                 HAS_RESET=reset is not None,
-                KEEP=plan.keep,
-                **_options(weight, plan),
-            )
-        ctx.plan, ctx.state_dtypes = plan, [part.dtype for part in state]
-        if plan.keep:
-            ctx.save_for_backward(inputs, weight, bias, reset, begin, kept)
-        ctx.set_materialize_grads(False)
-        return (y, *(part[:, -1].transpose(0, 1).contiguous() for part in kept.unbind(0)))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor | None, *grad_final: Tensor | None) -> tuple[Tensor | None, ...]:
-        inputs, weight, bias, reset, begin, kept = ctx.saved_tensors
-        walk = _Walk(ctx.plan, weight, reset, grad_y)
-        trajectory = (begin.unbind(0), kept.unbind(0))
-        with no_autocast(inputs):
-            grads = pull_back(ctx.plan, inputs, weight, bias, reset, *trajectory, grad_y, grad_final, walk)
-        to_state = (grad.to(dtype) for grad, dtype in zip(grads[3], ctx.state_dtypes, strict=True))
-        return None, *grads[:3], None, *to_state
-
-
-class _Walk:
-    """The backward loop over a piece, by the kernel."""
-
-    def __init__(self, plan: DensePlan, weight: Tensor, reset: Tensor | None, grad_y: Tensor | None) -> None:
-        self.kind, self.options = plan.kind, _options(weight, plan)
-        bound = _bound(self.options, "hip" if torch.version.hip else "cuda")
-        if bound is not None:
-            self.options["maxnreg"] = bound
-        self.weight = weight.contiguous()
-        self.reset = None if reset is None else reset.contiguous().view(torch.uint8)
-        self.came = None if grad_y is None else grad_y.contiguous()
-
-    def __call__(self, rows: Tensor, before: Tensors, grads: Tensors, start: int, whole: int) -> Tensors:
-        """rows become their gradients; returns those of the state before the piece, (head, batch, d_head)."""
-        heads, time, batch = rows.shape[:3]
-        after = torch.stack(grads)
-        to = torch.empty_like(after)
-        needed = before if self.kind.name == "gru" else before[1:]
-        given = [part.contiguous() for part in needed] + [rows] * (3 - len(needed))
-        with on_device(rows.device):
-            backward_kernel[_grid(batch, heads)](
-                rows,
-                *given,
-                self.weight,
-                rows if self.reset is None else self.reset,
-                rows if self.came is None else self.came,
-                after,
-                to,
-                time,
-                batch,
-                heads,
-                whole,
-                start,
-                HAS_RESET=self.reset is not None,
-                HAS_CAME=self.came is not None,
+                KEEP=self.plan.keep,
                 **self.options,
             )
-        return to.unbind(0)
+        return y, kept, kept[:, :, -1]
+
+    def walk(self, weight: Tensor, reset: Tensor | None, came: Tensor | None) -> Walk:
+        """See `Way`."""
+        kind, options = self.plan.kind, dict(self.options)
+        bound = _bound(options, "hip" if torch.version.hip else "cuda")
+        if bound is not None:
+            options["maxnreg"] = bound
+        matrix = weight.contiguous()
+        resets = None if reset is None else reset.contiguous().view(torch.uint8)
+        arrived = None if came is None else came.contiguous()
+
+        def walk(rows: Tensor, before: Tensors, grads: Tensors, start: int, whole: int) -> Tensors:
+            heads, time, batch = rows.shape[:3]
+            after = torch.stack(grads)
+            to = torch.empty_like(after)
+            with on_device(rows.device):
+                backward_kernel[_grid(batch, heads)](
+                    rows,
+                    *needed_before(kind, before, rows),
+                    matrix,
+                    rows if resets is None else resets,
+                    rows if arrived is None else arrived,
+                    after,
+                    to,
+                    time,
+                    batch,
+                    heads,
+                    whole,
+                    start,
+                    HAS_RESET=resets is not None,
+                    HAS_CAME=arrived is not None,
+                    **options,
+                )
+            return to.unbind(0)
+
+        return walk
 
 
 _CHECKED = {"bf16": (128, 64), "fp16": (128, 64), "fp32": (64, 32), "fp64": ()}
@@ -202,13 +244,15 @@ _ALIKE = {"x_ptr", "y_ptr", "weight_ptr", "came_ptr"}
 
 
 def default_launches(dtypes: Sequence[str] = ("bf16", "fp32")) -> list[Launch]:
-    """Every kind's kernels at the largest d_head that they take, and sLSTM's at half of it, for each vendor."""
+    """Every kind's kernels at the largest d_head that one multiprocessor takes, and sLSTM's at half of it, for each
+    vendor; and those of large heads."""
     launches = []
     for given in dtypes:
         for vendor, targets in (("cuda", ("sm_80", "sm_90")), ("hip", ("gfx942",))):
             for index, d_head in enumerate(_CHECKED[given]):
                 for kind in KINDS.values() if index == 0 else [KINDS["slstm"]]:
                     launches += _launches(kind, given, d_head, vendor, targets)
+        launches += triton_dense_wide.default_launches(given)
     return launches
 
 

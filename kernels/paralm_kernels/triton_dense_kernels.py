@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from . import triton_math as tm
+from .triton_dense_cells import cut_grads, cut_state, factors, hidden, product, pull
 
 
 @triton.jit
@@ -20,22 +21,6 @@ def matrix(weight_ptr, gate, head, heads, D: tl.constexpr, BLOCK_D: tl.constexpr
     inside = (row < D) & (column < D)
     at = column * D + row if TRANSPOSED else row * D + column
     return tl.load(weight_ptr + (gate * heads + head).to(tl.int64) * D * D + at, mask=inside, other=0.0)
-
-
-@triton.jit
-def product(a, b, total, DOT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr):
-    """total + a · b, of operands in DOT, summed in COMPUTE. The interpreter multiplies bfloat16 as if it were whole
-    numbers: there, PRECISION "wide", the rounded operands are widened first, which changes nothing else."""
-    if PRECISION == "wide":
-        return total + tl.dot(a.to(DOT).to(COMPUTE), b.to(COMPUTE), out_dtype=COMPUTE)
-    else:
-        return total + tl.dot(a.to(DOT), b, input_precision=PRECISION, out_dtype=COMPUTE)
-
-
-@triton.jit
-def log_sigmoid(x):
-    """log σ(x), exact in both tails."""
-    return tm.minimum(x, tl.zeros_like(x)) - tm.log1p(tm.exp(-tl.abs(x)))
 
 
 @triton.jit
@@ -131,12 +116,7 @@ def forward_kernel(
                 next3 = tl.load(x_at + 3 * one_gate + x_tile, mask=ahead, other=0.0)
         if HAS_RESET:
             cut = (tl.load(reset_at + t, mask=rows < batches, other=0) != 0)[:, None]
-            h = tl.where(cut, 0.0, h)
-            if four:
-                c = tl.where(cut, 0.0, c)
-            if KIND == "slstm":
-                n = tl.where(cut, 0.0, n)
-                m = tl.where(cut, -float("inf"), m)
+            h, c, n, m = cut_state(cut, h, c, n, m, KIND)
         if KIND == "elman":
             h = tm.tanh(product(h, r0, biased(x0, bias_at, d, D, COMPUTE, HAS_BIAS), DOT, COMPUTE, PRECISION))
         elif KIND == "gru":
@@ -154,19 +134,13 @@ def forward_kernel(
             # In the order in which they are used up: the fewer live at once, the fewer registers.
             f = product(h, r1, biased(x1, bias_at + 1 * one_gate, d, D, COMPUTE, HAS_BIAS), DOT, COMPUTE, PRECISION)
             i = product(h, r0, biased(x0, bias_at, d, D, COMPUTE, HAS_BIAS), DOT, COMPUTE, PRECISION)
-            if KIND == "lstm":
-                forget, write = tm.sigmoid(f), tm.sigmoid(i)
-            else:
-                past = log_sigmoid(f) + m
-                m = tl.where(past >= i, past, i)
-                forget, write = tm.exp(past - m), tm.exp(i - m)
-                n = forget * n + write
+            forget, write, n, m = factors(i, f, n, m, KIND)
             z = product(h, r2, biased(x2, bias_at + 2 * one_gate, d, D, COMPUTE, HAS_BIAS), DOT, COMPUTE, PRECISION)
             c = forget * c + write * tm.tanh(z)
             o = tm.sigmoid(
                 product(h, r3, biased(x3, bias_at + 3 * one_gate, d, D, COMPUTE, HAS_BIAS), DOT, COMPUTE, PRECISION)
             )
-            h = o * tm.tanh(c) if KIND == "lstm" else o * c / n
+            h = hidden(o, c, n, KIND)
         tl.store(y_at + y_tile, h.to(y_ptr.dtype.element_ty), mask=inside)
         y_at += one_gate
         tl.store(kept_at + tile, h, mask=inside)
@@ -247,78 +221,36 @@ def backward_kernel(
         gm = tl.load(grads_at + tile + 3 * size, mask=inside, other=0.0)
     for back in range(time):
         row0 = tl.load(rows_at + rows_tile, mask=inside, other=0.0)
+        row1, row2, row3 = row0, row0, row0
         if KIND != "elman":
             row1 = tl.load(rows_at + D + rows_tile, mask=inside, other=0.0)
             row2 = tl.load(rows_at + 2 * D + rows_tile, mask=inside, other=0.0)
             row3 = tl.load(rows_at + 3 * D + rows_tile, mask=inside, other=0.0)
         if HAS_CAME:
             gh += tl.load(came_at + came_tile, mask=inside, other=0.0).to(COMPUTE)
-        if KIND == "elman":
-            h = tm.tanh(row0)
-            to0 = gh * (1.0 - h * h)
-            gh = product(to0, r0, zero, DOT, COMPUTE, PRECISION)
-            tl.store(rows_at + rows_tile, to0, mask=inside)
-        elif KIND == "gru":
-            h = tl.load(before0_at + tile, mask=inside, other=0.0)
-            r, z = tm.sigmoid(row0), tm.sigmoid(row1)
-            candidate = tm.tanh(row3 + r * row2)
-            to3 = gh * (1.0 - z) * (1.0 - candidate * candidate)
-            to2 = to3 * r
-            to0 = to2 * row2 * (1.0 - r)
-            to1 = gh * (h - candidate) * z * (1.0 - z)
-            tl.store(rows_at + rows_tile, to0, mask=inside)
+        before0, before1, before2 = zero, zero, zero
+        if KIND != "elman":
+            before0 = tl.load(before0_at + tile, mask=inside, other=0.0)
+        if KIND == "slstm":
+            before1 = tl.load(before1_at + tile, mask=inside, other=0.0)
+            before2 = tl.load(before2_at + tile, mask=inside, other=0.0)
+        to0, to1, to2, to3, gh, gc, gn, gm = pull(
+            gh, gc, gn, gm, row0, row1, row2, row3, before0, before1, before2, KIND
+        )
+        tl.store(rows_at + rows_tile, to0, mask=inside)
+        if KIND != "elman":
             tl.store(rows_at + D + rows_tile, to1, mask=inside)
             tl.store(rows_at + 2 * D + rows_tile, to2, mask=inside)
             tl.store(rows_at + 3 * D + rows_tile, to3, mask=inside)
-            gh = product(to0, r0, gh * z, DOT, COMPUTE, PRECISION)
+        gh = product(to0, r0, gh, DOT, COMPUTE, PRECISION)
+        if KIND != "elman":
             gh = product(to1, r1, gh, DOT, COMPUTE, PRECISION)
             gh = product(to2, r2, gh, DOT, COMPUTE, PRECISION)
-        else:
-            c = tl.load(before0_at + tile, mask=inside, other=0.0)
-            if KIND == "lstm":
-                i, f, z = tm.sigmoid(row0), tm.sigmoid(row1), tm.tanh(row2)
-                tanh_c = tm.tanh(f * c + i * z)
-                o = tm.sigmoid(row3)
-                to3 = gh * o
-                gc += to3 * (1.0 - tanh_c * tanh_c)
-                to3 = to3 * tanh_c * (1.0 - o)
-                to1 = gc * f
-                to2 = gc * i
-                to0 = to2 * z * (1.0 - i)
-                gc, to1 = to1, to1 * c * (1.0 - f)
-                to2 = to2 * (1.0 - z * z)
-            else:
-                n = tl.load(before1_at + tile, mask=inside, other=0.0)
-                m = tl.load(before2_at + tile, mask=inside, other=0.0)
-                z, o = tm.tanh(row2), tm.sigmoid(row3)
-                excess = log_sigmoid(row1) + m - row0
-                forget, write = tm.exp(tl.where(excess < 0, excess, 0.0)), tm.exp(tl.where(excess < 0, 0.0, -excess))
-                after = forget * n + write
-                h = o * (forget * c + write * z) / after
-                gc += gh * o / after
-                gn -= gh * h / after
-                by_forget, by_write = (gc * c + gn * n) * forget, (gc * z + gn) * write
-                g_past = tl.where(excess < 0, by_forget, gm - by_write)
-                to0 = gm - g_past
-                to1 = g_past * tm.sigmoid(-row1)
-                to2 = gc * write * (1.0 - z * z)
-                to3 = gh * h * (1.0 - o)
-                gc, gn, gm = gc * forget, gn * forget, g_past
-            tl.store(rows_at + rows_tile, to0, mask=inside)
-            tl.store(rows_at + D + rows_tile, to1, mask=inside)
-            tl.store(rows_at + 2 * D + rows_tile, to2, mask=inside)
-            tl.store(rows_at + 3 * D + rows_tile, to3, mask=inside)
-            gh = product(to0, r0, zero, DOT, COMPUTE, PRECISION)
-            gh = product(to1, r1, gh, DOT, COMPUTE, PRECISION)
-            gh = product(to2, r2, gh, DOT, COMPUTE, PRECISION)
-            gh = product(to3, r3, gh, DOT, COMPUTE, PRECISION)
+            if four:
+                gh = product(to3, r3, gh, DOT, COMPUTE, PRECISION)
         if HAS_RESET:
             cut = (tl.load(reset_at + (time - 1 - back), mask=rows < batches, other=0) != 0)[:, None]
-            gh = tl.where(cut, 0.0, gh)
-            if four:
-                gc = tl.where(cut, 0.0, gc)
-            if KIND == "slstm":
-                gn, gm = tl.where(cut, 0.0, gn), tl.where(cut, 0.0, gm)
+            gh, gc, gn, gm = cut_grads(cut, gh, gc, gn, gm, KIND)
         rows_at -= step * width
         before0_at -= step
         before1_at -= step

@@ -20,6 +20,7 @@ from .problem import Problem
 from .triton_template import Names
 
 COMPUTE = {torch.float32: tl.float32, torch.float64: tl.float64}
+DOT = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, **COMPUTE}
 TINY = {tl.float32: 2.0**-64, tl.float64: 2.0**-100}
 """A product of Jacobians this small is not followed further back: what it multiplies is not seen beside the rest."""
 WALK_BLOCK = 64

@@ -86,6 +86,14 @@ for kind, (batch, time, heads) in {"elman": (1, 1, 1), "gru": (1, 3, 2), "lstm":
     back(y, *end)
 """
 
+WIDE = """
+for kind, (batch, time, heads) in {"elman": (1, 1, 1), "gru": (1, 3, 2), "lstm": (2, 2, 1), "slstm": (1, 2, 1)}.items():
+    cell = paralm_kernels.dense_cells.KINDS[kind]
+    weight = random(len(cell.gates), heads, 256, 256)
+    y, end = paralm_kernels.dense_rnn(kind, random(batch, time, len(cell.gates), heads, 256), weight, method="triton")
+    back(y, *end)
+"""
+
 CHUNKWISE = """
 for normalized in (False, True):
     for batch, time, heads in ((1, 1, 1), (1, 40, 2)):
@@ -122,6 +130,7 @@ CASES = {
     "conv": (CONV, {"conv_kernel", "conv_backward_kernel"}),
     "norm": (NORM, {"norm_kernel", "norm_backward_kernel", "swiglu_kernel", "swiglu_backward_kernel", "rotate_kernel"}),
     "dense": (DENSE, {"forward_kernel", "backward_kernel"}),
+    "dense of large heads": (WIDE, {"wide_forward_kernel", "wide_backward_kernel"}),
     "chunkwise": (CHUNKWISE, {"states_kernel", "outputs_kernel", "grad_states_kernel", "grad_q_kernel"}),
 }
 

@@ -10,7 +10,7 @@ import os
 
 import pytest
 import torch
-from paralm_kernels import ArgumentError, dense_rnn, dense_torch, reference_dense_rnn
+from paralm_kernels import dense_rnn, dense_torch, reference_dense_rnn
 from paralm_kernels.dense_cells import KINDS
 
 from tests.kernels.test_dense_rnn import assert_same, attached, normal, outcome, score
@@ -156,17 +156,3 @@ def test_strided_arguments():
                 weight, bias, state, method="triton"),
         outcome(reference_dense_rnn, "lstm", inputs, weight, bias, state),
     )  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("dtype", "d_head", "largest"), [(torch.float32, 65, 64), (torch.bfloat16, 129, 128), (torch.float64, 65, 64)]
-)
-def test_what_does_not_fit_is_refused_by_name(dtype, d_head, largest):
-    inputs, weight, bias, _ = arguments("elman", batch=1, time=2, heads=1, d_head=d_head, dtype=dtype)
-    with pytest.raises(ArgumentError) as caught:
-        dense_rnn("elman", inputs, weight, bias, method="triton")
-    text = str(caught.value)
-    assert "\n" not in text
-    for part in (f"d_head up to {largest}", str(dtype), f"got {d_head}", "method='auto'"):
-        assert part in text
-    dense_rnn("elman", inputs, weight, bias)
