@@ -61,6 +61,8 @@ def ours(name: str, keys: dict[str, Any], d_model: int, device: str, dtype: torc
     from paralm.models import build_mixer
     from paralm.models.parameters import initialize
 
+    if device == "cpu":
+        keys = {key: value for key, value in keys.items() if value != "triton"}
     mixer = build_mixer({"name": name, **keys}, ModelConfig(d_model=d_model), 0)
     with torch.no_grad():
         initialize(mixer, 0)
@@ -160,8 +162,8 @@ def titans_pytorch(chunk: int, batch: int | None, d_model: int, device: str, dty
 
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "lstm, 1 head": ("lstm", {"n_heads": 1}),
-    "gru, 1 head": ("gru", {"n_heads": 1}),
+    "lstm, 1 head": ("lstm", {"n_heads": 1, "method": "triton"}),
+    "gru, 1 head": ("gru", {"n_heads": 1, "method": "triton"}),
     "titans_memory, chunks of 2048": ("titans_memory", {"chunk_size": 2048}),
 }
 """Ours with keys that a comparison asks for, beside every mixer with its default keys."""

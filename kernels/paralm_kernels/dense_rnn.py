@@ -62,14 +62,14 @@ def dense_rnn(
 
     method: "torch", "triton" (fused kernels on a GPU, R on the chip, on one multiprocessor or in slices on many), or
     "newton" (all steps of a tile at once, dense_newton.py; the backward pass is the loop), or "auto", the fastest:
-    triton on a GPU where R fits, else torch. One multiprocessor takes d_head up to 128 where inputs and weights have 16
-    bits, 64 in float32; half of that for all but "elman" on NVIDIA's with 99 KiB of shared memory, as L40S. Many take,
-    on an H100 and 16 bits (in float32), d_head up to 2048 (768) of "lstm" and "slstm", 1536 with another Triton than
-    3.7; 2112 (1024) of "gru" and 3328 (1536) of "elman"; "auto" only on NVIDIA's, and where not more than four rounds
-    of them are needed for all heads and rows, beyond which the loop's matmuls are likely faster (by a model: no GPU has
-    measured these yet). Measured on a CPU (benchmarks/dense_rnn.py), "newton" beats the loop only where a step is a few
-    numbers and R is small, so "auto" never takes it. tol, max_iter, tile, on_failure: of "newton", as in `solve`; it
-    looks at every iteration, on a GPU as well.
+    triton on a GPU where R fits one multiprocessor, else torch. One takes d_head up to 128 where inputs and weights
+    have 16 bits, 64 in float32; half of that for all but "elman" on NVIDIA's with 99 KiB of shared memory, as L40S.
+    Many take, on an H100 and 16 bits (in float32), d_head up to 2048 (768) of "lstm" and "slstm", 1536 with another
+    Triton than 3.7; 2112 (1024) of "gru" and 3328 (1536) of "elman"; "auto" leaves those to torch until a GPU has run
+    them, and then takes them on NVIDIA's, where not more than four rounds are needed for all heads and rows (by a
+    model). Measured on a CPU (benchmarks/dense_rnn.py), "newton" beats the loop only where a step is a few numbers and
+    R is small, so "auto" never takes it. tol, max_iter, tile, on_failure: of "newton", as in `solve`; it looks at every
+    iteration, on a GPU as well.
 
     Returns y (batch, time, head, d_head) in the dtype of inputs, and the state in the compute dtype. A backward pass
     keeps the arguments and the states. sLSTM's m is part of the state and has its true gradient. Raises ArgumentError,

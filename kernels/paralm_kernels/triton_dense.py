@@ -58,7 +58,7 @@ def way(plan: DensePlan, inputs: Tensor, weight: Tensor, asked: bool) -> Way | s
             f"device ({wide.on.multiprocessors} multiprocessors, {wide.on.shared} bytes of shared memory each), got "
             f"{weight.shape[-1]}; use method='auto' or more heads"
         )
-    return wide if asked or wide.fast else "the loop in torch takes as many rows at once as there are"
+    return wide if asked or wide.fast else "more than one multiprocessor holds is for method 'triton' alone as yet"
 
 
 def largest(weight: Tensor, dtype: torch.dtype) -> int:

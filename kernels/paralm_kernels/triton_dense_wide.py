@@ -27,6 +27,9 @@ from .triton_solver import interpreted
 
 SPLIT = 8
 """Warps, among which the columns that a product sums over are shared out."""
+AUTO = False
+"""Whether "auto" takes these kernels at all: not before a GPU has passed tests/kernels/test_gpu_dense.py. Programs that
+wait for each other hang where something is wrong."""
 MOST_LAUNCHES = 4
 """Launches one after the other up to which "auto" takes these kernels: a step of the loop in torch takes longer than
 that many of theirs, and does any number of rows at once."""
@@ -164,9 +167,11 @@ class Wide:
 
     @property
     def fast(self) -> bool:
-        """Whether it fits and is likely faster than the loop in torch."""
+        """Whether "auto" may take it, it fits and is likely faster than the loop in torch."""
         pair = (self.forwards, self.backwards)
-        return self.on.vendor == "cuda" and all(one is not None and one.launches <= MOST_LAUNCHES for one in pair)
+        return (
+            AUTO and self.on.vendor == "cuda" and all(one is not None and one.launches <= MOST_LAUNCHES for one in pair)
+        )
 
     def forward(
         self, inputs: Tensor, weight: Tensor, bias: Tensor | None, reset: Tensor | None, begin: Tensor

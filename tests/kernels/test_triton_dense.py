@@ -69,6 +69,8 @@ def test_auto_takes_many_multiprocessors_where_one_has_less_shared_memory(kind, 
 
     monkeypatch.setattr(triton_dense, "_room", lambda device: L40S, raising=False)
     monkeypatch.setattr(triton_dense_wide, "chip", lambda device: triton_dense_wide.Chip(142, L40S))
+    assert told_for(kind, dtype, most) == ["forward_kernel"] * (kind == "elman"), "large heads are asked for by name"
+    monkeypatch.setattr(triton_dense_wide, "AUTO", True)
     assert told_for(kind, dtype, most) == ["forward_kernel" if kind == "elman" else "wide_forward_kernel"]
     assert told_for(kind, dtype, most // 2) == ["forward_kernel"]
 
@@ -93,6 +95,8 @@ def test_what_auto_takes_of_an_h100(kind, dtype, d_head, heads, batch, launches,
 
     monkeypatch.setattr(triton_dense_wide, "_HELD", 4)  # as with Triton 3.7
     triton_dense_wide.sizes.cache_clear()
+    assert told_for(kind, dtype, d_head, heads, batch) == []
+    monkeypatch.setattr(triton_dense_wide, "AUTO", True)
     assert told_for(kind, dtype, d_head, heads, batch) == ["wide_forward_kernel"] * launches
 
 
@@ -105,7 +109,10 @@ def test_another_triton_is_not_asked_to_hold_tiles_in_registers(monkeypatch):
     wide.sizes.cache_clear()
 
 
-def test_a_large_head_backward_is_told_too():
+def test_a_large_head_backward_is_told_too(monkeypatch):
+    from paralm_kernels import triton_dense_wide
+
+    monkeypatch.setattr(triton_dense_wide, "AUTO", True)
     inputs, weight = (torch.empty(*s, 256, device="meta", requires_grad=True) for s in ((2, 300, 3, 1), (3, 1, 256)))
     told = []
     with dry_run(lambda name, tensors, pointwise: told.append(name)):
