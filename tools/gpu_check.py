@@ -4,10 +4,11 @@
     python3 tools/gpu_check.py --wheels .wheels --minutes 9     where torch and Triton are all there is, and no registry
                                                                 (`make gpu-wheels` elsewhere made the folder .wheels)
 
-tests   pytest -m gpu: every kernel against float64
+tests   pytest -m gpu: every kernel against float64, but for
 solver  benchmarks/gpu_solver.py
 mixers  benchmarks/gpu_mixers.py
 plan    benchmarks/gpu_plan.py
+waits   those whose programs wait for each other, which may hang where something is wrong
 
 With --minutes each part has its share of what is left, and what it has measured by then is written; with --parts only
 these run, in the order given. Results go to benchmarks/results, or to $OUT. 0 when all went through, 1 otherwise, 2 for
@@ -51,13 +52,14 @@ class Part:
 
 
 def parts(jobs: int) -> dict[str, Part]:
-    """All of them, the most telling first."""
-    tests = ("-m", "pytest", "-q", "-n", str(jobs), "--dist", "worksteal", "-m", "gpu", "tests/kernels")
+    """All of them, the most telling first, and last what may keep the device."""
+    tests = ("-m", "pytest", "-q", "-n", str(jobs), "--dist", "worksteal", "-m", "gpu", "tests/kernels", "-k")
     return {
-        "tests": Part(tests, 3.0, ("--maxfail=20",), timed=False),
+        "tests": Part((*tests, "not large_heads"), 3.0, ("--maxfail=20",), timed=False),
         "solver": Part(("benchmarks/gpu_solver.py",), 3.0, ("--runs=10", "--seconds=0.5"), peers="solver"),
         "mixers": Part(("benchmarks/gpu_mixers.py",), 2.0, (*MIXERS, "--lengths", "2048", "16384")),
         "plan": Part(("benchmarks/gpu_plan.py",), 2.0),
+        "waits": Part((*tests, "large_heads"), 1.5, ("--maxfail=20",), timed=False),
     }
 
 

@@ -229,9 +229,9 @@ class _Segment:
         p, pieces = self.problem, self.pieces
         each = -(-self.chunks // pieces)
         parts = "sn" if p.plan.normalized else "s"
-        shapes = [(p.rows, pieces, *x.shape[2:]) for x, _ in zip(begin, parts, strict=False)]
-        ends = [p.empty(*shape) for shape in shapes]
-        starts = [p.empty(*shape) for shape in shapes] if pieces > 1 else [x.contiguous() for x in begin[: len(parts)]]
+        begin = [x.contiguous() for x in begin[: len(parts)]]
+        ends = [p.empty(p.rows, pieces, *x.shape[2:]) for x in begin]
+        starts = [torch.zeros_like(end) for end in ends] if pieces > 1 else begin
 
         def run(store: bool) -> None:
             for name, start, end in zip(parts, starts, ends, strict=True):
@@ -240,12 +240,10 @@ class _Segment:
 
         order = list(range(pieces)) if kernel == "states_kernel" else list(range(pieces))[::-1]
         if pieces > 1:
-            for start in starts:
-                start.zero_()
             run(store=False)
             keep = torch.nn.functional.pad(self.given["keep_ptr"], (0, pieces * each - self.chunks), value=1.0)
             keep = keep.unflatten(1, (pieces, each)).prod(-1)
-            for start, end, first in zip(starts, ends, begin, strict=False):
+            for start, end, first in zip(starts, ends, begin, strict=True):
                 decay = keep.view(p.rows, pieces, *[1] * (start.ndim - 2))
                 start[:, order[0]] = first.flatten(0, 1)
                 for before, piece in itertools.pairwise(order):
@@ -253,7 +251,7 @@ class _Segment:
                 end[:, order[-1]].addcmul_(start[:, order[-1]], decay[:, order[-1]])
         if pieces == 1 or store:
             run(store)
-        return tuple(end[:, order[-1]].contiguous().view(first.shape) for end, first in zip(ends, begin, strict=False))
+        return tuple(end[:, order[-1]].contiguous().view(first.shape) for end, first in zip(ends, begin, strict=True))
 
     def scores(self) -> None:
         """Leaves q·k of every chunk behind."""

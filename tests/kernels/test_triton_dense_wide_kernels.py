@@ -16,13 +16,13 @@ from paralm_kernels import dense_rnn, dense_torch, reference_dense_rnn
 from paralm_kernels.dense_cells import KINDS
 
 from tests.kernels.test_dense_rnn import assert_same, attached, outcome, score
-from tests.kernels.test_triton_dense_kernels import arguments, resets
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("test_triton_dense.py runs this file with TRITON_INTERPRET=1", allow_module_level=True)
 
 from paralm_kernels import triton_dense, triton_dense_wide
 
+from tests.kernels.test_triton_dense_kernels import arguments, resets
 from tests.kernels.together import at_the_same_time
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, where a kernel overflows and selects
