@@ -27,6 +27,7 @@ class Fake(nn.Module):
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__()
         self.tokenizer, self.vocab_size = tokenizer, tokenizer.vocab_size + 3  # padded
+        self.n_tokens = tokenizer.vocab_size
         self.head_weight = nn.Parameter(torch.zeros(1))
         self.config = ModelConfig()
 

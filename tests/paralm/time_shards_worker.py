@@ -144,9 +144,9 @@ def recorded(shards: TimeShards) -> Iterator[list[str]]:
         return begun
 
     def computing(function: Any, event: str = "computed") -> Any:
-        def computed(*arguments: Any) -> Any:
+        def computed(*arguments: Any, **options: Any) -> Any:
             events.append(event)
-            return function(*arguments)
+            return function(*arguments, **options)
 
         return computed
 
