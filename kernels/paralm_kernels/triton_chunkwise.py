@@ -31,7 +31,7 @@ from .triton_solver import check_device, interpreted
 SEGMENT = 1 << 27
 """Numbers in the states of a segment (256 MiB in bfloat16) and in its scores."""
 PROGRAMS = 256
-"""So many, a few for each multiprocessor; heads that share q and k share a program beyond that."""
+"""So many, two for each multiprocessor of an H100; heads that share q and k share a program beyond that."""
 _ROWS = 65535
 """The largest second axis of a grid."""
 

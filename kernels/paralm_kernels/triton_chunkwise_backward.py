@@ -95,6 +95,16 @@ def grad_states_kernel(
 
 
 @triton.jit
+def shares(heads, groups, each):
+    """Of programs along the second axis that sum over `each` heads of a group: how many share a group; which of those
+    this is, of which group and row of the batch; and how many rows there are."""
+    splits = heads // groups // each
+    program, of_rows = tl.program_id(1), splits * groups
+    batches = (tl.num_programs(1) // of_rows).to(tl.int64)
+    return splits, program % splits, program // splits % groups, (program // of_rows).to(tl.int64), batches
+
+
+@triton.jit
 def pairs_kernel(
     v_ptr, v_batch, v_step, dy_ptr, dy_batch, dy_step, g_ptr, hi_ptr, r_ptr, c_ptr, first_ptr, rho_ptr, dn_ptr,
     scores_ptr, pairs_ptr, ending_ptr, starting_ptr, time, chunks, heads, groups, each,
@@ -105,10 +115,7 @@ def pairs_kernel(
     batch and group, chunk, L, L), and of every head what it gives to q·dq (tile of j, row, step) and, without the gain
     of the plain form, to k·dk (tile of i, row, step)."""
     chunk, i0, j0 = tl.program_id(0) // (L // BT), tl.program_id(0) % (L // BT) * BT, tl.program_id(2) * BT
-    splits = heads // groups // each
-    split, group = tl.program_id(1) % splits, tl.program_id(1) // splits % groups
-    batch = (tl.program_id(1) // (splits * groups)).to(tl.int64)
-    batches = (tl.num_programs(1) // (splits * groups)).to(tl.int64)
+    splits, split, group, batch, batches = shares(heads, groups, each)
     steps = batches * heads * chunks * L
     i, j = i0 + tl.arange(0, BT), j0 + tl.arange(0, BT)
     t0 = chunk * L
@@ -196,10 +203,7 @@ def grad_q_kernel(
     gives to q·dq of those columns."""
     chunk, i0 = tl.program_id(0) // (L // BT), tl.program_id(0) % (L // BT) * BT
     k0, t0 = tl.program_id(2) * BK, chunk * L
-    splits = heads // groups // each
-    split, group = tl.program_id(1) % splits, tl.program_id(1) // splits % groups
-    batch = (tl.program_id(1) // (splits * groups)).to(tl.int64)
-    batches = (tl.num_programs(1) // (splits * groups)).to(tl.int64)
+    splits, split, group, batch, batches = shares(heads, groups, each)
     i, of_k = i0 + tl.arange(0, BT), k0 + tl.arange(0, BK)
     total = tl.zeros((BT, BK), COMPUTE)
     q_at = q_ptr + batch * q_batch + group * DK
@@ -237,10 +241,7 @@ def grad_k_kernel(
     """dk likewise, and of every head what writing the state gives to k·dk, without the gain of the plain form."""
     chunk, j0 = tl.program_id(0) // (L // BT), tl.program_id(0) % (L // BT) * BT
     k0, t0 = tl.program_id(2) * BK, chunk * L
-    splits = heads // groups // each
-    split, group = tl.program_id(1) % splits, tl.program_id(1) // splits % groups
-    batch = (tl.program_id(1) // (splits * groups)).to(tl.int64)
-    batches = (tl.num_programs(1) // (splits * groups)).to(tl.int64)
+    splits, split, group, batch, batches = shares(heads, groups, each)
     j, of_k = j0 + tl.arange(0, BT), k0 + tl.arange(0, BK)
     total = tl.zeros((BT, BK), COMPUTE)
     k_at = k_ptr + batch * k_batch + group * DK

@@ -21,6 +21,32 @@ def product(a, b, total, DOT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl
 
 
 @triton.jit
+def four_of(at, step, mask, COUNT: tl.constexpr):
+    """COUNT, 1 to 4, tiles that lie `step` apart; the first again where there are fewer than four."""
+    first = tl.load(at, mask=mask, other=0.0)
+    second, third, fourth = first, first, first
+    if COUNT > 1:
+        second = tl.load(at + step, mask=mask, other=0.0)
+    if COUNT > 2:
+        third = tl.load(at + 2 * step, mask=mask, other=0.0)
+    if COUNT > 3:
+        fourth = tl.load(at + 3 * step, mask=mask, other=0.0)
+    return first, second, third, fourth
+
+
+@triton.jit
+def store_four(at, step, first, second, third, fourth, mask, COUNT: tl.constexpr):
+    """The first COUNT, 1 to 4, of the tiles, `step` apart, in the dtype of the memory."""
+    tl.store(at, first.to(at.dtype.element_ty), mask=mask)
+    if COUNT > 1:
+        tl.store(at + step, second.to(at.dtype.element_ty), mask=mask)
+    if COUNT > 2:
+        tl.store(at + 2 * step, third.to(at.dtype.element_ty), mask=mask)
+    if COUNT > 3:
+        tl.store(at + 3 * step, fourth.to(at.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def log_sigmoid(x):
     """log σ(x), exact in both tails."""
     return tm.minimum(x, tl.zeros_like(x)) - tm.log1p(tm.exp(-tl.abs(x)))
@@ -45,26 +71,15 @@ def hidden(o, c, n, KIND: tl.constexpr):
 
 
 @triton.jit
-def cut_state(cut, h, c, n, m, KIND: tl.constexpr):
-    """The state with the initial one where `cut` is true."""
+def cut_state(cut, h, c, n, m, FIRST_M: tl.constexpr, KIND: tl.constexpr):
+    """The state with the initial one, of which m is FIRST_M, where `cut` is true; or its gradients with zeros."""
     h = tl.where(cut, 0.0, h)
     if KIND == "lstm" or KIND == "slstm":
         c = tl.where(cut, 0.0, c)
     if KIND == "slstm":
         n = tl.where(cut, 0.0, n)
-        m = tl.where(cut, -float("inf"), m)
+        m = tl.where(cut, FIRST_M, m)
     return h, c, n, m
-
-
-@triton.jit
-def cut_grads(cut, gh, gc, gn, gm, KIND: tl.constexpr):
-    """Gradients of a state with zeros where `cut` is true."""
-    gh = tl.where(cut, 0.0, gh)
-    if KIND == "lstm" or KIND == "slstm":
-        gc = tl.where(cut, 0.0, gc)
-    if KIND == "slstm":
-        gn, gm = tl.where(cut, 0.0, gn), tl.where(cut, 0.0, gm)
-    return gh, gc, gn, gm
 
 
 @triton.jit

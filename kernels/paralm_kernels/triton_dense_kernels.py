@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from . import triton_math as tm
-from .triton_dense_cells import cut_grads, cut_state, factors, hidden, product, pull
+from .triton_dense_cells import cut_state, factors, four_of, hidden, product, pull, store_four
 
 
 @triton.jit
@@ -66,6 +66,7 @@ def forward_kernel(
 
     # A tile is a pointer that moves and offsets that do not: pointers that all move would fill the registers.
     gates: tl.constexpr = 4 if four else (3 if KIND == "gru" else 1)
+    components: tl.constexpr = 4 if KIND == "slstm" else (2 if KIND == "lstm" else 1)
     one_gate = heads * D
     one_step = one_gate * gates
     x_at = x_ptr + head * D
@@ -89,34 +90,16 @@ def forward_kernel(
         if four:
             r3 = matrix(weight_ptr, 3, head, heads, D, BLOCK_D, True)
     zero = tl.zeros((BLOCK_B, BLOCK_D), COMPUTE)
-    h = tl.load(begin_at + tile, mask=inside, other=0.0)
-    c, n, m = zero, zero, zero
-    if four:
-        c = tl.load(begin_at + size + tile, mask=inside, other=0.0)
-    if KIND == "slstm":
-        n = tl.load(begin_at + 2 * size + tile, mask=inside, other=0.0)
-        m = tl.load(begin_at + 3 * size + tile, mask=inside, other=0.0)
+    h, c, n, m = four_of(begin_at + tile, size, inside, components)
 
-    next0 = tl.load(x_at + x_tile, mask=inside, other=0.0)
-    next1, next2, next3 = next0, next0, next0
-    if KIND != "elman":
-        next1 = tl.load(x_at + one_gate + x_tile, mask=inside, other=0.0)
-        next2 = tl.load(x_at + 2 * one_gate + x_tile, mask=inside, other=0.0)
-        if four:
-            next3 = tl.load(x_at + 3 * one_gate + x_tile, mask=inside, other=0.0)
+    next0, next1, next2, next3 = four_of(x_at + x_tile, one_gate, inside, gates)
     for t in range(time):
         x0, x1, x2, x3 = next0, next1, next2, next3
         x_at += one_step
-        ahead = inside & (t + 1 < time)
-        next0 = tl.load(x_at + x_tile, mask=ahead, other=0.0)
-        if KIND != "elman":
-            next1 = tl.load(x_at + one_gate + x_tile, mask=ahead, other=0.0)
-            next2 = tl.load(x_at + 2 * one_gate + x_tile, mask=ahead, other=0.0)
-            if four:
-                next3 = tl.load(x_at + 3 * one_gate + x_tile, mask=ahead, other=0.0)
+        next0, next1, next2, next3 = four_of(x_at + x_tile, one_gate, inside & (t + 1 < time), gates)
         if HAS_RESET:
             cut = (tl.load(reset_at + t, mask=rows < batches, other=0) != 0)[:, None]
-            h, c, n, m = cut_state(cut, h, c, n, m, KIND)
+            h, c, n, m = cut_state(cut, h, c, n, m, -float("inf"), KIND)
         if KIND == "elman":
             h = tm.tanh(product(h, r0, biased(x0, bias_at, d, D, COMPUTE, HAS_BIAS), DOT, COMPUTE, PRECISION))
         elif KIND == "gru":
@@ -143,12 +126,7 @@ def forward_kernel(
             h = hidden(o, c, n, KIND)
         tl.store(y_at + y_tile, h.to(y_ptr.dtype.element_ty), mask=inside)
         y_at += one_gate
-        tl.store(kept_at + tile, h, mask=inside)
-        if four:
-            tl.store(kept_at + kept_size + tile, c, mask=inside)
-        if KIND == "slstm":
-            tl.store(kept_at + 2 * kept_size + tile, n, mask=inside)
-            tl.store(kept_at + 3 * kept_size + tile, m, mask=inside)
+        store_four(kept_at + tile, kept_size, h, c, n, m, inside, components)
         if KEEP:
             kept_at += step
 
@@ -190,6 +168,7 @@ def backward_kernel(
     inside = (rows[:, None] < batches) & (d[None, :] < D)
     four: tl.constexpr = KIND == "lstm" or KIND == "slstm"
     width: tl.constexpr = 1 if KIND == "elman" else 4
+    components: tl.constexpr = 4 if KIND == "slstm" else (2 if KIND == "lstm" else 1)
 
     step = batches.to(tl.int64) * D
     tile = rows[:, None] * D + d[None, :]
@@ -212,20 +191,9 @@ def backward_kernel(
         if four:
             r3 = matrix(weight_ptr, 3, head, heads, D, BLOCK_D, False)
     zero = tl.zeros((BLOCK_B, BLOCK_D), COMPUTE)
-    gh = tl.load(grads_at + tile, mask=inside, other=0.0)
-    gc, gn, gm = zero, zero, zero
-    if four:
-        gc = tl.load(grads_at + tile + size, mask=inside, other=0.0)
-    if KIND == "slstm":
-        gn = tl.load(grads_at + tile + 2 * size, mask=inside, other=0.0)
-        gm = tl.load(grads_at + tile + 3 * size, mask=inside, other=0.0)
+    gh, gc, gn, gm = four_of(grads_at + tile, size, inside, components)
     for back in range(time):
-        row0 = tl.load(rows_at + rows_tile, mask=inside, other=0.0)
-        row1, row2, row3 = row0, row0, row0
-        if KIND != "elman":
-            row1 = tl.load(rows_at + D + rows_tile, mask=inside, other=0.0)
-            row2 = tl.load(rows_at + 2 * D + rows_tile, mask=inside, other=0.0)
-            row3 = tl.load(rows_at + 3 * D + rows_tile, mask=inside, other=0.0)
+        row0, row1, row2, row3 = four_of(rows_at + rows_tile, D, inside, width)
         if HAS_CAME:
             gh += tl.load(came_at + came_tile, mask=inside, other=0.0).to(COMPUTE)
         before0, before1, before2 = zero, zero, zero
@@ -237,11 +205,7 @@ def backward_kernel(
         to0, to1, to2, to3, gh, gc, gn, gm = pull(
             gh, gc, gn, gm, row0, row1, row2, row3, before0, before1, before2, KIND
         )
-        tl.store(rows_at + rows_tile, to0, mask=inside)
-        if KIND != "elman":
-            tl.store(rows_at + D + rows_tile, to1, mask=inside)
-            tl.store(rows_at + 2 * D + rows_tile, to2, mask=inside)
-            tl.store(rows_at + 3 * D + rows_tile, to3, mask=inside)
+        store_four(rows_at + rows_tile, D, to0, to1, to2, to3, inside, width)
         gh = product(to0, r0, gh, DOT, COMPUTE, PRECISION)
         if KIND != "elman":
             gh = product(to1, r1, gh, DOT, COMPUTE, PRECISION)
@@ -250,15 +214,10 @@ def backward_kernel(
                 gh = product(to3, r3, gh, DOT, COMPUTE, PRECISION)
         if HAS_RESET:
             cut = (tl.load(reset_at + (time - 1 - back), mask=rows < batches, other=0) != 0)[:, None]
-            gh, gc, gn, gm = cut_grads(cut, gh, gc, gn, gm, KIND)
+            gh, gc, gn, gm = cut_state(cut, gh, gc, gn, gm, 0.0, KIND)
         rows_at -= step * width
         before0_at -= step
         before1_at -= step
         before2_at -= step
         came_at -= one_step
-    tl.store(to_at + tile, gh, mask=inside)
-    if four:
-        tl.store(to_at + tile + size, gc, mask=inside)
-    if KIND == "slstm":
-        tl.store(to_at + tile + 2 * size, gn, mask=inside)
-        tl.store(to_at + tile + 3 * size, gm, mask=inside)
+    store_four(to_at + tile, size, gh, gc, gn, gm, inside, components)

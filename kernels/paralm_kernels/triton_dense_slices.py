@@ -154,28 +154,3 @@ def biases(
             b2 = tl.load(bias_at + 2 * heads * D + columns, mask=columns < D, other=0.0)[None, :]
             b3 = tl.load(bias_at + 3 * heads * D + columns, mask=columns < D, other=0.0)[None, :]
     return b0, b1, b2, b3
-
-
-@triton.jit
-def four_of(at, step, mask, COUNT: tl.constexpr):
-    """Up to four tiles that lie `step` apart; the first again where there are fewer."""
-    first = tl.load(at, mask=mask, other=0.0)
-    second, third, fourth = first, first, first
-    if COUNT > 1:
-        second = tl.load(at + step, mask=mask, other=0.0)
-        third = tl.load(at + 2 * step, mask=mask, other=0.0)
-    if COUNT > 3:
-        fourth = tl.load(at + 3 * step, mask=mask, other=0.0)
-    return first, second, third, fourth
-
-
-@triton.jit
-def store_four(at, step, first, second, third, fourth, mask, COUNT: tl.constexpr):
-    """The first COUNT, 1 to 4, of the tiles, `step` apart, in the dtype of the memory."""
-    tl.store(at, first.to(at.dtype.element_ty), mask=mask)
-    if COUNT > 1:
-        tl.store(at + step, second.to(at.dtype.element_ty), mask=mask)
-    if COUNT > 2:
-        tl.store(at + 2 * step, third.to(at.dtype.element_ty), mask=mask)
-    if COUNT > 3:
-        tl.store(at + 3 * step, fourth.to(at.dtype.element_ty), mask=mask)

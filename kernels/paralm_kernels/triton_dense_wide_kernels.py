@@ -18,8 +18,8 @@ ends.
 import triton
 import triton.language as tl
 
-from .triton_dense_cells import cut_grads, cut_state, factors, hidden, pull
-from .triton_dense_slices import arrive, biases, four_of, over_warps, products, row_limit, slices, store_four, wait
+from .triton_dense_cells import cut_state, factors, four_of, hidden, pull, store_four
+from .triton_dense_slices import arrive, biases, over_warps, products, row_limit, slices, wait
 from .triton_math import sigmoid, tanh
 
 
@@ -94,20 +94,13 @@ def wide_forward_kernel(
     limit = row_limit(reset_ptr, rows, batches, HELD)
     nothing = tl.zeros((SPLIT, BLOCK_B, BLOCK_N), COMPUTE)
     b0, b1, b2, b3 = biases(bias_ptr + head * D, columns, heads, D, COMPUTE, GATES, HAS_BIAS)
-    zero = tl.zeros((BLOCK_B, BLOCK_N), COMPUTE)
-    h = tl.load(state_at + tile, mask=inside, other=0.0)
-    c, n, m = zero, zero, zero
-    if four:
-        c = tl.load(state_at + size + tile, mask=inside, other=0.0)
-    if KIND == "slstm":
-        n = tl.load(state_at + 2 * size + tile, mask=inside, other=0.0)
-        m = tl.load(state_at + 3 * size + tile, mask=inside, other=0.0)
+    h, c, n, m = four_of(state_at + tile, size, inside, COMPONENTS)
     x0, x1, x2, x3 = four_of(x_at + x_tile, one_gate, inside, GATES)
     cut = (rows < 0)[:, None]
     for t in range(start, stop):
         if HAS_RESET:
             cut = (tl.load(reset_at + t, mask=rows < batches, other=0) != 0)[:, None]
-            h, c, n, m = cut_state(cut, h, c, n, m, KIND)
+            h, c, n, m = cut_state(cut, h, c, n, m, -float("inf"), KIND)
         if WAIT:
             wait(count_at, (t - start) * tl.num_programs(0))
         read_at = exchange_at + (t % 2) * size
@@ -221,6 +214,7 @@ def wide_backward_kernel(
     limit = row_limit(reset_ptr, rows, batches, HELD)
     nothing = tl.zeros((SPLIT, BLOCK_B, BLOCK_N), COMPUTE)
     zero = tl.zeros((BLOCK_B, BLOCK_N), COMPUTE)
+    # Not by four_of, with which sLSTM of 2048 columns spills on sm_90.
     gh = tl.load(grads_at + tile, mask=inside, other=0.0)
     gc, gn, gm = zero, zero, zero
     if four:
@@ -260,7 +254,7 @@ def wide_backward_kernel(
         if HAS_RESET:
             mask = (rows < batches) & (back > 0)
             cut = (tl.load(reset_at + (time - back), mask=mask, other=0) != 0)[:, None]
-            gh, gc, gn, gm = cut_grads(cut, gh, gc, gn, gm, KIND)
+            gh, gc, gn, gm = cut_state(cut, gh, gc, gn, gm, 0.0, KIND)
         to0, to1, to2, to3, direct, to_c, to_n, to_m = pull(
             gh + came, gc, gn, gm, row0, row1, row2, row3, before0, before1, before2, KIND
         )

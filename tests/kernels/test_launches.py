@@ -79,18 +79,12 @@ paralm_kernels.solve(cell, [random(1, 1, 40)], [a[0][:1].expand(40)], method="tr
 """
 
 DENSE = """
-for kind, (batch, time, heads) in {"elman": (1, 1, 1), "gru": (1, 3, 2), "lstm": (2, 1, 1), "slstm": (1, 2, 1)}.items():
+sizes = {"elman": (1, 1, 1), "gru": (1, 3, 2), "lstm": (2, LSTM_TIME, 1), "slstm": (1, 2, 1)}
+for kind, (batch, time, heads) in sizes.items():
     cell = paralm_kernels.dense_cells.KINDS[kind]
-    weight = random(len(cell.gates), heads, 16, 16)
-    y, end = paralm_kernels.dense_rnn(kind, random(batch, time, len(cell.gates), heads, 16), weight, method="triton")
-    back(y, *end)
-"""
-
-WIDE = """
-for kind, (batch, time, heads) in {"elman": (1, 1, 1), "gru": (1, 3, 2), "lstm": (2, 2, 1), "slstm": (1, 2, 1)}.items():
-    cell = paralm_kernels.dense_cells.KINDS[kind]
-    weight = random(len(cell.gates), heads, 256, 256)
-    y, end = paralm_kernels.dense_rnn(kind, random(batch, time, len(cell.gates), heads, 256), weight, method="triton")
+    weight = random(len(cell.gates), heads, D_HEAD, D_HEAD)
+    inputs = random(batch, time, len(cell.gates), heads, D_HEAD)
+    y, end = paralm_kernels.dense_rnn(kind, inputs, weight, method="triton")
     back(y, *end)
 """
 
@@ -129,8 +123,11 @@ CASES = {
     "solve": (SOLVE, {"walk_kernel", "segments_kernel", "segments_finish_kernel", "tile_kernel", "decode_kernel"}),
     "conv": (CONV, {"conv_kernel", "conv_backward_kernel"}),
     "norm": (NORM, {"norm_kernel", "norm_backward_kernel", "swiglu_kernel", "swiglu_backward_kernel", "rotate_kernel"}),
-    "dense": (DENSE, {"forward_kernel", "backward_kernel"}),
-    "dense of large heads": (WIDE, {"wide_forward_kernel", "wide_backward_kernel"}),
+    "dense": (DENSE.replace("D_HEAD", "16").replace("LSTM_TIME", "1"), {"forward_kernel", "backward_kernel"}),
+    "dense of large heads": (
+        DENSE.replace("D_HEAD", "256").replace("LSTM_TIME", "2"),
+        {"wide_forward_kernel", "wide_backward_kernel"},
+    ),
     "chunkwise": (CHUNKWISE, {"states_kernel", "outputs_kernel", "grad_states_kernel", "grad_q_kernel"}),
 }
 

@@ -107,12 +107,15 @@ def test_outputs_or_states_alone_have_gradients(kind):
 def test_low_precision(kind, dtype, close):
     """Against float64 on the same rounded arguments: float32 to rounding, 16 bits to theirs (products are of rounded h
     and δ; states, sums and the state that is handed on are float32). Weights that do not amplify an error over time."""
-    inputs, weight, bias, state = arguments(kind, dtype=dtype)
+    assert_close_to_float64(kind, close, resets(3, 7), *arguments(kind, dtype=dtype))
+
+
+def assert_close_to_float64(kind, close, reset, inputs, weight, bias, state):
     weight = weight / 4
-    got = outcome(dense_rnn, kind, inputs, weight, bias, state, resets(3, 7), method="triton")
+    got = outcome(dense_rnn, kind, inputs, weight, bias, state, reset, method="triton")
     wide = [part.double() for part in (inputs, weight, bias)]
-    expected = outcome(reference_dense_rnn, kind, *wide, tuple(part.double() for part in state), resets(3, 7))
-    assert got[0].dtype == dtype
+    expected = outcome(reference_dense_rnn, kind, *wide, tuple(part.double() for part in state), reset)
+    assert got[0].dtype == inputs.dtype
     assert all(part.dtype == torch.float32 for part in got[1 : 1 + len(state)])
     for a, b in zip(got, expected, strict=True):
         assert (a - b).abs().max() <= close * b.abs().max().clamp(min=1), (a - b).abs().max() / b.abs().max()

@@ -22,7 +22,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from paralm_kernels import triton_dense, triton_dense_wide
 
-from tests.kernels.test_triton_dense_kernels import arguments, resets
+from tests.kernels.test_triton_dense_kernels import arguments, assert_close_to_float64, resets
 from tests.kernels.together import at_the_same_time
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, where a kernel overflows and selects
@@ -150,12 +150,4 @@ def test_outputs_or_states_alone_have_gradients(together):
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 2e-6), (torch.bfloat16, 0.02)], ids=["fp32", "bf16"])
 def test_low_precision(kind, dtype, close, together):
     """As of small heads: h and δ are exchanged in the dtype of the products, states are float32."""
-    inputs, weight, bias, state = arguments(kind, 3, 5, 1, 12, dtype=dtype)
-    weight = weight / 4
-    got = outcome(dense_rnn, kind, inputs, weight, bias, state, resets(3, 5), method="triton")
-    wide = [part.double() for part in (inputs, weight, bias)]
-    expected = outcome(reference_dense_rnn, kind, *wide, tuple(part.double() for part in state), resets(3, 5))
-    assert got[0].dtype == dtype
-    assert all(part.dtype == torch.float32 for part in got[1 : 1 + len(state)])
-    for a, b in zip(got, expected, strict=True):
-        assert (a - b).abs().max() <= close * b.abs().max().clamp(min=1), (a - b).abs().max() / b.abs().max()
+    assert_close_to_float64(kind, close, resets(3, 5), *arguments(kind, 3, 5, 1, 12, dtype=dtype))
